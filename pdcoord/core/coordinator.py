@@ -1,0 +1,340 @@
+"""The coordinator: one mutator that turns events into plans and keeps every account of them.
+
+A request's life here, and nothing else is legal:
+    RequestArrived -> Dispatch | Refuse
+    Dispatch       -> ResponseBegan | DecodeFailed | RequestEnded
+    ResponseBegan  -> RequestEnded
+    DecodeFailed   -> Dispatch | Refuse
+A refused request has ended.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from pdcoord.core.events import (
+    Action,
+    DecodeFailed,
+    Dispatch,
+    Event,
+    ModelsReplaced,
+    Refuse,
+    RequestArrived,
+    RequestEnded,
+    ResponseBegan,
+)
+from pdcoord.core.fleet import (
+    EndpointDraining,
+    EndpointGone,
+    EndpointId,
+    EndpointSeen,
+    EngineKind,
+    Fleet,
+    SampleFailed,
+    SampleTaken,
+    Signal,
+)
+from pdcoord.core.ladder import FallbackBudget, rungs
+from pdcoord.core.ledger import Entry, Ledger
+from pdcoord.core.model import Model
+from pdcoord.core.paths import PathTable, PathView
+from pdcoord.core.plan import DropReason, Plan
+from pdcoord.core.ports import SpeedModel
+from pdcoord.core.prefix import PrefixIndex
+from pdcoord.core.request import Request, RequestId
+from pdcoord.core.scheduler import NoChoice, Scheduler
+from pdcoord.core.speed import SeededSpeed
+from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
+from pdcoord.protocol.headers import HostPort
+from pdcoord.protocol.plans import DialectName, Mode, RungKind, ServedHeader
+
+RETRY_AFTER_S = 1
+"""What a saturated or empty fleet tells clients: one scrape period and one prefill are over by then."""
+
+LIVE_REQUESTS_MAX = 65_536
+"""Requests in all that one coordinator keeps account of; past it the next is refused."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """One request between its first plan and its end."""
+
+    request: Request
+    plan: Plan
+    failed_decodes: frozenset[EndpointId] = frozenset()
+    has_begun: bool = False
+
+
+class Coordinator:
+    """All state of routing. `handle` is the only way to change it."""
+
+    def __init__(self, speed: SpeedModel | None = None) -> None:
+        self.fleet = Fleet()
+        self.ledger = Ledger()
+        self.paths = PathTable()
+        self.prefix = PrefixIndex()
+        self._speed = speed if speed is not None else SeededSpeed()
+        self._models: dict[str, Model] = {}
+        self._budgets: dict[str, FallbackBudget] = {}
+        self._live: dict[RequestId, _Live] = {}
+        self._scheduler = Scheduler(self.fleet, self.ledger, self.prefix, self.paths, self._speed)
+
+    def handle(self, event: Event, now_s: float) -> list[Action]:
+        """Take one event in; what must be done about it comes out."""
+        match event:
+            case RequestArrived(request):
+                return [self._arrive(request, now_s)]
+            case ResponseBegan(request_id, served):
+                self._begin_response(self._live[request_id], served, now_s)
+                return []
+            case DecodeFailed():
+                return [self._fail_decode(event, now_s)]
+            case RequestEnded(request_id):
+                self._end(request_id, now_s)
+                return []
+            case ModelsReplaced(models):
+                self._replace_models(models)
+                return []
+            case EndpointSeen() | EndpointGone() | EndpointDraining() | SampleTaken() | SampleFailed():
+                self._take_signal(event)
+                return []
+
+    def model(self, name: str) -> Model | None:
+        """The model of this name or alias."""
+        return self._models.get(name)
+
+    def models(self) -> tuple[Model, ...]:
+        """Every model once, in the policy's order."""
+        return tuple({model.name: model for model in self._models.values()}.values())
+
+    @property
+    def live_count(self) -> int:
+        return len(self._live)
+
+    def fallback_share(self, model: str) -> float:
+        """Share of the model's recent requests that fell back to a local prefill, 0..1."""
+        budget = self._budgets.get(model)
+        return budget.share if budget is not None else 0.0
+
+    def paths_view(self, now_s: float) -> list[PathView]:
+        """Every pair of endpoints that could be a path, of all models."""
+        return [view for model in self.models() for view in self._paths_of(model, now_s)]
+
+    def _paths_of(self, model: Model, now_s: float) -> Iterator[PathView]:
+        endpoints = [state.endpoint for state in self.fleet.of_model(model.name)]
+        for prefill, decode in itertools.product(endpoints, endpoints):
+            if prefill.pool.can_prefill and decode.pool.can_decode and prefill.id != decode.id:
+                yield PathView(
+                    prefill=prefill,
+                    decode=decode,
+                    verdict=self.paths.verdict(prefill.pool, decode.pool),
+                    state=self.paths.state(prefill.id, decode.id, now_s),
+                    bandwidth_bytes_per_s=self._speed.path(prefill, decode).bandwidth_bytes_per_s,
+                    bytes_in_flight=self.ledger.load(decode.id).bytes_in_flight,
+                )
+
+    def validate(self) -> None:
+        """Assert every cross-reference; tests and the simulator call this after every event."""
+        self.fleet.validate()
+        self.ledger.validate()
+        self.prefix.validate()
+        assert self.ledger.open_count == len(self._live), "the ledger and the live requests disagree"
+        assert set(self._budgets) == {m.name for m in self.models()}, "a model without a budget"
+
+    def _replace_models(self, models: tuple[Model, ...]) -> None:
+        self._models = {name: m for m in models for name in (m.name, *m.aliases)}
+        kept = self._budgets
+        self._budgets = {m.name: kept.get(m.name) or FallbackBudget(m.fallback.window) for m in models}
+        self.paths.forget_verdicts()
+
+    def _take_signal(self, signal: Signal) -> None:
+        before = None
+        if isinstance(signal, EndpointSeen):
+            before = self.fleet.get(signal.endpoint.id)
+        elif isinstance(signal, EndpointGone):
+            before = self.fleet.get(signal.id)
+        elif isinstance(signal, SampleTaken):
+            self.ledger.note_sample(signal.id)
+        self.fleet.handle(signal)
+        if before is None:
+            return
+        after = self.fleet.get(before.endpoint.id)
+        if after is None or after.endpoint.address != before.endpoint.address:
+            # Another process, or none: what it had cached and how its paths fared is gone with it.
+            self.prefix.forget(before.ordinal)
+            self.paths.forget(before.endpoint.id)
+            self.ledger.forget(before.endpoint.id)
+
+    def _arrive(self, request: Request, now_s: float) -> Action:
+        assert request.id not in self._live, f"request {request.id} arrived twice"
+        model = self._models.get(request.model)
+        if model is None:
+            message = f"The model '{request.model}' does not exist; GET /v1/models lists those that do."
+            return Refuse(request.id, Refusal(RefuseReason.MODEL_UNKNOWN, message, "model"))
+        if len(self._live) >= LIVE_REQUESTS_MAX:
+            return Refuse(request.id, _saturated())
+        planned = self._plan(request, model, frozenset(), 0, now_s)
+        if isinstance(planned, Refusal):
+            return Refuse(request.id, planned)
+        self._live[request.id] = _Live(request, planned)
+        return self._dispatch(self._live[request.id], model, now_s)
+
+    def _plan(
+        self, request: Request, model: Model, excluded: frozenset[EndpointId], attempt: int, now_s: float
+    ) -> Plan | Refusal:
+        choice = self._scheduler.choose(request, model, excluded, now_s)
+        if isinstance(choice, NoChoice):
+            return _refusal(request, choice.drops)
+        decode = self.fleet.get(choice.best.decode.id)
+        assert decode is not None, "the scheduler chose an endpoint that is not in the fleet"
+        budget = self._budgets[model.name]
+        if choice.is_outage and not budget.allows(model.fallback, decode):
+            return _saturated()
+        is_split = choice.best.mode is Mode.SPLIT
+        is_sglang = decode.endpoint.pool.engine is EngineKind.SGLANG
+        return Plan(
+            request_id=request.id,
+            chosen=choice.best,
+            why=choice.why,
+            dialect=DialectName.SGLANG if is_sglang else DialectName.NIXLV2,
+            rungs=rungs(model, decode, choice.other_prefills, budget) if is_split else (),
+            runner_up=choice.runner_up,
+            drops=dict(choice.drops),
+            prefill_deadline_s=model.disaggregation.prefill_deadline_s,
+            transfer_deadline_s=model.disaggregation.transfer_deadline_s,
+            attempt=attempt,
+            is_outage=choice.is_outage,
+        )
+
+    def _dispatch(self, live: _Live, model: Model, now_s: float) -> Dispatch:
+        plan, request = live.plan, live.request
+        worker = plan.prefill or plan.decode
+        self.ledger.begin(
+            Entry(
+                request_id=request.id,
+                decode=plan.decode.id,
+                worker=worker.id,
+                prefill_us=round(plan.chosen.figures.prefill_s * 1e6),
+                prompt_tokens=request.prompt_tokens,
+                transfer_bytes=plan.chosen.figures.transfer_bytes,
+            ),
+            now_s,
+        )
+        if plan.prefill is not None:
+            self.paths.begin(plan.prefill.id, plan.decode.id)
+        # Recorded when routed, not when answered, so that a burst of one prefix goes to one place.
+        for endpoint in {worker.id, plan.decode.id}:
+            self._record_prefix(endpoint, request, model)
+        return Dispatch(plan)
+
+    def _record_prefix(self, endpoint_id: EndpointId, request: Request, model: Model) -> None:
+        state = self.fleet.get(endpoint_id)
+        if state is not None and request.is_generative:
+            self.prefix.record(state.ordinal, request.block_keys, model.prefix_blocks_per_endpoint_max)
+
+    def _begin_response(self, live: _Live, served: ServedHeader | None, now_s: float) -> None:
+        assert not live.has_begun, f"response {live.request.id} began twice"
+        live.has_begun = True
+        self.ledger.finish_prefill(live.request.id, now_s)
+        self._learn_path(live, served, now_s)
+        fell_back = served is not None and any(r.rung is RungKind.COLOCATED for r in served.rungs)
+        self._note_budget(live, is_fallback=fell_back or live.plan.is_outage)
+        model = self._models.get(live.request.model)
+        if model is not None and served is not None and served.prefill is not None:
+            used = self._target(live.plan, served.prefill)
+            if used is not None:
+                self._record_prefix(used, live.request, model)
+
+    def _note_budget(self, live: _Live, *, is_fallback: bool) -> None:
+        budget = self._budgets.get(live.request.model)
+        if budget is not None:
+            budget.note(is_fallback=is_fallback)
+
+    def _learn_path(self, live: _Live, served: ServedHeader | None, now_s: float) -> None:
+        plan = live.plan
+        judged: set[EndpointId] = set()
+        if served is not None:
+            for taken in served.rungs:
+                prefill = self._target(plan, taken.target)
+                if prefill is not None:
+                    judged.add(prefill)
+                    self.paths.fail(prefill, plan.decode.id, taken.reason, now_s)
+            used = self._target(plan, served.prefill) if served.prefill is not None else None
+            if served.mode is Mode.SPLIT and used is not None:
+                judged.add(used)
+                self.paths.succeed(used, plan.decode.id)
+        if plan.prefill is not None and plan.prefill.id not in judged:
+            self.paths.abandon(plan.prefill.id, plan.decode.id)
+
+    @staticmethod
+    def _target(plan: Plan, address: HostPort) -> EndpointId | None:
+        """The prefill endpoint of this plan with that address."""
+        for endpoint in (plan.prefill, *(rung.prefill for rung in plan.rungs)):
+            if endpoint is not None and endpoint.address == address:
+                return endpoint.id
+        return None
+
+    def _fail_decode(self, event: DecodeFailed, now_s: float) -> Action:
+        live = self._live[event.id]
+        assert not live.has_begun, f"request {event.id} failed over after its response began"
+        self._learn_path(live, event.served, now_s)
+        self.ledger.end(event.id, now_s)
+        del self._live[event.id]
+        failed = live.plan.decode.id
+        if event.reason is RungReason.DECODE_UNREACHABLE:
+            self.fleet.mark_unreachable(failed)
+        excluded = live.failed_decodes | {failed}
+        attempt = live.plan.attempt + 1
+        model = self._models.get(live.request.model)
+        if model is None or not _may_try_other(model, attempt):
+            return Refuse(event.id, _exhausted(attempt))
+        planned = self._plan(live.request, model, excluded, attempt, now_s)
+        if isinstance(planned, Refusal):
+            return Refuse(event.id, _exhausted(attempt))
+        self._live[event.id] = replace(live, plan=planned, failed_decodes=excluded)
+        return self._dispatch(self._live[event.id], model, now_s)
+
+    def _end(self, request_id: RequestId, now_s: float) -> None:
+        live = self._live.pop(request_id)
+        if not live.has_begun and live.plan.prefill is not None:
+            self.paths.abandon(live.plan.prefill.id, live.plan.decode.id)
+        self.ledger.end(request_id, now_s)
+        for endpoint in {live.plan.decode.id, *live.plan.endpoint_ids()}:
+            if self.fleet.get(endpoint) is None:
+                self.ledger.forget(endpoint)
+
+
+def _may_try_other(model: Model, attempt: int) -> bool:
+    return RungKind.OTHER_DECODE in model.fallback.rungs and attempt <= model.fallback.other_decode_max
+
+
+def _saturated() -> Refusal:
+    return Refusal(
+        RefuseReason.SATURATED,
+        "The fleet is at its limits for this model; retry after the time in Retry-After.",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def _exhausted(attempt: int) -> Refusal:
+    return Refusal(
+        RefuseReason.LADDER_EXHAUSTED,
+        f"{attempt} endpoint(s) failed this request and no other can take it; retry later.",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def _refusal(request: Request, drops: Mapping[DropReason, int]) -> Refusal:
+    """Why nobody can serve a request, most telling reason first."""
+    if drops.get(DropReason.AT_LIMIT):
+        return _saturated()
+    if drops.get(DropReason.CONTEXT_TOO_LONG):
+        return Refusal(
+            RefuseReason.CONTEXT_TOO_LONG,
+            f"The prompt has {request.prompt_tokens} tokens, more than any endpoint of this model takes.",
+        )
+    return Refusal(
+        RefuseReason.NO_ENDPOINTS,
+        "No endpoint of this model can serve the request now; retry after the time in Retry-After.",
+        retry_after_s=RETRY_AFTER_S,
+    )

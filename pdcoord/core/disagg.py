@@ -1,0 +1,40 @@
+"""When a request stays together whatever the load: the rules of never being worse than not splitting."""
+
+from pdcoord.core.model import Disaggregation, Model, SplitMode
+from pdcoord.core.plan import Candidate, Why
+from pdcoord.core.request import Request
+
+
+def why_together(request: Request, model: Model) -> Why | None:
+    """The reason that forbids splitting this request, or None."""
+    rules = model.disaggregation
+    if not request.is_generative:
+        return Why.NOT_GENERATIVE
+    if request.choice_count > 1:
+        # One ticket is pulled once: a second answer would find its KV gone (vLLM issue 43509).
+        return Why.MANY_CHOICES
+    if rules.mode is SplitMode.NEVER:
+        return Why.MODE_NEVER
+    if request.prompt_tokens < model.block_tokens_max:
+        # Less than one full block hands nothing over, and some connectors hang on it (LMCache 2459).
+        return Why.PROMPT_BELOW_BLOCK
+    if rules.mode is SplitMode.AUTO and request.prompt_tokens < rules.uncached_tokens_min:
+        return Why.PROMPT_BELOW_THRESHOLD
+    return None
+
+
+def weigh(split: Candidate, together: Candidate, rules: Disaggregation) -> Why:
+    """Whether the best split is worth it beside the best colocated serving, both being possible."""
+    if rules.mode is SplitMode.ALWAYS:
+        return Why.SPLIT_ALWAYS
+    excess = split.figures.slo_excess - together.figures.slo_excess
+    if abs(excess) > SLO_EXCESS_EQUAL:
+        return Why.SPLIT_FASTER if excess < 0 else Why.COLOCATED_FASTER
+    saving_s = together.figures.time_s - split.figures.time_s
+    if saving_s <= 0.0:
+        return Why.COLOCATED_FASTER
+    return Why.SPLIT_FASTER if saving_s >= rules.saving_s_min else Why.SAVING_BELOW_NOISE
+
+
+SLO_EXCESS_EQUAL = 0.01
+"""Predicted violations closer than this (1 % of the objective) count as equal."""

@@ -1,0 +1,89 @@
+"""What the coordinator is told and what it asks for: the only way in and out of the core."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pdcoord.core.fleet import Signal
+from pdcoord.core.model import Model
+from pdcoord.core.plan import Plan
+from pdcoord.core.request import Request, RequestId
+from pdcoord.protocol.errors import Refusal, RungReason
+from pdcoord.protocol.plans import ServedHeader
+
+
+class Outcome(StrEnum):
+    """How a request ended; closed, and the outcome label of metrics."""
+
+    OK = "ok"
+    CLIENT_GONE = "client-gone"
+    CLIENT_ERROR = "client-error"
+    UPSTREAM_ERROR = "upstream-error"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsReplaced:
+    """A policy was accepted: these are all models from now on."""
+
+    models: tuple[Model, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """A client's call was read. Answered with one Dispatch or one Refuse."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseBegan:
+    """The decode endpoint's response head arrived.
+
+    Attributes:
+        served: what the sidecar says it did; None from an endpoint that has no sidecar of ours.
+    """
+
+    id: RequestId
+    served: ServedHeader | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeFailed:
+    """The planned decode endpoint failed before a byte reached the client.
+
+    Answered with a Dispatch to another one or a Refuse, as the ladder and its bounds say.
+
+    Attributes:
+        served: what a sidecar that still answered says it did.
+    """
+
+    id: RequestId
+    reason: RungReason
+    served: ServedHeader | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """Nothing more will happen to this request. Sent exactly once for each one dispatched."""
+
+    id: RequestId
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send the request to plan.decode."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Answer the client so. The request has ended: no RequestEnded follows."""
+
+    id: RequestId
+    refusal: Refusal
+
+
+Event = Signal | ModelsReplaced | RequestArrived | ResponseBegan | DecodeFailed | RequestEnded
+Action = Dispatch | Refuse

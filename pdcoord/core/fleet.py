@@ -1,0 +1,287 @@
+"""The fleet: every endpoint that can be addressed, its pool, and the last that was heard of it."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import NewType
+
+from pdcoord.core.costs import SpeedFigures
+from pdcoord.protocol.headers import HostPort
+from transfer.verdict import Side
+
+EndpointId = NewType("EndpointId", str)
+PoolName = NewType("PoolName", str)
+ModelName = NewType("ModelName", str)
+
+
+class Role(StrEnum):
+    """Which legs a pool takes."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
+class EngineKind(StrEnum):
+    """The engine's wire habits."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """Bounds on what one endpoint of a pool is given.
+
+    Attributes:
+        in_flight_max: requests on one endpoint at a time, both legs counted.
+        context_tokens_max: prompt and output of one request together; None if the engine's own
+            limit is to answer.
+    """
+
+    in_flight_max: int = 256
+    context_tokens_max: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Endpoints of one vendor, engine, layout and role, as a policy names them.
+
+    Attributes:
+        side: connector and layout, which decide the verdict with another pool.
+        kv_bytes_per_token: bytes of KV that one prompt token adds to a transfer.
+        link_bytes_per_s: what one endpoint's NIC carries.
+        cost_per_hour: of one endpoint, in any one currency for the whole policy.
+    """
+
+    name: PoolName
+    model: ModelName
+    role: Role
+    vendor: str
+    engine: EngineKind
+    side: Side
+    speed: SpeedFigures
+    kv_bytes_per_token: int
+    link_bytes_per_s: float
+    cost_per_hour: float = 0.0
+    limits: PoolLimits = field(default_factory=PoolLimits)
+
+    @property
+    def can_prefill(self) -> bool:
+        """Whether prefill legs may be sent here."""
+        return self.role is not Role.DECODE
+
+    @property
+    def can_decode(self) -> bool:
+        return self.role is not Role.PREFILL
+
+    @property
+    def can_serve_alone(self) -> bool:
+        """Whether a whole request can run here.
+
+        An SGLang worker in decode mode answers 400 to a request without a bootstrap room
+        (llm-d-router issue 3075), so only its `both` role serves alone.
+        """
+        if self.engine is EngineKind.SGLANG:
+            return self.role is Role.BOTH
+        return self.can_decode
+
+
+class Health(StrEnum):
+    """What is known of an endpoint's fitness; only ready ones get new work."""
+
+    UNKNOWN = "unknown"
+    READY = "ready"
+    UNREACHABLE = "unreachable"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One reading of an endpoint's own metrics.
+
+    Attributes:
+        running: requests in the engine's batch.
+        waiting: requests queued in the engine.
+        kv_usage: share of KV blocks in use, 0..1.
+    """
+
+    running: int
+    waiting: int
+    kv_usage: float
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One engine rank that can be addressed.
+
+    Attributes:
+        address: where requests go: the sidecar on a decode pod, the engine on a prefill pod.
+        bootstrap_port: SGLang's rendezvous port, on prefill pods.
+    """
+
+    id: EndpointId
+    pool: Pool
+    address: HostPort
+    bootstrap_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointState:
+    """An endpoint with its last signals.
+
+    Attributes:
+        ordinal: small number that is this endpoint's for its life; indexes bit masks.
+        unreachable_count: failures in a row since the last good sample.
+    """
+
+    endpoint: Endpoint
+    ordinal: int
+    health: Health = Health.UNKNOWN
+    sample: Sample | None = None
+    unreachable_count: int = 0
+
+    @property
+    def is_eligible(self) -> bool:
+        return self.health is Health.READY
+
+
+# A closed vocabulary of what can be heard of an endpoint.
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSeen:
+    """Discovery lists this endpoint; a changed one replaces the old under the same id."""
+
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointGone:
+    """Discovery no longer lists this endpoint."""
+
+    id: EndpointId
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointDraining:
+    """No new work; what runs there may finish."""
+
+    id: EndpointId
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTaken:
+    """The endpoint answered with its metrics."""
+
+    id: EndpointId
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFailed:
+    """The endpoint did not answer, or said it is not ready."""
+
+    id: EndpointId
+    why: str
+
+
+Signal = EndpointSeen | EndpointGone | EndpointDraining | SampleTaken | SampleFailed
+
+SAMPLE_FAILURES_MAX = 2
+"""Failed samples in a row after which a ready endpoint is unreachable: one may be a lost packet."""
+
+
+class Fleet:
+    """All endpoints with their last signals; `handle` is the only way to change it."""
+
+    def __init__(self) -> None:
+        self._states: dict[EndpointId, EndpointState] = {}
+        self._by_model: dict[ModelName, dict[EndpointId, EndpointState]] = {}
+        self._free_ordinals: list[int] = []
+
+    def get(self, endpoint_id: EndpointId) -> EndpointState | None:
+        return self._states.get(endpoint_id)
+
+    def states(self) -> Iterator[EndpointState]:
+        return iter(self._states.values())
+
+    def of_model(self, model: ModelName) -> Iterable[EndpointState]:
+        return self._by_model.get(model, {}).values()
+
+    def handle(self, signal: Signal) -> None:
+        match signal:
+            case EndpointSeen(endpoint):
+                self._see(endpoint)
+            case EndpointGone(endpoint_id):
+                self._drop(endpoint_id)
+            case EndpointDraining(endpoint_id):
+                self._change(endpoint_id, health=Health.DRAINING)
+            case SampleTaken(endpoint_id, sample):
+                state = self._states.get(endpoint_id)
+                if state is not None:
+                    health = Health.DRAINING if state.health is Health.DRAINING else Health.READY
+                    self._put(replace(state, health=health, sample=sample, unreachable_count=0))
+            case SampleFailed(endpoint_id):
+                self._count_failure(endpoint_id)
+
+    def mark_unreachable(self, endpoint_id: EndpointId) -> None:
+        """A request found nobody there: no new work until a sample succeeds."""
+        state = self._states.get(endpoint_id)
+        if state is not None and state.health is not Health.DRAINING:
+            self._put(replace(state, health=Health.UNREACHABLE, sample=None))
+
+    def validate(self) -> None:
+        """Assert that ordinals are unique and the grouping by model is complete."""
+        ordinals = [state.ordinal for state in self._states.values()]
+        assert len(set(ordinals)) == len(ordinals), "two endpoints share an ordinal"
+        assert not set(ordinals) & set(self._free_ordinals), "an ordinal is both used and free"
+        grouped = {k: v for group in self._by_model.values() for k, v in group.items()}
+        assert grouped == self._states, "the grouping by model disagrees with the fleet"
+
+    def _see(self, endpoint: Endpoint) -> None:
+        known = self._states.get(endpoint.id)
+        if known is None:
+            ordinal = self._free_ordinals.pop() if self._free_ordinals else len(self._states)
+            self._put(EndpointState(endpoint, ordinal))
+        elif known.endpoint.address != endpoint.address or known.health is Health.DRAINING:
+            # Another process under the old name, or one that came back: nothing is known of it yet.
+            self._remove(known)
+            self._put(EndpointState(endpoint, known.ordinal))
+        elif known.endpoint != endpoint:
+            self._remove(known)
+            self._put(replace(known, endpoint=endpoint))
+
+    def _drop(self, endpoint_id: EndpointId) -> None:
+        state = self._states.get(endpoint_id)
+        if state is not None:
+            self._remove(state)
+            self._free_ordinals.append(state.ordinal)
+
+    def _count_failure(self, endpoint_id: EndpointId) -> None:
+        state = self._states.get(endpoint_id)
+        if state is None:
+            return
+        count = state.unreachable_count + 1
+        is_down = count >= SAMPLE_FAILURES_MAX or state.health is Health.UNKNOWN
+        if state.health is Health.DRAINING or not is_down:
+            self._put(replace(state, unreachable_count=count))
+        else:
+            self._put(replace(state, health=Health.UNREACHABLE, sample=None, unreachable_count=count))
+
+    def _change(self, endpoint_id: EndpointId, *, health: Health) -> None:
+        state = self._states.get(endpoint_id)
+        if state is not None:
+            self._put(replace(state, health=health))
+
+    def _put(self, state: EndpointState) -> None:
+        self._states[state.endpoint.id] = state
+        self._by_model.setdefault(state.endpoint.pool.model, {})[state.endpoint.id] = state
+
+    def _remove(self, state: EndpointState) -> None:
+        del self._states[state.endpoint.id]
+        group = self._by_model[state.endpoint.pool.model]
+        del group[state.endpoint.id]
+        if not group:
+            del self._by_model[state.endpoint.pool.model]

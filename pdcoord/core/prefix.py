@@ -1,0 +1,82 @@
+"""Approximate prefix index: which endpoint was sent which blocks, bounded by an LRU per endpoint."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from pdcoord.core.request import BlockKey
+
+
+class PrefixIndex:
+    """Longest cached prefix on every endpoint, found in one walk over the prompt's keys.
+
+    Holders of a block are bits of one integer, so a walk costs one AND per block whatever the
+    number of endpoints.
+    """
+
+    def __init__(self) -> None:
+        self._holders: dict[BlockKey, int] = {}
+        self._held: dict[int, OrderedDict[BlockKey, None]] = {}
+
+    @property
+    def block_count(self) -> int:
+        return len(self._holders)
+
+    def match(self, keys: Sequence[BlockKey]) -> dict[int, int]:
+        """Blocks of the longest matching prefix by endpoint ordinal; endpoints with none are absent."""
+        matched: dict[int, int] = {}
+        alive = -1
+        depth = 0
+        for key in keys:
+            still = alive & self._holders.get(key, 0)
+            if depth and still != alive:
+                _mark(matched, alive ^ still, depth)
+            alive = still
+            if not alive:
+                return matched
+            depth += 1
+        if depth:
+            _mark(matched, alive, depth)
+        return matched
+
+    def record(self, ordinal: int, keys: Sequence[BlockKey], blocks_max: int) -> None:
+        """Note that an endpoint holds these blocks, and forget its oldest past `blocks_max`."""
+        held = self._held.setdefault(ordinal, OrderedDict())
+        bit = 1 << ordinal
+        # Last block first, so that the front of a prefix, without which the rest is worth nothing,
+        # is always the youngest and goes last.
+        for key in reversed(keys[:blocks_max]):
+            if key in held:
+                held.move_to_end(key)
+            else:
+                held[key] = None
+                self._holders[key] = self._holders.get(key, 0) | bit
+        while len(held) > blocks_max:
+            key, _ = held.popitem(last=False)
+            self._release(key, bit)
+
+    def forget(self, ordinal: int) -> None:
+        """Drop all that an endpoint held."""
+        for key in self._held.pop(ordinal, ()):
+            self._release(key, 1 << ordinal)
+
+    def validate(self) -> None:
+        """Assert that both directions of the index agree."""
+        expected: dict[BlockKey, int] = {}
+        for ordinal, held in self._held.items():
+            for key in held:
+                expected[key] = expected.get(key, 0) | 1 << ordinal
+        assert self._holders == expected, "holders and held blocks disagree"
+
+    def _release(self, key: BlockKey, bit: int) -> None:
+        left = self._holders[key] & ~bit
+        if left:
+            self._holders[key] = left
+        else:
+            del self._holders[key]
+
+
+def _mark(matched: dict[int, int], bits: int, depth: int) -> None:
+    while bits:
+        lowest = bits & -bits
+        matched[lowest.bit_length() - 1] = depth
+        bits ^= lowest

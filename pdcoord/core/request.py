@@ -1,0 +1,35 @@
+"""What routing needs to know of a call; no text."""
+
+from dataclasses import dataclass
+from typing import NewType
+
+from pdcoord.core.fleet import ModelName
+
+RequestId = NewType("RequestId", str)
+BlockKey = NewType("BlockKey", int)
+"""Chained hash of a block and all blocks before it, 64 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call, ready to be routed.
+
+    Attributes:
+        model: the policy's name of the model, aliases resolved.
+        prompt_tokens: counted, or estimated from bytes.
+        is_prompt_counted: whether prompt_tokens is exact; an estimate never refuses a request.
+        block_keys: keys of the prompt's full blocks in order; a partial last block has none.
+        block_tokens: prompt tokens that one key stands for.
+        choice_count: answers asked for; more than one is never split.
+        is_generative: whether there is a decode phase at all.
+    """
+
+    id: RequestId
+    model: ModelName
+    prompt_tokens: int
+    block_keys: tuple[BlockKey, ...] = ()
+    block_tokens: int = 64
+    output_tokens_max: int | None = None
+    is_prompt_counted: bool = False
+    choice_count: int = 1
+    is_generative: bool = True

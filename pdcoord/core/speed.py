@@ -1,0 +1,21 @@
+"""Speed as the policy seeds it: the figures written there, used as they are."""
+
+from pdcoord.core.costs import PathFigures
+from pdcoord.core.fleet import Endpoint
+
+PATH_LATENCY_S = 0.002
+"""Asking for KV until its first byte: upper end of RDMA set-up (0.5-2 ms, llm-d latency profiles)."""
+
+
+class SeededSpeed:
+    """A SpeedModel that believes the policy."""
+
+    def prefill_s(self, endpoint: Endpoint, uncached_tokens: int) -> float:
+        return endpoint.pool.speed.prefill_s(uncached_tokens)
+
+    def step_s(self, endpoint: Endpoint, batch: int, context_tokens: int) -> float:
+        return endpoint.pool.speed.step_s(batch, context_tokens)
+
+    def path(self, prefill: Endpoint, decode: Endpoint) -> PathFigures:
+        """The slower of the two links; unknown (0.0) if either is."""
+        return PathFigures(PATH_LATENCY_S, min(prefill.pool.link_bytes_per_s, decode.pool.link_bytes_per_s))

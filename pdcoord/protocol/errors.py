@@ -1,0 +1,138 @@
+"""Closed lists of reasons, and the OpenAI error bodies that carry them to a client."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import msgspec
+
+
+class RefuseReason(StrEnum):
+    """Why a request was answered with an error by pdcoord itself; the value of x-pdcoord-reason."""
+
+    MALFORMED_JSON = "malformed-json"
+    INVALID_FIELD = "invalid-field"
+    BODY_TOO_LARGE = "body-too-large"
+    CONTEXT_TOO_LONG = "context-too-long"
+    MODEL_UNKNOWN = "model-unknown"
+    PATH_UNKNOWN = "path-unknown"
+    METHOD_NOT_ALLOWED = "method-not-allowed"
+    TARGET_NOT_ALLOWED = "target-not-allowed"
+    NO_ENDPOINTS = "no-endpoints"
+    SATURATED = "saturated"
+    DRAINING = "draining"
+    LADDER_EXHAUSTED = "ladder-exhausted"
+    UPSTREAM_TIMEOUT = "upstream-timeout"
+    UPSTREAM_FAILED = "upstream-failed"
+    INTERNAL = "internal"
+
+
+class RungReason(StrEnum):
+    """Why a leg was given up and the next rung of the fallback ladder taken."""
+
+    PREFILL_UNREACHABLE = "prefill-unreachable"
+    PREFILL_TIMEOUT = "prefill-timeout"
+    PREFILL_ERROR = "prefill-error"
+    PREFILL_OVERLOADED = "prefill-overloaded"
+    PREFILL_NO_TICKET = "prefill-no-ticket"
+    TRANSFER_FAILED = "transfer-failed"
+    TRANSFER_TIMEOUT = "transfer-timeout"
+    DECODE_UNREACHABLE = "decode-unreachable"
+    DECODE_TIMEOUT = "decode-timeout"
+    DECODE_ERROR = "decode-error"
+    TARGET_NOT_ALLOWED = "target-not-allowed"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    status: int
+    type: str
+
+
+# The only table from reason to status. Types are OpenAI's own vocabulary where it has a word.
+_KINDS: dict[RefuseReason, _Kind] = {
+    RefuseReason.MALFORMED_JSON: _Kind(400, "invalid_request_error"),
+    RefuseReason.INVALID_FIELD: _Kind(400, "invalid_request_error"),
+    RefuseReason.BODY_TOO_LARGE: _Kind(413, "invalid_request_error"),
+    RefuseReason.CONTEXT_TOO_LONG: _Kind(400, "invalid_request_error"),
+    RefuseReason.MODEL_UNKNOWN: _Kind(404, "invalid_request_error"),
+    RefuseReason.PATH_UNKNOWN: _Kind(404, "invalid_request_error"),
+    RefuseReason.METHOD_NOT_ALLOWED: _Kind(405, "invalid_request_error"),
+    RefuseReason.TARGET_NOT_ALLOWED: _Kind(403, "invalid_request_error"),
+    RefuseReason.NO_ENDPOINTS: _Kind(503, "service_unavailable"),
+    RefuseReason.SATURATED: _Kind(429, "rate_limit_error"),
+    RefuseReason.DRAINING: _Kind(503, "service_unavailable"),
+    RefuseReason.LADDER_EXHAUSTED: _Kind(503, "service_unavailable"),
+    RefuseReason.UPSTREAM_TIMEOUT: _Kind(504, "upstream_error"),
+    RefuseReason.UPSTREAM_FAILED: _Kind(502, "upstream_error"),
+    RefuseReason.INTERNAL: _Kind(500, "internal_error"),
+}
+
+
+class _Error(msgspec.Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _Error
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer that pdcoord gives itself instead of an engine's.
+
+    Attributes:
+        message: for the client; names the field, the value and the remedy, never internals.
+        param: the request field at fault, if one is.
+        retry_after_s: seconds after which a retry may help; sent as Retry-After.
+    """
+
+    reason: RefuseReason
+    message: str
+    param: str | None = None
+    retry_after_s: int | None = None
+
+    @property
+    def status(self) -> int:
+        return _KINDS[self.reason].status
+
+    @property
+    def is_servers_fault(self) -> bool:
+        return self.status >= 500
+
+    def body(self) -> bytes:
+        """JSON `{"error": {"message", "type", "param", "code"}}`, as OpenAI's API answers."""
+        return msgspec.json.encode(
+            _ErrorBody(
+                _Error(
+                    message=self.message,
+                    type=_KINDS[self.reason].type,
+                    param=self.param,
+                    code=self.reason.value,
+                )
+            )
+        )
+
+    def event(self) -> bytes:
+        """The same as a server-sent event, for a stream that has already begun."""
+        return b"data: " + self.body() + b"\n\n"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Headers of the answer, without content-length."""
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"x-pdcoord-reason", self.reason.value.encode()),
+        ]
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        return headers
+
+
+class RefusedError(Exception):
+    """Carries a refusal from where it is found to the edge that answers."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal

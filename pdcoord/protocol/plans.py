@@ -1,0 +1,131 @@
+"""The plan as it travels to a sidecar in a header, and what the sidecar says it did."""
+
+from enum import StrEnum
+
+import msgspec
+
+from pdcoord.protocol.errors import RungReason
+from pdcoord.protocol.headers import HostPort
+
+PLAN_VERSION = 1
+
+
+class Mode(StrEnum):
+    """How a request is served."""
+
+    SPLIT = "split"
+    COLOCATED = "colocated"
+
+
+class DialectName(StrEnum):
+    """The wire habits of a pair of engines when they hand KV over."""
+
+    NIXLV2 = "nixlv2"
+    SGLANG = "sglang"
+
+
+class RungKind(StrEnum):
+    """Steps of the fallback ladder, in the order they are taken; refuse is always the last."""
+
+    OTHER_PREFILL = "other-prefill"
+    OTHER_DECODE = "other-decode"
+    COLOCATED = "colocated"
+    REFUSE = "refuse"
+
+
+class PrefillTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a prefill leg may go.
+
+    Attributes:
+        bootstrap_port: SGLang's rendezvous port on the prefill host; unused by nixlv2.
+    """
+
+    address: HostPort
+    bootstrap_port: int | None = None
+
+
+class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the coordinator asks of a sidecar for one request.
+
+    Attributes:
+        prefills: prefill targets in the order to try; empty means serve colocated.
+        is_colocated_allowed: whether the sidecar may fall back to its own engine's prefill.
+        prefill_deadline_ms: longest wait for one prefill leg's answer.
+        transfer_deadline_ms: longest wait from sending the decode leg to its first byte; shorter
+            than the producer's lease.
+    """
+
+    prefills: tuple[PrefillTarget, ...] = ()
+    dialect: DialectName = DialectName.NIXLV2
+    is_colocated_allowed: bool = True
+    prefill_deadline_ms: float = 60_000.0
+    transfer_deadline_ms: float = 20_000.0
+    version: int = PLAN_VERSION
+
+
+class RungTaken(msgspec.Struct, frozen=True, kw_only=True):
+    """One fallback: which leg failed at which target, why, and what was done next."""
+
+    rung: RungKind
+    reason: RungReason
+    target: HostPort
+
+
+class ServedHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the sidecar did by the time the response's first byte was ready.
+
+    Attributes:
+        prefill: the prefill pod whose KV was used; None when colocated.
+        rungs: fallbacks taken, in order.
+        prefill_ms: from sending the prefill leg to its answer, of the leg that was used.
+        transfer_ms: from sending the decode leg to its first byte, with the first step included.
+        cached_tokens: the prefill engine's own count of prompt tokens it had cached.
+    """
+
+    mode: Mode
+    prefill: HostPort | None = None
+    rungs: tuple[RungTaken, ...] = ()
+    prefill_ms: float | None = None
+    transfer_ms: float | None = None
+    cached_tokens: int | None = None
+
+
+class PlanHeaderError(ValueError):
+    """The plan header is not one that this version can execute."""
+
+
+_plan_decoder = msgspec.json.Decoder(PlanHeader)
+_served_decoder = msgspec.json.Decoder(ServedHeader)
+
+
+def encode_plan(plan: PlanHeader) -> bytes:
+    return msgspec.json.encode(plan)
+
+
+def decode_plan(raw: bytes) -> PlanHeader:
+    """Read a plan header.
+
+    Raises:
+        PlanHeaderError: if it is malformed or of another version.
+    """
+    try:
+        plan = _plan_decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PlanHeaderError(f"x-pdcoord-plan: {error}") from error
+    if plan.version != PLAN_VERSION:
+        raise PlanHeaderError(f"x-pdcoord-plan: version is {plan.version}, expected {PLAN_VERSION}")
+    if plan.prefill_deadline_ms <= 0 or plan.transfer_deadline_ms <= 0:
+        raise PlanHeaderError("x-pdcoord-plan: a deadline is not positive")
+    return plan
+
+
+def encode_served(served: ServedHeader) -> bytes:
+    return msgspec.json.encode(served)
+
+
+def decode_served(raw: bytes) -> ServedHeader | None:
+    """Read a served header; None if it is malformed, since it only informs."""
+    try:
+        return _served_decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
