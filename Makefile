@@ -1,0 +1,58 @@
+# The commands of this project. Each sets up what it needs; `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test unit check format e2e-vllm bench-relay bench-decide docs constraints clean
+
+help: ## List the commands
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@.ci/venv $(VENV) $(PYTHON)
+
+venv: $(VENV)/.installed ## Make .venv with pinned versions
+
+demo: $(VENV)/.installed ## Three emulated vendors, split serving, a killed pod; DEMO_ARGS=--keep leaves it running
+	@$(BIN)/pdcoord demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed ## All tests that need no engine and no accelerator
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not e2e' -q $(PYTEST_ARGS)
+
+unit: $(VENV)/.installed ## Only the unit tests
+	$(BIN)/pytest -n 2 -q tests/unit $(PYTEST_ARGS)
+
+check: $(VENV)/.installed ## Lint, types, layers, tidiness
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q -p no:randomly tests/test_tidy.py
+
+format: $(VENV)/.installed ## Format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+e2e-vllm: $(VENV)/.installed ## Two real vLLM servers on CPU behind the sidecar and the gateway
+	tests/e2e/setup.sh
+	$(BIN)/pytest -v -m e2e -p no:randomly tests/e2e $(PYTEST_ARGS)
+
+bench-relay: $(VENV)/.installed ## CPU per relayed event of gateway and sidecar, beside a plain splice
+	$(BIN)/python -m benchmarks.relay $(BENCH_ARGS)
+
+bench-decide: $(VENV)/.installed ## Cost of one routing decision, by part
+	$(BIN)/python -m benchmarks.decide $(BENCH_ARGS)
+
+docs: $(VENV)/.installed ## Regenerate what is generated in docs/ and deploy/
+	$(BIN)/python -m tests.regenerate
+
+constraints: ## Pin what pyproject.toml allows today
+	rm -rf .venv-pin && $(PYTHON) -m venv .venv-pin && .venv-pin/bin/pip install --quiet -e '.[dev]'
+	{ head -n 2 constraints.txt; .venv-pin/bin/pip freeze --exclude-editable | sort -f; } > .venv-pin/new
+	mv .venv-pin/new constraints.txt && rm -rf .venv-pin
+
+clean: ## Remove environments and caches
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,108 @@
+"""The command line: one function per command, each a thin call into the package that does the work.
+
+Imports stand inside the commands, so that `pdcoord policy check` does not load a web server.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="pdcoord",
+    help="One OpenAI endpoint over a mixed-vendor fleet, with prefill and decode on the pods that suit them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+policy_app = typer.Typer(help="Check policy files and print their schema.", no_args_is_help=True)
+app.add_typer(policy_app, name="policy")
+
+
+@app.command()
+def serve(
+    policy: Annotated[Path, typer.Option(help="PoolPolicy file; re-read when it changes.")],
+    endpoints: Annotated[
+        Path | None, typer.Option(help="Endpoints file for pools with a selector; re-read when it changes.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on for clients.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port for clients.", min=0, max=65535)] = 8080,
+    admin_host: Annotated[str, typer.Option(help="Address of the admin listener.")] = "127.0.0.1",
+    admin_port: Annotated[int, typer.Option(help="Port of the admin listener.", min=0, max=65535)] = 8081,
+) -> None:
+    """Serve OpenAI traffic over the fleet that a policy describes.
+
+    Further settings are environment variables, PDCOORD_*; docs/gateway.md lists them.
+    """
+    from pdcoord.runtime.serve import serve as run
+    from pdcoord.runtime.settings import ServeSettings
+
+    settings = ServeSettings(
+        policy=policy,
+        endpoints=endpoints,
+        host=host,
+        port=port,
+        admin_host=admin_host,
+        admin_port=admin_port,
+    )
+    raise typer.Exit(run(settings))
+
+
+@app.command()
+def explain(
+    request_id: Annotated[
+        str | None, typer.Argument(help="The x-request-id; the last request without it.")
+    ] = None,
+    admin_url: Annotated[
+        str, typer.Option(envvar="PDCOORD_ADMIN_URL", help="Admin listener of the gateway.")
+    ] = "http://127.0.0.1:8081",
+) -> None:
+    """Print why a request was served the way it was."""
+    from pdcoord.runtime.explain import explain as run
+
+    raise typer.Exit(run(request_id, admin_url))
+
+
+@app.command()
+def emulate(
+    fleet: Annotated[Path, typer.Argument(help="EmulatedFleet file.")],
+    engine: Annotated[list[str] | None, typer.Option(help="Run only this engine; may be repeated.")] = None,
+) -> None:
+    """Run emulated engines until stopped."""
+    from pdcoord.sim.emulator import run
+
+    raise typer.Exit(run(fleet, engine or []))
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the fleet running until Ctrl-C.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the traffic.")] = 7,
+) -> None:
+    """Serve traffic over three emulated vendors, kill a pod half-way, and compare with round robin."""
+    from pdcoord.sim.demo.run import run
+
+    raise typer.Exit(run(keep=keep, seed=seed))
+
+
+@policy_app.command("check")
+def policy_check(
+    files: Annotated[list[Path], typer.Argument(help="PoolPolicy files.")],
+) -> None:
+    """Say what is wrong with policy files, or what they describe; exit 1 if any is wrong."""
+    from pdcoord.policy.commands import check
+
+    raise typer.Exit(check(files))
+
+
+@policy_app.command("schema")
+def policy_schema() -> None:
+    """Print the JSON Schema of a policy document."""
+    from pdcoord.policy.commands import schema
+
+    typer.echo(schema())
+
+
+def main() -> None:
+    """Entry point of the `pdcoord` script."""
+    app()
