@@ -1,0 +1,133 @@
+"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks, and a short way for body parts."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from pdcoord.wire.asgi import Scope
+from pdcoord.wire.relay import BODY_EXTENSION
+
+# Bounds on a request's head, against clients that never end one. A read of the event loop (256 KiB) may
+# come on top of the first; the second runs from the first byte, or from connecting.
+HEAD_BYTES_MAX = 64 * 1024
+HEAD_S_MAX = 15.0
+_HEAD_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+)
+
+_silent = logging.getLogger("pdcoord.wire.silent")
+_silent.disabled = True
+
+
+class BodyWriter:
+    """`relay.BodyWriter` over uvicorn's cycle: what its `send` does for a chunked body part, and no more.
+
+    The protocol says when the transport's buffer is full and when the client has gone, so that a write
+    need not look for either.
+    """
+
+    __slots__ = ("_cycle", "_is_direct", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._write = cycle.transport.write
+        self._is_direct = False
+
+    def write(self, data: bytes) -> Awaitable[None] | None:
+        if self._is_direct:
+            self._write(b"%x\r\n%b\r\n" % (len(data), data))
+            # The write may have filled the buffer, in which case `hold` was called meanwhile.
+            if self._is_direct:
+                return None
+            return self._cycle.flow.drain()
+        cycle = self._cycle
+        if cycle.disconnected:
+            return None
+        is_chunked = (
+            cycle.response_started and cycle.chunked_encoding is True and cycle.scope["method"] != "HEAD"
+        )
+        if not is_chunked or cycle.response_complete or cycle.flow.write_paused:
+            return cycle.send({"type": "http.response.body", "body": data, "more_body": True})
+        self._is_direct = True
+        return self.write(data)
+
+    def hold(self) -> None:
+        """Something has changed: look again before the next write."""
+        self._is_direct = False
+
+
+class ServerProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with the two bounds that it lacks: on the size of a head and on its time."""
+
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, on_lost: Callable[["ServerProtocol"], None]
+    ) -> None:
+        super().__init__(config=config, server_state=state, app_state={})
+        self._on_lost = on_lost
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._writer: BodyWriter | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._arm_head_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._is_in_head and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES_MAX:
+                self.transport.write(_HEAD_TOO_LARGE)
+                self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_head_timer()
+        self._hold_writer()
+        super().connection_lost(exc)
+        self._on_lost(self)
+
+    def on_message_begin(self) -> None:
+        self._is_in_head = True
+        self._head_bytes = 0
+        if self._head_timer is None:
+            self._arm_head_timer()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._cancel_head_timer()
+        super().on_headers_complete()
+        # The app's task only starts when this callback has returned.
+        self._writer = BodyWriter(self.cycle)
+        cast("Scope", self.scope)["extensions"] = {BODY_EXTENSION: self._writer}
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._hold_writer()
+
+    def on_response_complete(self) -> None:
+        self._hold_writer()
+        super().on_response_complete()
+
+    def _hold_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.hold()
+
+    def _arm_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_S_MAX, self.transport.close)
+
+    def _cancel_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def silence(self) -> None:
+        """Let no stack be logged for the request that is about to be cancelled; the app has its own word."""
+        if self.cycle is not None:
+            self.cycle.logger = _silent

@@ -1,0 +1,168 @@
+"""The short way for body parts does what uvicorn's `send` does, byte for byte, or leaves it to `send`."""
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+from uvicorn.server import ServerState
+
+from pdcoord.wire.asgi import Message, Receive, Scope, Send
+from pdcoord.wire.protocol import BodyWriter, ServerProtocol
+from pdcoord.wire.relay import BODY_EXTENSION
+
+LAST: Message = {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+class Transport:
+    """A client's end; refuses nothing and remembers everything."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.is_closed = False
+
+    def get_extra_info(self, _name: str) -> None:
+        return None
+
+    def write(self, data: bytes) -> None:
+        assert not self.is_closed
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+class Rig:
+    """One server connection whose app hands out what it was called with."""
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self.called: asyncio.Future[tuple[Scope, Receive, Send]] = asyncio.get_running_loop().create_future()
+        self.done = asyncio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            self.called.set_result((scope, receive, send))
+            await self.done.wait()
+
+        config = uvicorn.Config(
+            cast("Any", app), http="httptools", ws="none", lifespan="off", log_config=None
+        )
+        config.load()
+        self.protocol = ServerProtocol(config, ServerState(), self._on_lost)
+        self.transport = Transport()
+        self.protocol.connection_made(cast("asyncio.Transport", self.transport))
+
+    def _on_lost(self, _protocol: ServerProtocol) -> None:
+        self.lost += 1
+
+    async def begin(
+        self, method: bytes = b"GET", headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> BodyWriter:
+        """A request whose response head has been sent."""
+        self.protocol.data_received(method + b" / HTTP/1.1\r\nhost: x\r\n\r\n")
+        scope, _, self.send = await self.called
+        await self.send({"type": "http.response.start", "status": 200, "headers": list(headers)})
+        self.transport.written = b""
+        writer = scope["extensions"][BODY_EXTENSION]
+        assert isinstance(writer, BodyWriter)
+        return writer
+
+    async def end(self) -> None:
+        self.done.set()
+        if not self.lost:
+            self.protocol.connection_lost(None)
+        await asyncio.sleep(0)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=5))
+def test_parts_are_framed_as_send_frames_them(parts: list[bytes]) -> None:
+    async def written(*, is_short: bool) -> bytes:
+        rig = Rig()
+        writer = await rig.begin()
+        for part in parts:
+            if is_short:
+                assert writer.write(part) is None
+            else:
+                await rig.send({"type": "http.response.body", "body": part, "more_body": True})
+        await rig.send(LAST)
+        await rig.end()
+        return rig.transport.written
+
+    assert asyncio.run(written(is_short=True)) == asyncio.run(written(is_short=False))
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "sent"),
+    [(b"HEAD", (), b""), (b"GET", ((b"content-length", b"2"),), b"ok")],
+    ids=["head", "content-length"],
+)
+async def test_what_is_not_chunked_is_left_to_send(
+    method: bytes, headers: tuple[tuple[bytes, bytes], ...], sent: bytes
+) -> None:
+    rig = Rig()
+    writer = await rig.begin(method, headers)
+    pause = writer.write(b"ok")
+    assert pause is not None
+    await pause
+    assert rig.transport.written == sent
+    await rig.end()
+
+
+async def test_a_full_buffer_asks_for_a_pause_that_ends_when_there_is_room() -> None:
+    rig = Rig()
+    writer = await rig.begin()
+    assert writer.write(b"a") is None
+    real_write, rig.protocol.transport = rig.transport.write, cast("asyncio.Transport", rig.transport)
+
+    def write_and_fill(data: bytes) -> None:
+        real_write(data)
+        rig.protocol.pause_writing()
+
+    writer._write = write_and_fill
+    pause = writer.write(b"b")
+    assert pause is not None
+    later = writer.write(b"c")
+    assert later is not None
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(cast("Any", each)) for each in (pause, later)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in tasks)
+        assert b"c" not in rig.transport.written
+        rig.protocol.resume_writing()
+    assert rig.transport.written == b"1\r\na\r\n1\r\nb\r\n1\r\nc\r\n"
+    writer._write = real_write
+    assert writer.write(b"d") is None
+    await rig.end()
+
+
+async def test_a_client_that_has_gone_is_written_nothing() -> None:
+    rig = Rig()
+    writer = await rig.begin()
+    assert writer.write(b"a") is None
+    rig.transport.is_closed = True
+    rig.protocol.connection_lost(ConnectionResetError())
+    assert writer.write(b"b") is None
+    assert rig.lost == 1
+    await rig.end()
+
+
+async def test_after_the_last_part_a_write_is_an_error_as_with_send() -> None:
+    rig = Rig()
+    writer = await rig.begin()
+    assert writer.write(b"a") is None
+    await rig.send(LAST)
+    late = writer.write(b"b")
+    assert late is not None
+    with pytest.raises(RuntimeError, match="already completed"):
+        await late
+    await rig.end()
