@@ -1,0 +1,86 @@
+"""What is allowed in a policy but may not be what its writer meant."""
+
+from collections.abc import Iterable, Iterator
+
+from pdcoord.core.fleet import Role
+from pdcoord.core.model import SplitMode
+from pdcoord.policy.checks import Fault, Parts
+from pdcoord.policy.errors import Problem
+from transfer.verdict import verdict
+
+
+def warnings_of(all_parts: Iterable[Parts]) -> Iterator[Problem]:
+    """Warnings about complete documents, in the order of the file."""
+    addresses: dict[str, int] = {}
+    for parts in all_parts:
+        faults = [*_unused(parts), *_alone(parts)]
+        if parts.mode is not SplitMode.NEVER:
+            faults += [*_links(parts), *_kv_sizes(parts)]
+        yield from (parts.document.problem(path, message) for path, message in faults)
+        yield from _shared_addresses(parts, addresses)
+
+
+def _unused(parts: Parts) -> Iterator[Fault]:
+    """Prefill pools that no request can reach."""
+    for part in parts.pools:
+        if part.pool.role is not Role.PREFILL:
+            continue
+        if parts.mode is SplitMode.NEVER:
+            yield part.path(), f"pool {part.spec.name} gets no work: disaggregation.mode is never"
+        elif reasons := parts.impossible_reasons(part):
+            yield part.path(), f"pool {part.spec.name} gets no work: {'; '.join(reasons)}"
+
+
+def _alone(parts: Parts) -> Iterator[Fault]:
+    if not any(part.pool.can_serve_alone for part in parts.pools):
+        message = (
+            "no pool can serve a request alone, so requests that are never split (n > 1, embeddings, "
+            "prompts below a block) are refused; add a pool with role both"
+        )
+        yield ("pools",), message
+
+
+def _links(parts: Parts) -> Iterator[Fault]:
+    """Pools that could be paired but for their link."""
+    if parts.disaggregation is None:
+        return
+    minimum = parts.disaggregation.bandwidth_gbit_per_s_min
+    paired = set()
+    for prefill in parts.prefills:
+        for decode in parts.decodes:
+            if verdict(prefill.pool.side, decode.pool.side).is_possible and prefill is not decode:
+                paired |= {prefill.index, decode.index}
+    for part in parts.pools:
+        link = part.spec.link_gbit_per_s
+        if part.index in paired and link is None:
+            yield part.path(), f"pool {part.spec.name} has no link_gbit_per_s, so nothing is split with it"
+        elif part.index in paired and link is not None and link < minimum:
+            message = f"is {link:g}, below bandwidth_gbit_per_s_min ({minimum:g}), so nothing is split here"
+            yield part.path("link_gbit_per_s"), message
+
+
+def _kv_sizes(parts: Parts) -> Iterator[Fault]:
+    """Pools of one dtype whose KV of one token differs: one of the figures is likely wrong."""
+    first_of_dtype: dict[str, tuple[str, int]] = {}
+    for part in parts.pools:
+        if part.spec.layout is None:
+            continue
+        dtype, size = part.spec.layout.dtype, part.spec.kv_bytes_per_token
+        name, first = first_of_dtype.setdefault(dtype, (part.spec.name, size))
+        if first != size:
+            message = f"is {size}, but pool {name} has {first} with the same dtype ({dtype})"
+            yield part.path("kv_bytes_per_token"), message
+
+
+def _shared_addresses(parts: Parts, addresses: dict[str, int]) -> Iterator[Problem]:
+    """Endpoints that another document lists too: neither model's figures know the other's load."""
+    own: dict[str, int] = {}
+    for part in parts.pools:
+        for i, endpoint in enumerate(part.spec.endpoints or ()):
+            path = part.path("endpoints", i, "address")
+            if endpoint.address in addresses:
+                line = addresses[endpoint.address]
+                message = f"is {endpoint.address}, which serves another model too (line {line})"
+                yield parts.document.problem(path, message)
+            own.setdefault(endpoint.address, parts.document.position_of(path))
+    addresses.update(own)

@@ -1,0 +1,232 @@
+"""A pool as an operator writes it: endpoints of one vendor, engine, layout and role."""
+
+from typing import Annotated, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from pdcoord.core.fleet import EngineKind, Role
+from pdcoord.policy.errors import KeyPath
+from pdcoord.policy.values import (
+    Address,
+    EndpointName,
+    GbitPerS,
+    Labels,
+    Milliseconds,
+    Name,
+    Port,
+    Spec,
+)
+from pdcoord.policy.yamltext import FaultsError
+from transfer.layout import KvDtype, Order
+from transfer.verdict import Connector
+
+
+class LayoutSpec(Spec):
+    """How the engines of a pool store KV; decides, with the connector, which pools can be paired."""
+
+    block_tokens: int = Field(
+        ge=1, description="Tokens in one KV block: vLLM --block-size, SGLang --page-size."
+    )
+    order: Order = Field(
+        default=Order.NHD,
+        description=(
+            "Axes inside a block: NHD is tokens before heads, HND heads before tokens "
+            "(vLLM VLLM_KV_CACHE_LAYOUT)."
+        ),
+    )
+    dtype: KvDtype = Field(
+        default=KvDtype.BFLOAT16,
+        description=(
+            "Element type of the KV cache (vLLM --kv-cache-dtype; the model's own type when it is auto). "
+            "AMD gfx94x writes fp8_e4m3fnuz where others write fp8_e4m3fn."
+        ),
+    )
+    tensor_parallel: int = Field(
+        default=1, ge=1, le=1024, description="Ranks that share a layer's KV heads: --tensor-parallel-size."
+    )
+    tiling: str = Field(
+        default="plain",
+        min_length=1,
+        max_length=64,
+        description="Name of a vendor's private arrangement inside a page; plain where there is none.",
+    )
+
+
+class EndpointSpec(Spec):
+    """One engine rank that can be addressed."""
+
+    address: Address = Field(
+        description=(
+            "host:port where requests go: the sidecar on a decode pod, the engine itself on a prefill pod."
+        )
+    )
+    name: EndpointName | None = Field(
+        default=None, description="Name in logs and metrics, unique in the pool; the address if not set."
+    )
+    bootstrap_port: Port | None = Field(
+        default=None,
+        description=(
+            "SGLang's rendezvous port (--disaggregation-bootstrap-port); 8998, SGLang's own default, on "
+            "SGLang pools that prefill, otherwise unused."
+        ),
+    )
+
+
+class SelectorSpec(Spec):
+    """Picks the pool's endpoints out of the endpoints file by their labels."""
+
+    match_labels: Annotated[Labels, Field(min_length=1)] = Field(
+        description="Labels that an entry must have, all of them, with these values."
+    )
+
+
+class SpeedSpec(Spec):
+    """What work costs on one endpoint, as two formulas.
+
+    prefill = base + a·tokens + b·tokens², step = base + c·sequences + d·context.
+
+    The prefill figures are needed on every pool that may compute a prompt, which decode pools of vLLM
+    do when a request is kept together; the step figures on every pool that decodes. Of each group at
+    least one must be above 0.
+    """
+
+    prefill_base_ms: Milliseconds | None = Field(
+        default=None, description="Fixed cost of one prefill, in ms."
+    )
+    prefill_ms_per_token: Milliseconds | None = Field(
+        default=None,
+        description="Cost of each prompt token to compute, in ms: 1000 / prefill tokens per second.",
+    )
+    prefill_ns_per_token_squared: float | None = Field(
+        default=None,
+        ge=0,
+        le=1e9,
+        description="Cost that grows with the square of the prompt (attention), in ns; 0 leaves it out.",
+    )
+    step_base_ms: Milliseconds | None = Field(
+        default=None,
+        description="One decode step of an empty batch, in ms: the inter-token latency at batch 1.",
+    )
+    step_us_per_sequence: float | None = Field(
+        default=None, ge=0, le=1e7, description="Cost of each further sequence in the batch to a step, in µs."
+    )
+    step_ns_per_context_token: float | None = Field(
+        default=None,
+        ge=0,
+        le=1e7,
+        description=(
+            "Cost of each token of context in the batch to a step, in ns: "
+            "KV bytes per token / memory bandwidth."
+        ),
+    )
+
+
+class LimitsSpec(Spec):
+    """Bounds on what one endpoint of the pool is given."""
+
+    in_flight_max: int = Field(
+        default=256,
+        ge=1,
+        le=65_536,
+        description="Requests on one endpoint at a time, both legs counted; 256 is a common --max-num-seqs.",
+    )
+    context_tokens_max: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000_000,
+        description=(
+            "Prompt and output tokens of one request together (--max-model-len); if not set, the "
+            "engine's own limit answers."
+        ),
+    )
+
+
+class PoolSpec(Spec):
+    """Endpoints of one vendor, engine, layout and role."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["endpoints"]}, {"required": ["selector"]}]}
+    )
+
+    name: Name = Field(description="Unique over all documents; part of every endpoint's id.")
+    role: Role = Field(description="Legs that the pool takes: prefill, decode, or both, as load asks.")
+    vendor: str = Field(
+        pattern=r"^[!-~]([ -~]*[!-~])?$",
+        max_length=64,
+        description="Maker of the accelerators, free text, shown in metrics.",
+        json_schema_extra={"x-expected": "up to 64 printable ASCII characters"},
+    )
+    engine: EngineKind = Field(description="The engine, which decides the dialect of the handoff.")
+    connector: Connector = Field(
+        description=(
+            "Software that moves KV. nixl: vLLM's NixlConnector, equal layouts only. pdcoord: ours, unlike "
+            "layouts too. sglang: SGLang's own, on its prefill and decode servers. none: KV never leaves; "
+            "the pool serves whole requests."
+        )
+    )
+    layout: LayoutSpec | None = Field(
+        default=None,
+        description="How KV is stored. Without it every pair with this pool is impossible.",
+    )
+    kv_bytes_per_token: int = Field(
+        ge=1,
+        le=1 << 26,
+        description=(
+            "KV bytes that one prompt token adds to a transfer, all ranks together: "
+            "2 x layers x KV heads x head size x bytes per element."
+        ),
+    )
+    link_gbit_per_s: GbitPerS | None = Field(
+        default=None,
+        description=(
+            "What one endpoint's network card carries, in Gbit/s. Without it the bandwidth of the pool's "
+            "paths is unknown, and nothing is split over them."
+        ),
+    )
+    endpoints: tuple[EndpointSpec, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="The pool's endpoints. Exactly one of endpoints and selector is set.",
+    )
+    selector: SelectorSpec | None = Field(
+        default=None, description="Where the endpoints come from an endpoints file: which of its entries."
+    )
+    speed: SpeedSpec = Field(description="Speed figures of one endpoint, the seed of every prediction.")
+    cost_per_hour: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="Cost of one endpoint, in any one currency for the whole file; breaks ties of time.",
+    )
+    limits: LimitsSpec = Field(default_factory=LimitsSpec, description="Bounds on what an endpoint is given.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        faults = [*_source_faults(self), *_connector_faults(self)]
+        if faults:
+            raise FaultsError(faults)
+        return self
+
+
+def _source_faults(pool: PoolSpec) -> list[tuple[KeyPath, str]]:
+    if pool.endpoints is None and pool.selector is None:
+        return [((), "has neither endpoints nor selector; set one of them")]
+    if pool.endpoints is not None and pool.selector is not None:
+        return [(("selector",), "is set beside endpoints; keep one of them")]
+    return []
+
+
+def _connector_faults(pool: PoolSpec) -> list[tuple[KeyPath, str]]:
+    """Refuse a connector that the engine does not have in this role."""
+    connector = pool.connector
+    if pool.engine is EngineKind.VLLM:
+        if connector is Connector.SGLANG:
+            return [(("connector",), "is sglang on a vllm pool, expected one of nixl, pdcoord, none")]
+    elif pool.role is Role.BOTH:
+        # --disaggregation-mode is prefill, decode or null, and a null server moves no KV (SGLang 0.5.23).
+        if connector is not Connector.NONE:
+            return [(("connector",), f"is {connector} on an sglang pool with role both, expected none")]
+    elif connector is not Connector.SGLANG:
+        return [(("connector",), f"is {connector} on an sglang pool with role {pool.role}, expected sglang")]
+    return []

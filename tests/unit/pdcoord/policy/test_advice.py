@@ -1,0 +1,77 @@
+"""Tests of warnings: every one's golden line, and none for what is sound."""
+
+import pytest
+
+from pdcoord.policy.compile import compile_policy
+from pdcoord.policy.load import parse_policies
+
+
+def warnings_of(text: str) -> list[str]:
+    return [str(warning) for warning in compile_policy(parse_policies(text.encode(), "p")).warnings]
+
+
+def test_a_sound_policy_has_none(good: str) -> None:
+    assert warnings_of(good) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "connector: pdcoord\n    layout: {block_tokens: 64",
+            "connector: nixl\n    layout: {block_tokens: 64",
+            (
+                "p:8: pools[0]: pool fast gets no work: fast -> wide: connectors differ: pdcoord cannot "
+                "feed nixl"
+            ),
+        ),
+        (
+            "mode: auto",
+            "mode: never",
+            "p:8: pools[0]: pool fast gets no work: disaggregation.mode is never",
+        ),
+        (
+            "    link_gbit_per_s: 100\n    endpoints: [",
+            "    endpoints: [",
+            "p:20: pools[1]: pool wide has no link_gbit_per_s, so nothing is split with it",
+        ),
+        (
+            "    link_gbit_per_s: 100\n    endpoints: [",
+            "    link_gbit_per_s: 1\n    endpoints: [",
+            (
+                "p:27: pools[1].link_gbit_per_s: is 1, below bandwidth_gbit_per_s_min (8), so nothing is "
+                "split here"
+            ),
+        ),
+        (
+            "kv_bytes_per_token: 131072\n    link_gbit_per_s: 100\n    endpoints: [",
+            "kv_bytes_per_token: 65536\n    link_gbit_per_s: 100\n    endpoints: [",
+            (
+                "p:26: pools[1].kv_bytes_per_token: is 65536, but pool fast has 131072 with the same dtype "
+                "(bfloat16)"
+            ),
+        ),
+    ],
+)
+def test_each_has_its_line(good: str, old: str, new: str, expected: str) -> None:
+    assert good.count(old) == 1
+    assert warnings_of(good.replace(old, new)) == [expected]
+
+
+def test_a_fleet_that_can_only_split_is_warned_of(good: str) -> None:
+    text = good.replace("engine: vllm", "engine: sglang").replace("connector: pdcoord", "connector: sglang")
+    text = text.replace("{block_tokens: 64, order: NHD}", "{block_tokens: 16, order: HND}")
+    assert warnings_of(text) == [
+        (
+            "p:7: pools: no pool can serve a request alone, so requests that are never split (n > 1, "
+            "embeddings, prompts below a block) are refused; add a pool with role both"
+        )
+    ]
+
+
+def test_an_address_of_two_models_is_warned_of(good: str) -> None:
+    other = good.replace("llama", "other").replace("fast", "fast2").replace("wide", "wide2")
+    other = other.replace("10.0.0.1", "10.1.0.1").replace("10.0.0.2", "10.1.0.2")
+    assert warnings_of(f"{good}---\n{other}") == [
+        "p:61: pools[1].endpoints[0].address: is 10.0.1.1:8000, which serves another model too (line 28)"
+    ]
