@@ -23,11 +23,14 @@ from pdcoord.core.events import (
     RequestEnded,
     ResponseBegan,
 )
+from pdcoord.core.filters import is_too_long_everywhere
 from pdcoord.core.fleet import (
+    Endpoint,
     EndpointDraining,
     EndpointGone,
     EndpointId,
     EndpointSeen,
+    EndpointState,
     EngineKind,
     Fleet,
     SampleFailed,
@@ -138,13 +141,22 @@ class Coordinator:
         self.fleet.validate()
         self.ledger.validate()
         self.prefix.validate()
+        known = {state.endpoint.id for state in self.fleet.states()}
+        self.paths.validate(known, self._live)
+        in_use = {e.id for live in self._live.values() for e in (live.plan.decode, live.plan.prefill) if e}
+        assert {name for name, _ in self.ledger.loads()} <= known | in_use, "an account of nobody"
         assert self.ledger.open_count == len(self._live), "the ledger and the live requests disagree"
         assert set(self._budgets) == {m.name for m in self.models()}, "a model without a budget"
 
     def _replace_models(self, models: tuple[Model, ...]) -> None:
         self._models = {name: m for m in models for name in (m.name, *m.aliases)}
         kept = self._budgets
-        self._budgets = {m.name: kept.get(m.name) or FallbackBudget(m.fallback.window) for m in models}
+        self._budgets = {}
+        for model in models:
+            budget, window = kept.get(model.name), model.fallback.window
+            self._budgets[model.name] = (
+                budget if budget is not None and budget.window == window else FallbackBudget(window)
+            )
         self.paths.forget_verdicts()
 
     def _take_signal(self, signal: Signal) -> None:
@@ -184,12 +196,16 @@ class Coordinator:
     ) -> Plan | Refusal:
         choice = self._scheduler.choose(request, model, excluded, now_s)
         if isinstance(choice, NoChoice):
-            return _refusal(request, choice.drops)
+            return _refusal(request, model, choice.drops)
         decode = self.fleet.get(choice.best.decode.id)
         assert decode is not None, "the scheduler chose an endpoint that is not in the fleet"
         budget = self._budgets[model.name]
         if choice.is_outage and not budget.allows(model.fallback, decode):
-            return _saturated()
+            # Counted, since the share is of what was asked for: were only what is served counted, a
+            # share once reached would let nothing pass any more.
+            budget.note(is_fallback=False)
+            is_on_ladder = RungKind.COLOCATED in model.fallback.rungs
+            return _saturated() if is_on_ladder else _refusal(request, model, choice.drops)
         is_split = choice.best.mode is Mode.SPLIT
         is_sglang = decode.endpoint.pool.engine is EngineKind.SGLANG
         return Plan(
@@ -221,16 +237,21 @@ class Coordinator:
             now_s,
         )
         if plan.prefill is not None:
-            self.paths.begin(plan.prefill.id, plan.decode.id)
+            self.paths.begin(plan.prefill.id, plan.decode.id, request.id)
         # Recorded when routed, not when answered, so that a burst of one prefix goes to one place.
-        for endpoint in {worker.id, plan.decode.id}:
+        for endpoint in {worker.id: worker, plan.decode.id: plan.decode}.values():
             self._record_prefix(endpoint, request, model)
         return Dispatch(plan)
 
-    def _record_prefix(self, endpoint_id: EndpointId, request: Request, model: Model) -> None:
-        state = self.fleet.get(endpoint_id)
+    def _record_prefix(self, endpoint: Endpoint, request: Request, model: Model) -> None:
+        state = self._state_of(endpoint)
         if state is not None and request.is_generative:
             self.prefix.record(state.ordinal, request.block_keys, model.prefix_blocks_per_endpoint_max)
+
+    def _state_of(self, endpoint: Endpoint) -> EndpointState | None:
+        """The endpoint of a plan as it is now; None if it is gone or is another process by now."""
+        state = self.fleet.get(endpoint.id)
+        return state if state is not None and state.endpoint.address == endpoint.address else None
 
     def _begin_response(self, live: _Live, served: ServedHeader | None, now_s: float) -> None:
         assert not live.has_begun, f"response {live.request.id} began twice"
@@ -251,35 +272,36 @@ class Coordinator:
             budget.note(is_fallback=is_fallback)
 
     def _learn_path(self, live: _Live, served: ServedHeader | None, now_s: float) -> None:
-        plan = live.plan
+        plan, request_id = live.plan, live.request.id
+        if self._state_of(plan.decode) is None:
+            return  # Its breakers went with it.
         judged: set[EndpointId] = set()
         if served is not None:
             for taken in served.rungs:
                 prefill = self._target(plan, taken.target)
-                if prefill is not None:
-                    judged.add(prefill)
-                    self.paths.fail(prefill, plan.decode.id, taken.reason, now_s)
+                if prefill is not None and self._state_of(prefill) is not None:
+                    judged.add(prefill.id)
+                    self.paths.fail((prefill.id, plan.decode.id), taken.reason, request_id, now_s)
             used = self._target(plan, served.prefill) if served.prefill is not None else None
-            if served.mode is Mode.SPLIT and used is not None:
-                judged.add(used)
-                self.paths.succeed(used, plan.decode.id)
+            if served.mode is Mode.SPLIT and used is not None and self._state_of(used) is not None:
+                judged.add(used.id)
+                self.paths.succeed(used.id, plan.decode.id)
         if plan.prefill is not None and plan.prefill.id not in judged:
-            self.paths.abandon(plan.prefill.id, plan.decode.id)
+            self.paths.abandon(plan.prefill.id, plan.decode.id, request_id)
 
     @staticmethod
-    def _target(plan: Plan, address: HostPort) -> EndpointId | None:
+    def _target(plan: Plan, address: HostPort) -> Endpoint | None:
         """The prefill endpoint of this plan with that address."""
         for endpoint in (plan.prefill, *(rung.prefill for rung in plan.rungs)):
             if endpoint is not None and endpoint.address == address:
-                return endpoint.id
+                return endpoint
         return None
 
     def _fail_decode(self, event: DecodeFailed, now_s: float) -> Action:
         live = self._live[event.id]
         assert not live.has_begun, f"request {event.id} failed over after its response began"
         self._learn_path(live, event.served, now_s)
-        self.ledger.end(event.id, now_s)
-        del self._live[event.id]
+        self._close(live, now_s)
         failed = live.plan.decode.id
         if event.reason is RungReason.DECODE_UNREACHABLE:
             self.fleet.mark_unreachable(failed)
@@ -295,13 +317,19 @@ class Coordinator:
         return self._dispatch(self._live[event.id], model, now_s)
 
     def _end(self, request_id: RequestId, now_s: float) -> None:
-        live = self._live.pop(request_id)
-        if not live.has_begun and live.plan.prefill is not None:
-            self.paths.abandon(live.plan.prefill.id, live.plan.decode.id)
-        self.ledger.end(request_id, now_s)
-        for endpoint in {live.plan.decode.id, *live.plan.endpoint_ids()}:
-            if self.fleet.get(endpoint) is None:
-                self.ledger.forget(endpoint)
+        live = self._live[request_id]
+        if not live.has_begun:
+            self._learn_path(live, None, now_s)
+        self._close(live, now_s)
+
+    def _close(self, live: _Live, now_s: float) -> None:
+        """Take a plan off the accounts, and with it those of endpoints that are gone."""
+        plan = live.plan
+        del self._live[live.request.id]
+        self.ledger.end(live.request.id, now_s)
+        for endpoint in (plan.decode, plan.prefill):
+            if endpoint is not None and self.fleet.get(endpoint.id) is None:
+                self.ledger.forget(endpoint.id)
 
 
 def _may_try_other(model: Model, attempt: int) -> bool:
@@ -324,15 +352,15 @@ def _exhausted(attempt: int) -> Refusal:
     )
 
 
-def _refusal(request: Request, drops: Mapping[DropReason, int]) -> Refusal:
-    """Why nobody can serve a request, most telling reason first."""
-    if drops.get(DropReason.AT_LIMIT):
-        return _saturated()
-    if drops.get(DropReason.CONTEXT_TOO_LONG):
+def _refusal(request: Request, model: Model, drops: Mapping[DropReason, int]) -> Refusal:
+    """Why nobody can serve a request: what no wait would change first, then what a wait might."""
+    if is_too_long_everywhere(request, model.pools):
         return Refusal(
             RefuseReason.CONTEXT_TOO_LONG,
             f"The prompt has {request.prompt_tokens} tokens, more than any endpoint of this model takes.",
         )
+    if drops.get(DropReason.AT_LIMIT):
+        return _saturated()
     return Refusal(
         RefuseReason.NO_ENDPOINTS,
         "No endpoint of this model can serve the request now; retry after the time in Retry-After.",

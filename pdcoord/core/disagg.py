@@ -1,8 +1,12 @@
 """When a request stays together whatever the load: the rules of never being worse than not splitting."""
 
 from pdcoord.core.model import Disaggregation, Model, SplitMode
+from pdcoord.core.objective import SLO_EXCESS_EQUAL
 from pdcoord.core.plan import Candidate, Why
 from pdcoord.core.request import Request
+
+MUST_STAY_TOGETHER = frozenset({Why.NOT_GENERATIVE, Why.MANY_CHOICES, Why.MODE_NEVER})
+"""Reasons that hold even where nobody can serve the request alone; the others are of speed only."""
 
 
 def why_together(request: Request, model: Model) -> Why | None:
@@ -28,13 +32,14 @@ def weigh(split: Candidate, together: Candidate, rules: Disaggregation) -> Why:
     if rules.mode is SplitMode.ALWAYS:
         return Why.SPLIT_ALWAYS
     excess = split.figures.slo_excess - together.figures.slo_excess
-    if abs(excess) > SLO_EXCESS_EQUAL:
-        return Why.SPLIT_FASTER if excess < 0 else Why.COLOCATED_FASTER
+    if excess > SLO_EXCESS_EQUAL:
+        return Why.COLOCATED_FASTER
+    if excess < -SLO_EXCESS_EQUAL:
+        # A tight objective makes a large ratio of a small saving.
+        is_sure = together.figures.ttft_s - split.figures.ttft_s >= rules.saving_s_min
+        is_sure = is_sure or split.figures.step_s < together.figures.step_s
+        return Why.SPLIT_FASTER if is_sure else Why.SAVING_BELOW_NOISE
     saving_s = together.figures.time_s - split.figures.time_s
     if saving_s <= 0.0:
         return Why.COLOCATED_FASTER
     return Why.SPLIT_FASTER if saving_s >= rules.saving_s_min else Why.SAVING_BELOW_NOISE
-
-
-SLO_EXCESS_EQUAL = 0.01
-"""Predicted violations closer than this (1 % of the objective) count as equal."""

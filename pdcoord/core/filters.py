@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pdcoord.core.fleet import EndpointId, EndpointState, Health
-from pdcoord.core.ledger import Ledger
+from pdcoord.core.fleet import EndpointId, EndpointState, Health, Pool, PoolGroup
+from pdcoord.core.ledger import Ledger, Load
 from pdcoord.core.plan import DropReason
 from pdcoord.core.request import Request
 
@@ -16,50 +16,67 @@ _HEALTH_DROPS = {
 }
 
 
-@dataclass(slots=True)
-class Eligible:
-    """Endpoints that may take a leg, by what they may do, and why the others may not."""
+@dataclass(frozen=True, slots=True)
+class PoolFit:
+    """Endpoints of one pool that may take a leg.
 
-    prefill: list[EndpointState] = field(default_factory=list)
-    decode: list[EndpointState] = field(default_factory=list)
-    drops: Counter[DropReason] = field(default_factory=Counter)
+    Attributes:
+        endpoints: each with its account and how many requests of others run on it.
+    """
+
+    pool: Pool
+    endpoints: list[tuple[EndpointState, Load, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Eligible:
+    """Pools with endpoints that may take a leg, and why other endpoints may not."""
+
+    pools: list[PoolFit]
+    drops: Counter[DropReason]
 
 
 def eligible(
-    states: Iterable[EndpointState],
-    request: Request,
-    ledger: Ledger,
-    excluded: frozenset[EndpointId],
+    groups: Iterable[PoolGroup], request: Request, ledger: Ledger, excluded: frozenset[EndpointId]
 ) -> Eligible:
-    """Sort endpoints by what they may do for this request."""
-    found = Eligible()
-    for state in states:
-        reason = _HEALTH_DROPS.get(state.health) or _drop_reason(state, request, ledger, excluded)
-        if reason is not None:
-            found.drops[reason] += 1
-            continue
-        pool = state.endpoint.pool
-        if pool.can_prefill:
-            found.prefill.append(state)
-        if pool.can_decode:
-            found.decode.append(state)
+    """Sort out which endpoints may serve this request."""
+    found = Eligible([], Counter())
+    for group in groups:
+        for health, reason in _HEALTH_DROPS.items():
+            if group.by_health[health]:
+                found.drops[reason] += len(group.by_health[health])
+        ready = group.by_health[Health.READY]
+        if ready and _is_too_long(request, group.pool):
+            found.drops[DropReason.CONTEXT_TOO_LONG] += len(ready)
+        elif ready:
+            endpoints = _within_limits(group, ledger, excluded, found.drops)
+            if endpoints:
+                found.pools.append(PoolFit(group.pool, endpoints))
     return found
 
 
-def _drop_reason(
-    state: EndpointState, request: Request, ledger: Ledger, excluded: frozenset[EndpointId]
-) -> DropReason | None:
-    endpoint = state.endpoint
-    limits = endpoint.pool.limits
-    if endpoint.id in excluded:
-        return DropReason.EXCLUDED
-    load = ledger.load(endpoint.id)
-    if load.request_count + load.others(state.sample) >= limits.in_flight_max:
-        return DropReason.AT_LIMIT
-    if (
-        request.is_prompt_counted
-        and limits.context_tokens_max is not None
-        and request.prompt_tokens >= limits.context_tokens_max
-    ):
-        return DropReason.CONTEXT_TOO_LONG
-    return None
+def is_too_long_everywhere(request: Request, pools: Iterable[Pool]) -> bool:
+    """Whether no pool could ever serve this prompt, whatever the state of its endpoints."""
+    return all(_is_too_long(request, pool) for pool in pools if pool.can_decode)
+
+
+def _is_too_long(request: Request, pool: Pool) -> bool:
+    tokens_max = pool.limits.context_tokens_max
+    return request.is_prompt_counted and tokens_max is not None and request.prompt_tokens >= tokens_max
+
+
+def _within_limits(
+    group: PoolGroup, ledger: Ledger, excluded: frozenset[EndpointId], drops: Counter[DropReason]
+) -> list[tuple[EndpointState, Load, int]]:
+    in_flight_max = group.pool.limits.in_flight_max
+    endpoints: list[tuple[EndpointState, Load, int]] = []
+    for endpoint_id, state in group.by_health[Health.READY].items():
+        load = ledger.load(endpoint_id)
+        others = load.others(state.sample)
+        if endpoint_id in excluded:
+            drops[DropReason.EXCLUDED] += 1
+        elif load.request_count + others >= in_flight_max:
+            drops[DropReason.AT_LIMIT] += 1
+        else:
+            endpoints.append((state, load, others))
+    return endpoints

@@ -1,6 +1,6 @@
 """The fleet: every endpoint that can be addressed, its pool, and the last that was heard of it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
@@ -193,12 +193,24 @@ SAMPLE_FAILURES_MAX = 2
 """Failed samples in a row after which a ready endpoint is unreachable: one may be a lost packet."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PoolGroup:
+    """The endpoints of one pool by health, so that a decision walks over the fit ones alone."""
+
+    pool: Pool
+    by_health: dict[Health, dict[EndpointId, EndpointState]]
+
+    def states(self) -> Iterator[EndpointState]:
+        for group in self.by_health.values():
+            yield from group.values()
+
+
 class Fleet:
     """All endpoints with their last signals; `handle` is the only way to change it."""
 
     def __init__(self) -> None:
         self._states: dict[EndpointId, EndpointState] = {}
-        self._by_model: dict[ModelName, dict[EndpointId, EndpointState]] = {}
+        self._groups: dict[ModelName, list[PoolGroup]] = {}
         self._free_ordinals: list[int] = []
 
     def get(self, endpoint_id: EndpointId) -> EndpointState | None:
@@ -208,7 +220,12 @@ class Fleet:
         return iter(self._states.values())
 
     def of_model(self, model: ModelName) -> Iterable[EndpointState]:
-        return self._by_model.get(model, {}).values()
+        for group in self.groups(model):
+            yield from group.states()
+
+    def groups(self, model: ModelName) -> Sequence[PoolGroup]:
+        """The model's endpoints by pool; equal pools are one."""
+        return self._groups.get(model, ())
 
     def handle(self, signal: Signal) -> None:
         match signal:
@@ -237,26 +254,37 @@ class Fleet:
         ordinals = [state.ordinal for state in self._states.values()]
         assert len(set(ordinals)) == len(ordinals), "two endpoints share an ordinal"
         assert not set(ordinals) & set(self._free_ordinals), "an ordinal is both used and free"
-        grouped = {k: v for group in self._by_model.values() for k, v in group.items()}
-        assert grouped == self._states, "the grouping by model disagrees with the fleet"
+        groups = [group for groups in self._groups.values() for group in groups]
+        assert all(any(group.states()) for group in groups), "a group without an endpoint"
+        assert len({group.pool for group in groups}) == len(groups), "two groups of one pool"
+        grouped: dict[EndpointId, EndpointState] = {}
+        for group in groups:
+            for health, states in group.by_health.items():
+                for state in states.values():
+                    assert state.health is health, f"{state.endpoint.id}: grouped as {health}"
+                    assert state.endpoint.pool is group.pool, f"{state.endpoint.id}: grouped in another pool"
+                grouped |= states
+        assert grouped == self._states, "the grouping by pool disagrees with the fleet"
 
     def _see(self, endpoint: Endpoint) -> None:
         known = self._states.get(endpoint.id)
+        group = self._group(endpoint.pool)
+        if group.pool is not endpoint.pool:
+            endpoint = replace(endpoint, pool=group.pool)
         if known is None:
             ordinal = self._free_ordinals.pop() if self._free_ordinals else len(self._states)
             self._put(EndpointState(endpoint, ordinal))
         elif known.endpoint.address != endpoint.address or known.health is Health.DRAINING:
             # Another process under the old name, or one that came back: nothing is known of it yet.
-            self._remove(known)
             self._put(EndpointState(endpoint, known.ordinal))
         elif known.endpoint != endpoint:
-            self._remove(known)
             self._put(replace(known, endpoint=endpoint))
 
     def _drop(self, endpoint_id: EndpointId) -> None:
         state = self._states.get(endpoint_id)
         if state is not None:
-            self._remove(state)
+            self._ungroup(state)
+            del self._states[endpoint_id]
             self._free_ordinals.append(state.ordinal)
 
     def _count_failure(self, endpoint_id: EndpointId) -> None:
@@ -276,12 +304,34 @@ class Fleet:
             self._put(replace(state, health=health))
 
     def _put(self, state: EndpointState) -> None:
-        self._states[state.endpoint.id] = state
-        self._by_model.setdefault(state.endpoint.pool.model, {})[state.endpoint.id] = state
+        endpoint = state.endpoint
+        before = self._states.get(endpoint.id)
+        self._states[endpoint.id] = state
+        group = self._group(endpoint.pool)
+        group.by_health[state.health][endpoint.id] = state
+        if before is not None and (
+            before.health is not state.health or before.endpoint.pool is not endpoint.pool
+        ):
+            self._ungroup(before)
 
-    def _remove(self, state: EndpointState) -> None:
-        del self._states[state.endpoint.id]
-        group = self._by_model[state.endpoint.pool.model]
-        del group[state.endpoint.id]
-        if not group:
-            del self._by_model[state.endpoint.pool.model]
+    def _group(self, pool: Pool) -> PoolGroup:
+        groups = self._groups.setdefault(pool.model, [])
+        for group in groups:
+            if group.pool is pool:
+                return group
+        for group in groups:
+            if group.pool == pool:
+                return group
+        group = PoolGroup(pool, {health: {} for health in Health})
+        groups.append(group)
+        return group
+
+    def _ungroup(self, state: EndpointState) -> None:
+        pool = state.endpoint.pool
+        group = self._group(pool)
+        del group.by_health[state.health][state.endpoint.id]
+        if not any(group.by_health.values()):
+            groups = self._groups[pool.model]
+            groups.remove(group)
+            if not groups:
+                del self._groups[pool.model]

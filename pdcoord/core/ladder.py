@@ -8,7 +8,8 @@ from pdcoord.core.plan import Rung
 from pdcoord.protocol.plans import RungKind
 
 BUDGET_SAMPLE_MIN = 20
-"""Requests before a share means anything: below it the first fallback would already be 100 %."""
+"""Requests before a share means anything: below it the first fallback would already be 100 %. A window
+that is shorter is taken at its word."""
 
 
 class FallbackBudget:
@@ -17,6 +18,11 @@ class FallbackBudget:
     def __init__(self, window: int) -> None:
         self._recent: deque[bool] = deque(maxlen=window)
         self._fallback_count = 0
+        self._count_min = min(window, BUDGET_SAMPLE_MIN)
+
+    @property
+    def window(self) -> int | None:
+        return self._recent.maxlen
 
     def note(self, *, is_fallback: bool) -> None:
         """One more request was served, with or without falling back."""
@@ -29,10 +35,12 @@ class FallbackBudget:
     def share(self) -> float:
         """0..1; 0.0 until there are enough requests to speak of a share."""
         count = len(self._recent)
-        return self._fallback_count / count if count >= BUDGET_SAMPLE_MIN else 0.0
+        return self._fallback_count / count if count >= self._count_min else 0.0
 
     def allows(self, rules: Fallback, decode: EndpointState) -> bool:
-        """Whether one more local prefill is within the share and within the decode pod's headroom."""
+        """Whether the ladder has one more local prefill, and the share and the decode pod room for it."""
+        if RungKind.COLOCATED not in rules.rungs:
+            return False
         usage = decode.sample.kv_usage if decode.sample is not None else 0.0
         return usage <= rules.decode_kv_usage_max and (
             rules.colocated_share_max >= 1.0 or self.share < rules.colocated_share_max

@@ -31,7 +31,9 @@ class Load:
 
     Attributes:
         prefills: predicted microseconds of prefills not known to be done, by request, oldest first.
-        decode_count: requests whose decode leg is here, from dispatch to end.
+        request_count: requests with a leg here, from dispatch until its part is over; a colocated
+            one counts once.
+        decode_count: those of them whose decode leg is here, from dispatch to end.
         streaming_count: those of them whose prefill is done: a local prefill would stall these.
         context_tokens: prompt tokens of those requests.
         bytes_in_flight: KV being moved from or to here.
@@ -44,6 +46,7 @@ class Load:
 
     prefills: dict[RequestId, int] = field(default_factory=dict)
     prefill_us: int = 0
+    request_count: int = 0
     decode_count: int = 0
     streaming_count: int = 0
     context_tokens: int = 0
@@ -54,21 +57,18 @@ class Load:
     begun_ordinal: int = 0
 
     @property
-    def request_count(self) -> int:
-        """Requests with a leg here; a colocated one counts once."""
-        return self.decode_count + len(self.prefills)
-
-    @property
     def is_empty(self) -> bool:
-        return not self.prefills and not self.decode_count and not self.bytes_in_flight
+        return not self.request_count
 
     def pending_prefill_s(self, now_s: float) -> float:
         """Predicted wait behind the prefills that were sent here and are not known to be done."""
         if not self.prefills:
             return 0.0
+        done_us = (now_s - self.progress_since_s) * 1e6
+        if done_us <= 0.0:
+            return self.prefill_us / 1e6
         oldest_us = next(iter(self.prefills.values()))
-        elapsed_us = min((now_s - self.progress_since_s) * 1e6, oldest_us)
-        return (self.prefill_us - max(elapsed_us, 0.0)) / 1e6
+        return (self.prefill_us - min(done_us, oldest_us)) / 1e6
 
     def others(self, sample: Sample | None) -> int:
         """Requests on the endpoint that this coordinator did not send, as of the last sample."""
@@ -105,11 +105,13 @@ class Ledger:
         self._entries[entry.request_id] = entry
         self._begun_count += 1
         decode = self._own(entry.decode)
+        decode.request_count += 1
         decode.decode_count += 1
         decode.context_tokens += entry.prompt_tokens
         decode.begun_ordinal = self._begun_count
         worker = self._own(entry.worker)
         worker.begun_ordinal = self._begun_count
+        worker.request_count += worker is not decode
         if not worker.prefills:
             worker.progress_since_s = now_s
         worker.prefills[entry.request_id] = entry.prefill_us
@@ -123,13 +125,14 @@ class Ledger:
         """The prompt is computed and, for a split request, its KV has arrived. Idempotent."""
         entry = self._entries[request_id]
         worker = self._own(entry.worker)
-        prefill_us = worker.prefills.pop(request_id, None)
-        if prefill_us is None:
+        if request_id not in worker.prefills:
             return
-        worker.prefill_us -= prefill_us
-        worker.progress_since_s = now_s
+        if next(iter(worker.prefills)) == request_id:
+            worker.progress_since_s = now_s
+        worker.prefill_us -= worker.prefills.pop(request_id)
         worker.bytes_in_flight -= entry.transfer_bytes
         decode = self._own(entry.decode)
+        worker.request_count -= worker is not decode
         decode.bytes_in_flight -= entry.transfer_bytes
         decode.streaming_count += 1
 
@@ -137,6 +140,7 @@ class Ledger:
         self.finish_prefill(request_id, now_s)
         entry = self._entries.pop(request_id)
         decode = self._own(entry.decode)
+        decode.request_count -= 1
         decode.decode_count -= 1
         decode.streaming_count -= 1
         decode.context_tokens -= entry.prompt_tokens
@@ -153,6 +157,8 @@ class Ledger:
         for endpoint_id, load in self._loads.items():
             decoding = [e for e in self._entries.values() if e.decode == endpoint_id]
             assert load.decode_count == len(decoding), f"{endpoint_id}: decode_count"
+            here = {e.request_id for e in decoding} | set(load.prefills)
+            assert load.request_count == len(here), f"{endpoint_id}: request_count"
             assert load.context_tokens == sum(e.prompt_tokens for e in decoding), f"{endpoint_id}: context"
             streaming = [e for e in decoding if e.request_id not in self.load(e.worker).prefills]
             assert load.streaming_count == len(streaming), f"{endpoint_id}: streaming_count"

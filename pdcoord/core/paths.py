@@ -1,9 +1,12 @@
 """Paths between prefill and decode endpoints: verdict and breaker of each."""
 
+from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pdcoord.core.fleet import Endpoint, EndpointId, Pool
+from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, Pool, Role
+from pdcoord.core.request import RequestId
 from pdcoord.protocol.errors import RungReason
 from transfer.verdict import Side, Verdict, VerdictKind, verdict
 
@@ -41,15 +44,15 @@ class Breaker:
     Attributes:
         failure_count: failures in a row, weighted.
         open_s: length of the current or last open period.
-        open_until_s: when a probe may go; meaningful unless closed.
-        is_probing: a probe is under way.
+        open_until_s: when a probe may go; meaningful once tripped.
+        probe: the request that probes a tripped path, while it is under way.
     """
 
     failure_count: int = 0
     open_s: float = 0.0
     open_until_s: float = 0.0
     is_tripped: bool = False
-    is_probing: bool = False
+    probe: RequestId | None = None
 
     def state(self, now_s: float) -> BreakerState:
         if not self.is_tripped:
@@ -59,21 +62,27 @@ class Breaker:
     def lets_pass(self, now_s: float) -> bool:
         if not self.is_tripped:
             return True
-        return now_s >= self.open_until_s and not self.is_probing
+        return now_s >= self.open_until_s and self.probe is None
 
-    def fail(self, weight: int, now_s: float) -> None:
+    def begin(self, request_id: RequestId) -> None:
+        """A request was sent over this path; where it is tripped that is the probe."""
+        if self.is_tripped:
+            self.probe = request_id
+
+    def fail(self, weight: int, request_id: RequestId, now_s: float) -> None:
+        if self.is_tripped and self.probe != request_id:
+            # Sent before the path opened: old news, and a burst of it is still one failure.
+            return
         self.failure_count += weight
-        self.is_probing = False
+        self.probe = None
         if self.is_tripped or self.failure_count >= FAILURES_MAX:
             self.is_tripped = True
             self.open_s = min(max(self.open_s * 2.0, OPEN_S_MIN), OPEN_S_MAX)
             self.open_until_s = now_s + self.open_s
 
-    def succeed(self) -> None:
-        self.failure_count = 0
-        self.is_probing = False
-        self.is_tripped = False
-        self.open_s = 0.0
+    def abandon(self, request_id: RequestId) -> None:
+        if self.probe == request_id:
+            self.probe = None
 
 
 class PathTable:
@@ -86,11 +95,23 @@ class PathTable:
     def __init__(self) -> None:
         self._verdicts: dict[tuple[Side, Side], Verdict] = {}
         self._breakers: dict[tuple[EndpointId, EndpointId], Breaker] = {}
+        self._tripped_counts: dict[EndpointId, int] = {}
+
+    @property
+    def breaker_count(self) -> int:
+        return len(self._breakers)
+
+    @property
+    def troubled(self) -> Container[EndpointId]:
+        """Endpoints with a tripped path; every path of any other lets requests pass."""
+        return self._tripped_counts
 
     def verdict(self, prefill: Pool, decode: Pool) -> Verdict:
         """What the layouts of two pools allow; also impossible where the engines differ in dialect."""
         if prefill.engine is not decode.engine:
             return _engines_differ(prefill, decode)
+        if prefill.engine is EngineKind.SGLANG and (prefill.role, decode.role) != _SGLANG_ROLES:
+            return _SGLANG_MODES
         pair = (prefill.side, decode.side)
         found = self._verdicts.get(pair)
         if found is None:
@@ -105,37 +126,71 @@ class PathTable:
         breaker = self._breakers.get((prefill, decode))
         return breaker is None or breaker.lets_pass(now_s)
 
-    def begin(self, prefill: EndpointId, decode: EndpointId) -> None:
-        """A request was sent over this path; where the breaker is tripped it is the probe."""
+    def begin(self, prefill: EndpointId, decode: EndpointId, request_id: RequestId) -> None:
+        """A request was sent over this path."""
         breaker = self._breakers.get((prefill, decode))
-        if breaker is not None and breaker.is_tripped:
-            breaker.is_probing = True
+        if breaker is not None:
+            breaker.begin(request_id)
 
     def succeed(self, prefill: EndpointId, decode: EndpointId) -> None:
-        self._breakers.pop((prefill, decode), None)
+        self._drop((prefill, decode))
 
-    def fail(self, prefill: EndpointId, decode: EndpointId, reason: RungReason, now_s: float) -> None:
+    def fail(
+        self, path: tuple[EndpointId, EndpointId], reason: RungReason, request_id: RequestId, now_s: float
+    ) -> None:
         """A leg over this path was given up; reasons that are not the path's fault end a probe only."""
         weight = _FAILURES.get(reason, 0)
-        if weight:
-            self._breakers.setdefault((prefill, decode), Breaker()).fail(weight, now_s)
-        else:
-            self.abandon(prefill, decode)
+        if not weight:
+            self.abandon(*path, request_id)
+            return
+        breaker = self._breakers.setdefault(path, Breaker())
+        was_tripped = breaker.is_tripped
+        breaker.fail(weight, request_id, now_s)
+        if breaker.is_tripped and not was_tripped:
+            for endpoint_id in path:
+                self._tripped_counts[endpoint_id] = self._tripped_counts.get(endpoint_id, 0) + 1
 
-    def abandon(self, prefill: EndpointId, decode: EndpointId) -> None:
+    def abandon(self, prefill: EndpointId, decode: EndpointId, request_id: RequestId) -> None:
         """A request over this path ended without telling whether the path works."""
         breaker = self._breakers.get((prefill, decode))
         if breaker is not None:
-            breaker.is_probing = False
+            breaker.abandon(request_id)
 
     def forget(self, endpoint_id: EndpointId) -> None:
         """The endpoint is gone, and with it every path it was part of."""
-        for pair in [pair for pair in self._breakers if endpoint_id in pair]:
-            del self._breakers[pair]
+        for path in [path for path in self._breakers if endpoint_id in path]:
+            self._drop(path)
 
     def forget_verdicts(self) -> None:
         """Layouts may have changed with a new policy."""
         self._verdicts.clear()
+
+    def validate(self, endpoints: Container[EndpointId], live: Container[RequestId]) -> None:
+        """Assert that breakers are of endpoints that exist, and probes of requests under way."""
+        counts: Counter[EndpointId] = Counter()
+        for path, breaker in self._breakers.items():
+            assert all(endpoint_id in endpoints for endpoint_id in path), f"{path}: a breaker of no path"
+            assert breaker.probe is None or breaker.is_tripped, f"{path}: a probe of a closed path"
+            assert breaker.probe is None or breaker.probe in live, f"{path}: its probe has ended"
+            counts.update(path if breaker.is_tripped else ())
+        assert counts == self._tripped_counts, "the count of tripped paths is wrong"
+
+    def _drop(self, path: tuple[EndpointId, EndpointId]) -> None:
+        breaker = self._breakers.pop(path, None)
+        if breaker is None or not breaker.is_tripped:
+            return
+        for endpoint_id in path:
+            left = self._tripped_counts.pop(endpoint_id) - 1
+            if left:
+                self._tripped_counts[endpoint_id] = left
+
+
+_SGLANG_ROLES = (Role.PREFILL, Role.DECODE)
+# SGLang 0.5.23 starts a worker in one mode: prefill, decode, or null, which serves alone and knows no rooms.
+_SGLANG_MODES = Verdict(
+    VerdictKind.IMPOSSIBLE,
+    "sglang hands over from a prefill worker to a decode worker only, not from or to both",
+)
 
 
 def _engines_differ(prefill: Pool, decode: Pool) -> Verdict:

@@ -8,7 +8,11 @@ from pdcoord.core.fleet import Endpoint
 
 
 class SpeedModel(Protocol):
-    """Predicts what work costs on an endpoint and on the way between two."""
+    """Predicts what work costs on an endpoint and on the way between two.
+
+    Figures are a pool's: every endpoint of it, and every path between two pools, has the same. They
+    grow with their arguments.
+    """
 
     def prefill_s(self, endpoint: Endpoint, uncached_tokens: int) -> float: ...
 

@@ -76,7 +76,9 @@ class PrefixIndex:
 
 
 def _mark(matched: dict[int, int], bits: int, depth: int) -> None:
-    while bits:
-        lowest = bits & -bits
-        matched[lowest.bit_length() - 1] = depth
-        bits ^= lowest
+    # Binary digits, lowest first: finding the next "1" in them beats big-integer arithmetic per bit.
+    digits = f"{bits:b}"[::-1]
+    ordinal = digits.find("1")
+    while ordinal >= 0:
+        matched[ordinal] = depth
+        ordinal = digits.find("1", ordinal + 1)

@@ -4,6 +4,7 @@ Names outside `x-pdcoord-` are llm-d's wire contract (llm-d-router ebab6879) or 
 inference extension's (endpoint-picker protocol 1.0.0). All names are lower case, as ASGI gives them.
 """
 
+import re
 from typing import NewType
 
 HostPort = NewType("HostPort", str)
@@ -55,6 +56,12 @@ HOP_BY_HOP = frozenset(
 """RFC 9110 section 7.6.1: never forwarded."""
 
 
+# Characters of names, IPv4 and IPv6 addresses (with a zone) and no others: what passes here goes into
+# headers, request targets and comma lists.
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_HOST_V6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?")
+
+
 def is_routing(name: bytes) -> bool:
     """Whether a (lower-case) header name could steer routing and must not come from a client."""
     return name in ROUTING_FROM_OUTSIDE or name.startswith(PREFIX)
@@ -64,18 +71,18 @@ def parse_host_port(text: str) -> tuple[str, int]:
     """Split `host:port` or `[v6]:port`.
 
     Raises:
-        ValueError: naming the text, if the host is empty or the port is not in 1..65535.
+        ValueError: naming the text, if the host is none or has a character that no host has, an IPv6
+            host stands without brackets, or the port is not in 1..65535.
     """
-    host, separator, port = text.strip().rpartition(":")
+    host, _, port = text.strip().rpartition(":")
+    pattern = _HOST_NAME
     if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        separator = ""  # A bare IPv6 address: which colon ends the host cannot be told.
+        host, pattern = host[1:-1], _HOST_V6
     is_number = port.isascii() and port.isdigit() and len(port) <= 5
-    if not separator or not host or not is_number or not 0 < int(port) <= 65_535:
+    if not is_number or not 0 < int(port) <= 65_535:
         raise ValueError(f"{text!r} is not host:port with a port in 1..65535")
-    if any(c in host for c in "/@?#[] \t\r\n"):
-        raise ValueError(f"{text!r} is not host:port: the host has a character that no host has")
+    if not pattern.fullmatch(host):
+        raise ValueError(f"{text!r} is not host:port: {host!r} is not a host's name or address")
     return host, int(port)
 
 

@@ -17,6 +17,8 @@ Body = dict[str, Any]
 T = TypeVar("T")
 TOKEN_ID_MAX = 2**31 - 1
 CHOICE_COUNT_MAX = 1_024
+SHOWN_CHARS_MAX = 32
+"""A longer number is described, not repeated: JSON bounds no number's length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ def _field(body: Body, name: str, kind: type[T], default: T, expected: str) -> T
 def _shown(value: object) -> str:
     """A value as a message may show it: its kind, and the value only where it cannot hold a prompt."""
     if isinstance(value, bool | int | float) or value is None:
-        return repr(value)
+        shown = repr(value)
+        return shown if len(shown) <= SHOWN_CHARS_MAX else f"a number of {len(shown)} characters"
     return f"a {type(value).__name__}"
 
 
@@ -122,7 +125,7 @@ def parse_call(api: Api, raw: bytes) -> Call:
     choice_count = _field(body, "n", int, 1, "a whole number of at least 1")
     if not 1 <= choice_count <= CHOICE_COUNT_MAX:
         raise _refuse(
-            RefuseReason.INVALID_FIELD, f"'n' is {choice_count}, expected 1..{CHOICE_COUNT_MAX}.", "n"
+            RefuseReason.INVALID_FIELD, f"'n' is {_shown(choice_count)}, expected 1..{CHOICE_COUNT_MAX}.", "n"
         )
     prompt, token_count, prompt_count = _render(api, body)
     return Call(
@@ -156,7 +159,9 @@ def _output_tokens_max(api: Api, body: Body) -> int | None:
         if body.get(name) is None or name == "min_tokens":
             continue
         if value < 0:
-            raise _refuse(RefuseReason.INVALID_FIELD, f"'{name}' is {value}, expected at least 0.", name)
+            raise _refuse(
+                RefuseReason.INVALID_FIELD, f"'{name}' is {_shown(value)}, expected at least 0.", name
+            )
         limits.append(value)
     return min(limits, default=None)
 

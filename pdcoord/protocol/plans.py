@@ -110,7 +110,7 @@ def decode_plan(raw: bytes) -> PlanHeader:
     """
     try:
         plan = _plan_decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PlanHeaderError(f"x-pdcoord-plan: {error}") from error
     if plan.version != PLAN_VERSION:
         raise PlanHeaderError(f"x-pdcoord-plan: version is {plan.version}, expected {PLAN_VERSION}")
@@ -127,5 +127,5 @@ def decode_served(raw: bytes) -> ServedHeader | None:
     """Read a served header; None if it is malformed, since it only informs."""
     try:
         return _served_decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

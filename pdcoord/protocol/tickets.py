@@ -38,7 +38,8 @@ class _Usage(msgspec.Struct):
 
 
 class _PrefillAnswer(msgspec.Struct):
-    kv_transfer_params: msgspec.Raw | None = None
+    # Raw alone: in a union with None msgspec would take null only.
+    kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
     usage: _Usage | None = None
 
 
@@ -46,7 +47,7 @@ class PrefillAnswer(msgspec.Struct, frozen=True):
     """What matters of a prefill leg's 200 body.
 
     Attributes:
-        ticket: None if the engine gave none, which must not pass as success.
+        ticket: None if the engine gave none or an empty one, which must not pass as success.
         cached_tokens: prompt tokens the prefill engine had cached, if it says.
     """
 
@@ -54,6 +55,7 @@ class PrefillAnswer(msgspec.Struct, frozen=True):
     cached_tokens: int | None
 
 
+_JSON_SPACE = b" \t\r\n"
 _answer_decoder = msgspec.json.Decoder(_PrefillAnswer)
 
 
@@ -65,11 +67,14 @@ def decode_prefill_answer(raw: bytes) -> PrefillAnswer:
     """
     try:
         answer = _answer_decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"prefill answer: {error}") from error
-    ticket = bytes(answer.kv_transfer_params) if answer.kv_transfer_params is not None else b"null"
+    ticket = bytes(answer.kv_transfer_params).strip(_JSON_SPACE)
+    if ticket != b"null" and not ticket.startswith(b"{"):
+        raise ValueError("prefill answer: kv_transfer_params is neither an object nor null")
+    has_ticket = ticket != b"null" and ticket[1:-1].strip(_JSON_SPACE) != b""
     return PrefillAnswer(
-        ticket=None if ticket in {b"null", b"{}"} else Ticket(ticket),
+        ticket=Ticket(ticket) if has_ticket else None,
         cached_tokens=_cached_tokens(answer.usage),
     )
 

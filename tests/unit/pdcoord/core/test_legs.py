@@ -1,0 +1,136 @@
+"""What a request costs each endpoint, against the formulas written out."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdcoord.core.costs import SpeedFigures
+from pdcoord.core.filters import PoolFit
+from pdcoord.core.fleet import (
+    Endpoint,
+    EndpointId,
+    EndpointState,
+    EngineKind,
+    Health,
+    ModelName,
+    Pool,
+    PoolName,
+    Role,
+)
+from pdcoord.core.ledger import Load
+from pdcoord.core.legs import OUTPUT_TOKENS_COUNTED_MAX, OUTPUT_TOKENS_GUESS, Leg, LegMaker
+from pdcoord.core.request import Request, RequestId
+from pdcoord.core.speed import SeededSpeed
+from pdcoord.protocol.headers import HostPort
+from transfer.layout import KvLayout
+from transfer.verdict import Connector, Side
+
+SPEED = SpeedFigures(0.01, 1e-4, 0.02, 1e-8, 1e-6, 1e-3)
+REQUEST = Request(RequestId("r"), ModelName("m"), prompt_tokens=1_000, output_tokens_max=100)
+NOW_S = 5.0
+
+
+def pool(role: Role) -> Pool:
+    side = Side(Connector.PDCOORD, KvLayout(16))
+    return Pool(
+        PoolName("p"), ModelName("m"), role, "v", EngineKind.VLLM, side, SPEED, 1_000, 1e9, cost_per_hour=3.6
+    )
+
+
+def state(ordinal: int, of: Pool) -> EndpointState:
+    endpoint = Endpoint(EndpointId(f"e{ordinal}"), of, HostPort(f"h:{ordinal + 1}"))
+    return EndpointState(endpoint, ordinal, Health.READY)
+
+
+def leg(role: Role, load: Load, others: int = 0, cached: int = 0, request: Request = REQUEST) -> Leg:
+    of = pool(role)
+    fit = PoolFit(of, [(state(0, of), load, others)])
+    (made,) = LegMaker(request, {0: cached}, SeededSpeed(), NOW_S).legs(fit, (), 4).legs
+    return made
+
+
+def test_an_idle_prefill_endpoint() -> None:
+    made = leg(Role.PREFILL, Load())
+    assert (made.cached_tokens, made.uncached_tokens) == (0, 1_000)
+    assert made.prefill_s == SPEED.prefill_s(1_000)
+    assert (made.queue_s, made.stall_s, made.step_s, made.output_price) == (0.0, 0.0, 0.0, 0.0)
+    assert made.prefill_price == pytest.approx(made.prefill_s * 0.001)
+
+
+def test_cached_tokens_are_not_computed_again() -> None:
+    made = leg(Role.PREFILL, Load(), cached=960)
+    assert (made.cached_tokens, made.uncached_tokens) == (960, 40)
+    assert made.prefill_s == SPEED.prefill_s(40)
+
+
+def test_a_busy_prefill_endpoint_makes_wait_for_ours_and_for_what_others_sent() -> None:
+    load = Load(
+        prefills={RequestId("x"): 300_000}, prefill_us=300_000, request_count=1, progress_since_s=NOW_S - 0.1
+    )
+    made = leg(Role.PREFILL, load, others=2)
+    assert made.queue_s == pytest.approx(0.2 + 2 * SPEED.prefill_s(1_000))
+    assert made.stall_s == 0.0
+
+
+def test_a_busy_decode_endpoint_steps_slower_and_is_stalled_by_a_prefill() -> None:
+    load = Load(request_count=5, decode_count=5, streaming_count=3, context_tokens=9_000)
+    made = leg(Role.DECODE, load, others=2)
+    assert made.step_s == SPEED.step_s(8, 10_000)
+    assert made.stall_s == pytest.approx(made.prefill_s * 5)
+    assert made.queue_s == 0.0
+    assert made.output_price == pytest.approx(100 * 0.001 * made.step_s / 8)
+
+
+@pytest.mark.parametrize(
+    ("tokens_max", "counted"),
+    [(None, OUTPUT_TOKENS_GUESS), (0, 0), (7, 7), (10**9, OUTPUT_TOKENS_COUNTED_MAX)],
+)
+def test_the_price_counts_output_within_bounds(tokens_max: int | None, counted: int) -> None:
+    made = leg(Role.DECODE, Load(), request=replace(REQUEST, output_tokens_max=tokens_max))
+    assert made.output_price == pytest.approx(counted * 0.001 * made.step_s)
+
+
+def test_what_generates_nothing_prefills_nothing() -> None:
+    made = leg(
+        Role.BOTH, Load(streaming_count=3, request_count=3), request=replace(REQUEST, is_generative=False)
+    )
+    assert (made.prefill_s, made.stall_s) == (0.0, 0.0)
+
+
+loads = st.builds(
+    lambda count, turn: Load(request_count=count, decode_count=count, begun_ordinal=turn),
+    st.sampled_from([0, 0, 0, 1]),
+    st.integers(0, 50),
+)
+
+
+@given(
+    st.lists(st.tuples(loads, st.sampled_from([0, 0, 1]), st.sampled_from([0, 64, 128])), max_size=30),
+    st.sets(st.integers(0, 29)),
+    st.integers(1, 6),
+)
+def test_of_idle_twins_those_whose_turn_it_is_stay_and_all_others_stay(
+    endpoints: list[tuple[Load, int, int]], troubled: set[int], twins_max: int
+) -> None:
+    of = pool(Role.BOTH)
+    fits = [(state(index, of), load, others) for index, (load, others, _) in enumerate(endpoints)]
+    cached: Mapping[int, int] = {index: tokens for index, (_, _, tokens) in enumerate(endpoints) if tokens}
+    troubled_ids = {EndpointId(f"e{index}") for index in troubled}
+    made = LegMaker(REQUEST, cached, SeededSpeed(), NOW_S).legs(PoolFit(of, fits), troubled_ids, twins_max)
+    kept = {found.endpoint.id for found in made.legs}
+    assert made.endpoint_count == len(endpoints)
+    assert len(kept) == len(made.legs)
+
+    idle = [
+        (cached.get(s.ordinal, 0), load.begun_ordinal, s.ordinal)
+        for s, load, others in fits
+        if not others and not load.request_count and s.ordinal not in troubled
+    ]
+    for _, twins in itertools.groupby(sorted(idle), key=lambda twin: twin[0]):
+        for place, (_, _, ordinal) in enumerate(twins):
+            assert (f"e{ordinal}" in kept) == (place < twins_max)
+    assert len(kept) >= len(endpoints) - len(idle)

@@ -1,0 +1,104 @@
+"""The prefix index against a reference that remembers everything the slow way."""
+
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from pdcoord.core.prefix import PrefixIndex
+from pdcoord.core.request import BlockKey
+
+# Chained keys: a prompt is a path in a small tree, and a key stands for the whole way to its node.
+prompts = st.lists(st.integers(0, 2), max_size=6).map(
+    lambda turns: tuple(BlockKey(hash(tuple(turns[: depth + 1]))) for depth in range(len(turns)))
+)
+ordinals = st.sampled_from([0, 1, 2, 63, 64, 200])
+
+
+def match(held: dict[int, list[BlockKey]], keys: Sequence[BlockKey]) -> dict[int, int]:
+    depths = {}
+    for ordinal, blocks in held.items():
+        depth = 0
+        while depth < len(keys) and keys[depth] in blocks:
+            depth += 1
+        if depth:
+            depths[ordinal] = depth
+    return depths
+
+
+class PrefixMachine(RuleBasedStateMachine):
+    """Every operation on the index and on the reference; the reference lists blocks oldest first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = PrefixIndex()
+        self.held: dict[int, list[BlockKey]] = {}
+
+    @rule(ordinal=ordinals, keys=prompts, blocks_max=st.integers(1, 8))
+    def record(self, ordinal: int, keys: tuple[BlockKey, ...], blocks_max: int) -> None:
+        self.index.record(ordinal, keys, blocks_max)
+        blocks = self.held.setdefault(ordinal, [])
+        for key in reversed(keys[:blocks_max]):
+            if key in blocks:
+                blocks.remove(key)
+            blocks.append(key)
+        del blocks[: max(0, len(blocks) - blocks_max)]
+
+    @rule(ordinal=ordinals)
+    def forget(self, ordinal: int) -> None:
+        self.index.forget(ordinal)
+        self.held.pop(ordinal, None)
+
+    @rule(keys=prompts)
+    def look(self, keys: tuple[BlockKey, ...]) -> None:
+        assert self.index.match(keys) == match(self.held, keys)
+
+    @invariant()
+    def both_directions_agree(self) -> None:
+        self.index.validate()
+        assert self.index.block_count == len({key for blocks in self.held.values() for key in blocks})
+
+
+TestPrefixMachine = PrefixMachine.TestCase
+TestPrefixMachine.settings = settings(max_examples=40, stateful_step_count=25)
+
+
+@given(prompts, prompts)
+def test_one_endpoint_matches_the_common_prefix(one: tuple[BlockKey, ...], two: tuple[BlockKey, ...]) -> None:
+    index = PrefixIndex()
+    index.record(5, one, 100)
+    common = sum(1 for a, b in zip(one, two, strict=False) if a == b)
+    assert index.match(two) == ({5: common} if common else {})
+
+
+def test_the_front_of_a_prefix_is_forgotten_last() -> None:
+    keys = tuple(BlockKey(i) for i in range(10))
+    index = PrefixIndex()
+    index.record(0, keys, 10)
+    index.record(0, (BlockKey(100), BlockKey(101), BlockKey(102)), 10)
+    assert index.match(keys) == {0: 7}
+
+
+def test_a_prompt_longer_than_the_bound_keeps_its_front() -> None:
+    keys = tuple(BlockKey(i) for i in range(10))
+    index = PrefixIndex()
+    index.record(0, keys, 4)
+    assert index.match(keys) == {0: 4}
+    assert index.block_count == 4
+
+
+def test_many_holders_are_told_apart_by_depth() -> None:
+    keys = tuple(BlockKey(i) for i in range(20))
+    index = PrefixIndex()
+    for ordinal in range(1_000):
+        index.record(ordinal, keys[: ordinal % 21], 100)
+    assert index.match(keys) == {o: o % 21 for o in range(1_000) if o % 21}
+
+
+def test_what_was_never_recorded_matches_nobody() -> None:
+    index = PrefixIndex()
+    assert index.match(()) == {}
+    assert index.match((BlockKey(1),)) == {}
+    index.forget(3)
+    index.validate()
