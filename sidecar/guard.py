@@ -1,0 +1,247 @@
+"""Decides whom the sidecar may dial and which headers may pass: nothing that is not on the list."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
+from pdcoord.protocol.headers import (
+    PLAN,
+    PREFILLER_HOST_PORT,
+    PREFIX,
+    REQUEST_ID,
+    HostPort,
+    format_host_port,
+    is_routing,
+    parse_host_port,
+)
+from pdcoord.protocol.plans import DialectName, PlanHeader, PlanHeaderError, PrefillTarget, decode_plan
+from sidecar.errors import SettingsError
+
+LEG = PREFIX + b"leg"
+"""Sidecar to engine: `prefill` on a prefill leg, so that a sidecar in front of that engine lets it ask for
+a ticket. A routing header: stripped from clients by the gateway."""
+
+# Past these a header is not a plan but an attack on the ladder's bound or on our memory.
+PREFILLS_MAX = 8
+DEADLINE_MS_MAX = 3_600_000.0
+REQUEST_ID_BYTES_MAX = 128
+
+Headers = list[tuple[bytes, bytes]]
+
+# SGLang 0.5.23 also takes its rendezvous from headers.
+_BOOTSTRAP_PREFIX = b"x-override-bootstrap-"
+# Ours to set. Compressed answers could not be read for their first output nor for their usage.
+_REPLACED = frozenset({REQUEST_ID, b"host", b"content-length", b"accept-encoding"})
+_VISIBLE = frozenset(range(0x21, 0x7F))
+
+
+def normal_address(text: str) -> HostPort:
+    """One spelling for each address: a lower-case host without a final dot, IPv6 in brackets.
+
+    Raises:
+        ValueError: if it is not host:port.
+    """
+    host, port = parse_host_port(text)
+    return format_host_port(host.lower().rstrip("."), port)
+
+
+class Allowlist:
+    """The prefill targets that may be dialled; host and port both count. Empty means none.
+
+    Attributes:
+        path: a file with one host:port a line; `#` begins a comment. None if there is no file.
+    """
+
+    def __init__(
+        self, addresses: Iterable[HostPort] = (), *, path: Path | None = None, is_open: bool = False
+    ) -> None:
+        """Reads the file.
+
+        Raises:
+            SettingsError: if the file cannot be read or has a line that is not host:port.
+        """
+        self.path = path
+        self._fixed = frozenset(addresses)
+        self._from_file: frozenset[HostPort] = frozenset()
+        self._is_open = is_open
+        self._stamp: tuple[int, int, int] | None = None
+        self.reload()
+
+    def __len__(self) -> int:
+        return len(self._fixed | self._from_file)
+
+    def allows(self, address: HostPort) -> bool:
+        return self._is_open or address in self._fixed or address in self._from_file
+
+    def reload(self) -> bool:
+        """Read the file again if it has changed; True if the list was replaced.
+
+        Raises:
+            SettingsError: as when it was first read; the last good list stays.
+        """
+        if self.path is None:
+            return False
+        try:
+            stat = self.path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            if stamp == self._stamp:
+                return False
+            self._stamp = stamp  # A bad file is reported once, not at every look.
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise SettingsError(
+                "--allow-file", str(self.path), f"cannot be read ({reason}); name a readable text file"
+            ) from error
+        self._from_file = frozenset(_read_lines(text, str(self.path)))
+        return True
+
+
+def _read_lines(text: str, name: str) -> list[HostPort]:
+    addresses = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        entry = line.partition("#")[0].strip()
+        if not entry:
+            continue
+        try:
+            addresses.append(normal_address(entry))
+        except ValueError as error:
+            remedy = f"line {number}: {error}; write one host:port a line"
+            raise SettingsError("--allow-file", name, remedy) from error
+    return addresses
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the headers of a request ask for.
+
+    Attributes:
+        plan: its prefills are in normal spelling; empty means nobody asked for a split.
+        refused: those of its prefills that the allowlist turns down.
+        is_prefill_leg: another sidecar sends this as a prefill leg.
+    """
+
+    plan: PlanHeader
+    refused: frozenset[HostPort] = frozenset()
+    is_prefill_leg: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Reads routing headers and filters all headers.
+
+    Attributes:
+        dialect, is_colocated_allowed, prefill_deadline_ms, transfer_deadline_ms: what a request without
+            x-pdcoord-plan gets.
+        make_request_id: gives a fresh request id.
+    """
+
+    allowlist: Allowlist
+    dialect: DialectName
+    is_colocated_allowed: bool
+    prefill_deadline_ms: float
+    transfer_deadline_ms: float
+    make_request_id: Callable[[], str]
+
+    def read(self, headers: Headers) -> Asked:
+        """What the request asks for.
+
+        Raises:
+            RefusedError: 400 for a header that cannot be read, 403 if a foreign one names a target that
+                is not on the allowlist.
+        """
+        plans = [value for name, value in headers if name == PLAN]
+        if plans:
+            return self._read_plan(plans)
+        named = [value for name, value in headers if name == PREFILLER_HOST_PORT]
+        plan = PlanHeader(
+            prefills=self._read_foreign(named),
+            dialect=self.dialect,
+            # SGLang's decode engines refuse a call without a rendezvous: it would hide the real failure.
+            is_colocated_allowed=self.is_colocated_allowed and self.dialect is not DialectName.SGLANG,
+            prefill_deadline_ms=self.prefill_deadline_ms,
+            transfer_deadline_ms=self.transfer_deadline_ms,
+        )
+        return Asked(plan, is_prefill_leg=not named and (LEG, b"prefill") in headers)
+
+    def request_id(self, headers: Headers) -> bytes:
+        """The client's own id if it is fit to be passed on and logged, else a fresh one."""
+        for name, value in headers:
+            if name == REQUEST_ID and 0 < len(value) <= REQUEST_ID_BYTES_MAX and set(value) <= _VISIBLE:
+                return value
+        return self.make_request_id().encode("ascii")
+
+    def _read_plan(self, plans: list[bytes]) -> Asked:
+        if len(plans) > 1:
+            raise _invalid(PLAN, "is given more than once; send it once")
+        try:
+            plan = decode_plan(plans[0])
+            targets = tuple(_normal_target(target) for target in plan.prefills)
+        except PlanHeaderError as error:
+            raise _invalid(PLAN, f"cannot be executed ({error})") from error
+        except ValueError as error:
+            raise _invalid(PLAN, f"names a prefill target that cannot be dialled ({error})") from error
+        if len(targets) > PREFILLS_MAX:
+            raise _invalid(PLAN, f"names {len(targets)} prefill targets; name at most {PREFILLS_MAX}")
+        longest_ms = max(plan.prefill_deadline_ms, plan.transfer_deadline_ms)
+        if not longest_ms <= DEADLINE_MS_MAX:
+            raise _invalid(
+                PLAN, f"has a deadline of {longest_ms:g} ms; at most {DEADLINE_MS_MAX:g} may be asked"
+            )
+        plan = PlanHeader(
+            prefills=targets,
+            dialect=plan.dialect,
+            is_colocated_allowed=plan.is_colocated_allowed,
+            prefill_deadline_ms=plan.prefill_deadline_ms,
+            transfer_deadline_ms=plan.transfer_deadline_ms,
+        )
+        refused = frozenset(t.address for t in targets if not self.allowlist.allows(t.address))
+        return Asked(plan, refused)
+
+    def _read_foreign(self, values: list[bytes]) -> tuple[PrefillTarget, ...]:
+        targets: dict[HostPort, PrefillTarget] = {}
+        for text in b",".join(values).decode("latin-1").split(","):
+            if not text.strip():
+                continue
+            try:
+                address = normal_address(text)
+            except ValueError as error:
+                raise _invalid(PREFILLER_HOST_PORT, f"cannot be read ({error})") from error
+            if not self.allowlist.allows(address):
+                raise RefusedError(
+                    Refusal(
+                        RefuseReason.TARGET_NOT_ALLOWED,
+                        f"x-prefiller-host-port names {address}, which is not on this sidecar's allowlist; "
+                        "add it with --allow or --allow-file.",
+                    )
+                )
+            targets.setdefault(address, PrefillTarget(address=address))
+        return tuple(targets.values())[:PREFILLS_MAX]
+
+
+def _normal_target(target: PrefillTarget) -> PrefillTarget:
+    port = target.bootstrap_port
+    if port is not None and not 0 < port <= 65_535:
+        raise ValueError(f"bootstrap_port is {port}, expected 1..65535")
+    return PrefillTarget(address=normal_address(target.address), bootstrap_port=port)
+
+
+def _invalid(header: bytes, what: str) -> RefusedError:
+    name = header.decode("ascii")
+    return RefusedError(Refusal(RefuseReason.INVALID_FIELD, f"The header {name} {what[:300]}.", name))
+
+
+def for_engine(headers: Headers, request_id: bytes) -> Headers:
+    """The client's headers as a leg carries them; hop-by-hop ones are the wire's to drop."""
+    kept = [
+        (name, value)
+        for name, value in headers
+        if name not in _REPLACED and not is_routing(name) and not name.startswith(_BOOTSTRAP_PREFIX)
+    ]
+    return [*kept, (REQUEST_ID, request_id)]
+
+
+def for_client(headers: Headers) -> Headers:
+    """An engine's end-to-end headers without those that are ours to set."""
+    return [(name, value) for name, value in headers if name != REQUEST_ID and not name.startswith(PREFIX)]

@@ -1,0 +1,311 @@
+"""The life of one request across its legs, as one table of transitions.
+
+`TRANSITIONS`, below the rules, is the machine: what may happen in which state, which rule answers, and
+where that may lead. A pair that is not listed is an error of ours and raises HandoffError.
+
+1.  An event of a leg that is over is dropped: the leg was cancelled while its last words were on the way.
+2.  nixlv2 sends the prefill leg, and only with its ticket the decode leg. sglang sends both at once.
+3.  A prefill answer without a ticket is no success in nixlv2: the engine would quietly prefill again.
+4.  A prefill engine's own 4xx is the client's fault and is passed on as it came. 408, 429 and 503 are
+    overload, every other status is an error; both take the next rung.
+5.  The next rung is the next allowed prefill target, then colocated where that is allowed, then refuse.
+    Where the decode engine itself is at fault no other prefill target is tried: none could help.
+6.  No byte reaches the client before Commit, and Commit comes with the decode leg's first output: engines
+    send the head of a 200 before KV has moved. sglang also waits until the prefill leg is known good.
+7.  Until Commit a failed decode leg of a split request takes the next rung, but a 4xx is passed on. A
+    colocated leg's own answer is passed on whatever it is: nothing is left to try here.
+8.  After Commit a failure breaks the answer off.
+9.  Whatever ends the request or an attempt cancels every leg that still runs.
+10. A ticket whose KV nothing shows to have been pulled leaves an orphaned lease.
+11. Every wait has a deadline: `deadline_s` is set in every state but idle and done.
+12. End is given exactly once, last.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from pdcoord.protocol.errors import RefuseReason, RungReason
+from sidecar.errors import HandoffError
+from sidecar.legs import Legs
+from sidecar.vocabulary import (
+    Action,
+    Begun,
+    BreakOff,
+    CancelLeg,
+    ClientLeft,
+    DeadlinePassed,
+    DecodeEnded,
+    DecodeLost,
+    DecodeOpened,
+    DecodeRejected,
+    Event,
+    Fault,
+    LegEvent,
+    LegKind,
+    Outcome,
+    PrefillAnswered,
+    PrefillLost,
+    PrefillRejected,
+    Progressed,
+    State,
+)
+
+OVERLOAD_STATUSES = frozenset({408, 429, 503})
+
+_PREFILL_REASONS = {
+    Fault.UNREACHABLE: RungReason.PREFILL_UNREACHABLE,
+    Fault.TIMED_OUT: RungReason.PREFILL_TIMEOUT,
+}
+# A body that breaks off before its first output is how a pull that failed after the 200 head can show
+# (vLLM 0.32, /v1/responses); a connection lost before the head is the engine itself.
+_DECODE_REASONS = {
+    Fault.UNREACHABLE: RungReason.DECODE_UNREACHABLE,
+    Fault.TIMED_OUT: RungReason.TRANSFER_TIMEOUT,
+    Fault.LOST_IN_BODY: RungReason.TRANSFER_FAILED,
+}
+
+
+def _is_clients_fault(status: int) -> bool:
+    return 400 <= status < 500
+
+
+def _start(legs: Legs, _event: Begun, now_s: float) -> list[Action]:
+    """Send the first legs that the plan asks for (2)."""
+    return legs.start(now_s)
+
+
+def _take_ticket(legs: Legs, event: PrefillAnswered, now_s: float) -> list[Action]:
+    """With a ticket send the decode leg, without one take the next rung (2, 3)."""
+    if event.ticket is None:
+        return legs.give_up(event.leg, RungReason.PREFILL_NO_TICKET, now_s)
+    legs.take_prefill(event, now_s)
+    return legs.send_pull(event, now_s)
+
+
+def _await_output(legs: Legs, event: PrefillAnswered, now_s: float) -> list[Action]:
+    """The prefill leg is good; wait for the decode leg's output (6)."""
+    legs.take_prefill(event, now_s)
+    return []
+
+
+def _release_held(legs: Legs, event: PrefillAnswered, now_s: float) -> list[Action]:
+    """The prefill leg is good and output is there: commit (6)."""
+    legs.take_prefill(event, now_s)
+    return legs.commit(legs.live(LegKind.DECODE), now_s)
+
+
+def _reject_prefill(legs: Legs, event: PrefillRejected, now_s: float) -> list[Action]:
+    """Pass a 4xx on; overload and errors take the next rung (4, 5, 9)."""
+    if event.status in OVERLOAD_STATUSES:
+        return legs.give_up(event.leg, RungReason.PREFILL_OVERLOADED, now_s)
+    if _is_clients_fault(event.status):
+        return legs.pass_on(event.leg, now_s)
+    return legs.give_up(event.leg, RungReason.PREFILL_ERROR, now_s)
+
+
+def _lose_prefill(legs: Legs, event: PrefillLost, now_s: float) -> list[Action]:
+    """Take the next rung (5, 9)."""
+    return legs.give_up(event.leg, _PREFILL_REASONS.get(event.fault, RungReason.PREFILL_ERROR), now_s)
+
+
+def _time_out_prefill(legs: Legs, _event: DeadlinePassed, now_s: float) -> list[Action]:
+    """Cancel what runs and take the next rung, prefill-timeout (5, 9)."""
+    return legs.cut(legs.live(LegKind.PREFILL), RungReason.PREFILL_TIMEOUT, now_s)
+
+
+def _hold(legs: Legs, event: DecodeOpened, now_s: float) -> list[Action]:
+    """Hold the output back; an error event takes the next rung (6, 7, 9)."""
+    if event.is_error:
+        return legs.cut(event.leg, RungReason.TRANSFER_FAILED, now_s)
+    legs.enter(State.HELD, now_s)
+    return []
+
+
+def _open_split(legs: Legs, event: DecodeOpened, now_s: float) -> list[Action]:
+    """Commit; an error event takes the next rung (6, 7, 10)."""
+    if event.is_error:
+        return legs.cut(event.leg, RungReason.TRANSFER_FAILED, now_s)
+    return legs.commit(event.leg, now_s)
+
+
+def _open_colocated(legs: Legs, event: DecodeOpened, now_s: float) -> list[Action]:
+    """Commit, an error event too (7)."""
+    return legs.commit(event.leg, now_s)
+
+
+def _reject_split(legs: Legs, event: DecodeRejected, now_s: float) -> list[Action]:
+    """Pass a 4xx on; 500 is a failed transfer, others an engine at fault: next rung (5, 7, 9, 10)."""
+    if _is_clients_fault(event.status):
+        return legs.pass_on(event.leg, now_s)
+    # vLLM 0.32 answers a failed pull with 500 (kv_load_failure_policy fail) and a full queue with 503.
+    reason = RungReason.TRANSFER_FAILED if event.status == 500 else RungReason.DECODE_ERROR
+    return legs.give_up(event.leg, reason, now_s)
+
+
+def _reject_colocated(legs: Legs, event: DecodeRejected, now_s: float) -> list[Action]:
+    """Pass it on (7)."""
+    return legs.pass_on(event.leg, now_s)
+
+
+def _lose_split(legs: Legs, event: DecodeLost, now_s: float) -> list[Action]:
+    """Take the next rung (5, 7, 9, 10)."""
+    return legs.give_up(event.leg, _DECODE_REASONS.get(event.fault, RungReason.DECODE_ERROR), now_s)
+
+
+def _lose_colocated(legs: Legs, event: DecodeLost, now_s: float) -> list[Action]:
+    """Refuse, upstream-failed or upstream-timeout."""
+    match event.fault:
+        case Fault.TIMED_OUT:
+            return legs.fail(event.leg, RungReason.DECODE_TIMEOUT, RefuseReason.UPSTREAM_TIMEOUT, now_s)
+        case Fault.UNREACHABLE:
+            return legs.fail(event.leg, RungReason.DECODE_UNREACHABLE, RefuseReason.UPSTREAM_FAILED, now_s)
+        case Fault.LOST_BEFORE_HEAD | Fault.LOST_IN_BODY | Fault.MALFORMED:
+            return legs.fail(event.leg, RungReason.DECODE_ERROR, RefuseReason.UPSTREAM_FAILED, now_s)
+
+
+def _time_out_pull(legs: Legs, event: DeadlinePassed, now_s: float) -> list[Action]:
+    """Cancel; a stream takes the next rung, transfer-timeout; else refuse, upstream-timeout (7, 9, 10)."""
+    if not legs.order.is_stream:
+        # The whole answer did not come in its time; doing it again would take as long.
+        return _time_out_answer(legs, event, now_s)
+    return legs.cut(legs.live(LegKind.DECODE), RungReason.TRANSFER_TIMEOUT, now_s)
+
+
+def _time_out_answer(legs: Legs, _event: DeadlinePassed, now_s: float) -> list[Action]:
+    """Cancel and refuse, upstream-timeout (9)."""
+    leg = legs.live(LegKind.DECODE)
+    failed = legs.fail(leg, RungReason.DECODE_TIMEOUT, RefuseReason.UPSTREAM_TIMEOUT, now_s)
+    return [CancelLeg(leg), *failed]
+
+
+def _finish(legs: Legs, event: DecodeEnded, now_s: float) -> list[Action]:
+    """End (12)."""
+    legs.close(event.leg, "ok", now_s)
+    return legs.end(Outcome.SERVED, now_s)
+
+
+def _break_off(legs: Legs, event: DecodeLost, now_s: float) -> list[Action]:
+    """Break the answer off (8)."""
+    is_timeout = event.fault is Fault.TIMED_OUT
+    legs.close(event.leg, RungReason.DECODE_TIMEOUT if is_timeout else RungReason.DECODE_ERROR, now_s)
+    reason = RefuseReason.UPSTREAM_TIMEOUT if is_timeout else RefuseReason.UPSTREAM_FAILED
+    return [BreakOff(reason), *legs.end(Outcome.BROKEN_OFF, now_s)]
+
+
+def _break_off_idle(legs: Legs, _event: DeadlinePassed, now_s: float) -> list[Action]:
+    """Cancel and break the answer off (8, 9)."""
+    leg = legs.live(LegKind.DECODE)
+    legs.close(leg, RungReason.DECODE_TIMEOUT, now_s)
+    cancel: list[Action] = [CancelLeg(leg), BreakOff(RefuseReason.UPSTREAM_TIMEOUT)]
+    return [*cancel, *legs.end(Outcome.BROKEN_OFF, now_s)]
+
+
+def _go_on(legs: Legs, event: Progressed, _now_s: float) -> list[Action]:
+    """Set the deadline anew, from the last output (11)."""
+    legs.enter(State.RELAYING, event.at_s)
+    return []
+
+
+def _leave(legs: Legs, _event: ClientLeft, now_s: float) -> list[Action]:
+    """Cancel what runs and end (9, 10)."""
+    return legs.end(Outcome.CLIENT_LEFT, now_s)
+
+
+E = TypeVar("E")
+Do = Callable[[Legs, E, float], list[Action]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One transition: in `state` and on `event`, `do` is called and leaves one of `leads_to`."""
+
+    state: State
+    event: type[object]
+    do: Do[Event]
+    leads_to: frozenset[State]
+
+
+def _row(state: State, event: type[E], do: Do[E], leads_to: frozenset[State]) -> Row:
+    # The one cast: by its place in the table a rule is only called with events of its own type.
+    return Row(state, event, cast("Do[Event]", do), leads_to)
+
+
+S = State
+DONE = frozenset({S.DONE})
+RELAYING = frozenset({S.RELAYING})
+PULLING = frozenset({S.PULLING})
+HELD = frozenset({S.HELD})
+# Where a rung may lead, in nixlv2, in sglang and in either: a split attempt, colocated, or refused.
+RUNG_N = frozenset({S.PREFILLING, S.LOCAL, S.DONE})
+RUNG_S = frozenset({S.PAIRED, S.LOCAL, S.DONE})
+RUNG = RUNG_N | RUNG_S
+
+TRANSITIONS: dict[tuple[State, type[object]], Row] = {
+    (row.state, row.event): row
+    for row in (
+        _row(S.IDLE, Begun, _start, RUNG),
+        _row(S.IDLE, ClientLeft, _leave, DONE),
+        _row(S.PREFILLING, PrefillAnswered, _take_ticket, RUNG_N | PULLING),
+        _row(S.PREFILLING, PrefillRejected, _reject_prefill, RUNG_N),
+        _row(S.PREFILLING, PrefillLost, _lose_prefill, RUNG_N),
+        _row(S.PREFILLING, DeadlinePassed, _time_out_prefill, RUNG_N),
+        _row(S.PREFILLING, ClientLeft, _leave, DONE),
+        _row(S.PAIRED, PrefillAnswered, _await_output, PULLING),
+        _row(S.PAIRED, PrefillRejected, _reject_prefill, RUNG_S),
+        _row(S.PAIRED, PrefillLost, _lose_prefill, RUNG_S),
+        _row(S.PAIRED, DecodeOpened, _hold, RUNG_S | HELD),
+        _row(S.PAIRED, DecodeRejected, _reject_split, RUNG_S),
+        _row(S.PAIRED, DecodeLost, _lose_split, RUNG_S),
+        _row(S.PAIRED, DeadlinePassed, _time_out_prefill, RUNG_S),
+        _row(S.PAIRED, ClientLeft, _leave, DONE),
+        _row(S.HELD, PrefillAnswered, _release_held, RELAYING),
+        _row(S.HELD, PrefillRejected, _reject_prefill, RUNG_S),
+        _row(S.HELD, PrefillLost, _lose_prefill, RUNG_S),
+        _row(S.HELD, DeadlinePassed, _time_out_prefill, RUNG_S),
+        _row(S.HELD, ClientLeft, _leave, DONE),
+        _row(S.PULLING, DecodeOpened, _open_split, RUNG | RELAYING),
+        _row(S.PULLING, DecodeRejected, _reject_split, RUNG),
+        _row(S.PULLING, DecodeLost, _lose_split, RUNG),
+        _row(S.PULLING, DeadlinePassed, _time_out_pull, RUNG),
+        _row(S.PULLING, ClientLeft, _leave, DONE),
+        _row(S.LOCAL, DecodeOpened, _open_colocated, RELAYING),
+        _row(S.LOCAL, DecodeRejected, _reject_colocated, DONE),
+        _row(S.LOCAL, DecodeLost, _lose_colocated, DONE),
+        _row(S.LOCAL, DeadlinePassed, _time_out_answer, DONE),
+        _row(S.LOCAL, ClientLeft, _leave, DONE),
+        _row(S.RELAYING, DecodeEnded, _finish, DONE),
+        _row(S.RELAYING, DecodeLost, _break_off, DONE),
+        _row(S.RELAYING, Progressed, _go_on, RELAYING),
+        _row(S.RELAYING, DeadlinePassed, _break_off_idle, DONE),
+        _row(S.RELAYING, ClientLeft, _leave, DONE),
+    )
+}
+
+
+def meaning(row: Row) -> str:
+    """What the rule of a row does, in a sentence; numbers in brackets are those at the top."""
+    return (row.do.__doc__ or "").strip()
+
+
+class Handoff(Legs):
+    """One request's handoff: feed it events, do its actions in order."""
+
+    def handle(self, event: Event, now_s: float) -> list[Action]:
+        """Take one event.
+
+        Raises:
+            HandoffError: if the event cannot happen in this state.
+        """
+        if isinstance(event, LegEvent):
+            leg = self.legs.get(event.leg)
+            if leg is None:
+                raise HandoffError(self.state, event, "no such leg")
+            if not leg.is_live:
+                return []
+        row = TRANSITIONS.get((self.state, type(event)))
+        if row is None:
+            raise HandoffError(self.state, event, "not in the table")
+        actions = row.do(self, event, now_s)
+        assert self.state in row.leads_to, (row.state, type(event), self.state)
+        return actions

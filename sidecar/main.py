@@ -1,0 +1,149 @@
+"""The sidecar process: settings in, listeners up, a drain on SIGTERM."""
+
+import asyncio
+import logging
+import os
+import random
+import sys
+import time
+import uuid
+from collections.abc import Callable
+
+import structlog
+from prometheus_client import disable_created_metrics
+
+from pdcoord.wire.client import Client
+from pdcoord.wire.server import Listener, run, serve, stop_on_signals
+from sidecar.describe import SECTIONS, section
+from sidecar.errors import SettingsError
+from sidecar.exchange import Tools
+from sidecar.guard import Allowlist, Guard
+from sidecar.health import Health
+from sidecar.observe import Metrics, configure_log
+from sidecar.proxy import Backstage, Limits, Proxy
+from sidecar.settings import Settings, parse
+
+USAGE_ERROR = 2
+START_ERROR = 1
+ALLOW_FILE_POLL_S = 1.0
+# After the drain, for what the server itself still has to write.
+CLOSE_S = 1.0
+
+_log = structlog.get_logger()
+
+
+def main() -> int:
+    """Run the sidecar; the exit status is 2 for settings that cannot be used.
+
+    `--describe SECTION` prints a section of the reference instead: see `describe.SECTIONS`.
+    """
+    arguments = sys.argv[1:]
+    if len(arguments) == 2 and arguments[0] == "--describe" and arguments[1] in SECTIONS:
+        sys.stdout.write(section(arguments[1]))
+        return 0
+    try:
+        settings = parse(arguments, os.environ)
+        allowlist = Allowlist(settings.allow, path=settings.allow_file, is_open=settings.allow_any)
+    except SettingsError as error:
+        sys.stderr.write(f"pdcoord-sidecar: {error}\n")
+        return USAGE_ERROR
+    configure_log(settings.log_level)
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client leaves it bare
+    # uvicorn would report each answer that is broken off on purpose; request.done tells of those.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    return run(_main(settings, allowlist))
+
+
+async def _main(settings: Settings, allowlist: Allowlist) -> int:
+    signalled = stop_on_signals()
+    stop = asyncio.Event()
+    metrics = Metrics()
+    metrics.set("allowed_targets", len(allowlist))
+    async with Client() as client:
+        health = Health(client, settings.engine, metrics)
+        proxy = make_proxy(settings, allowlist, client, metrics, health)
+        listeners = [
+            Listener(proxy, settings.host, settings.port),
+            Listener(Backstage(metrics, health), settings.metrics_host, settings.metrics_port),
+        ]
+        status = 0
+        async with asyncio.TaskGroup() as group:
+            poll = group.create_task(_poll_allowlist(allowlist, metrics))
+            drain = group.create_task(_drain(signalled, stop, proxy, settings.drain_s))
+            try:
+                await serve(listeners, stop=stop, drain_s=CLOSE_S, on_started=_announce(settings, allowlist))
+            except OSError as error:
+                sys.stderr.write(f"pdcoord-sidecar: {error.strerror or error}\n")
+                status = START_ERROR
+            finally:
+                poll.cancel()
+                drain.cancel()
+    _log.info("sidecar.stopped")
+    return status
+
+
+def _announce(settings: Settings, allowlist: Allowlist) -> Callable[[list[int]], None]:
+    def announce(ports: list[int]) -> None:
+        _log.info(
+            "sidecar.started",
+            port=ports[0],
+            metrics_port=ports[1],
+            engine=settings.engine,
+            dialect=str(settings.dialect),
+            allowed_targets="any" if settings.allow_any else len(allowlist),
+        )
+
+    return announce
+
+
+def make_proxy(
+    settings: Settings, allowlist: Allowlist, client: Client, metrics: Metrics, health: Health
+) -> Proxy:
+    tools = Tools(
+        client=client,
+        engine=settings.engine,
+        metrics=metrics,
+        rng=random.SystemRandom(),
+        bootstrap_port=settings.bootstrap_port,
+        now_s=time.monotonic,  # uvloop's own clock counts whole milliseconds
+    )
+    guard = Guard(
+        allowlist=allowlist,
+        dialect=settings.dialect,
+        is_colocated_allowed=settings.fallback_colocated,
+        prefill_deadline_ms=settings.prefill_deadline_ms,
+        transfer_deadline_ms=settings.transfer_deadline_ms,
+        make_request_id=lambda: uuid.uuid4().hex,
+    )
+    limits = Limits(
+        answer_s=settings.answer_ms / 1e3,
+        stream_idle_s=settings.stream_idle_ms / 1e3,
+        body_bytes_max=settings.body_bytes_max,
+    )
+    return Proxy(tools, guard, health, limits)
+
+
+async def _poll_allowlist(allowlist: Allowlist, metrics: Metrics) -> None:
+    while True:
+        await asyncio.sleep(ALLOW_FILE_POLL_S)
+        try:
+            if allowlist.reload():
+                metrics.set("allowed_targets", len(allowlist))
+                _log.info("allowlist.reloaded", allowed_targets=len(allowlist))
+        except SettingsError as error:
+            metrics.count("allow_file_errors")
+            _log.warning("allowlist.refused", error=str(error))
+
+
+async def _drain(signalled: asyncio.Event, stop: asyncio.Event, proxy: Proxy, drain_s: float) -> None:
+    """On the first signal refuse what is new, wait for what runs, then stop the listeners."""
+    await signalled.wait()
+    proxy.begin_drain()
+    _log.info("sidecar.draining", in_flight=proxy.in_flight, drain_s=drain_s)
+    if not await proxy.wait_idle(drain_s):
+        _log.warning("sidecar.drain_cut", in_flight=proxy.in_flight)
+    stop.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""What the sidecar tells the outside: its metrics, each documented, and one log line per request."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from pdcoord.protocol.plans import ServedHeader
+from sidecar.legs import Legs
+
+PREFIX = "pdcoord_sidecar_"
+MODE_UNREAD = "pass-through"
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+# Seconds. From a refused connection to a prefill of the longest context.
+_LEG_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0)
+_REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric as it is exposed and documented.
+
+    Attributes:
+        kind: counter, gauge or histogram.
+        action: what a person does when it moves.
+    """
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    meaning: str
+    action: str
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return f"{PREFIX}{self.name}" + ("_total" if self.kind == "counter" else "")
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "requests",
+        "counter",
+        ("mode", "outcome"),
+        "Requests that ended. mode: split, colocated, prefill-leg (sent by another sidecar), pass-through "
+        "(not a generative call). outcome: served, passed-on (an engine's own error), refused, broken-off "
+        "(after the first byte), client-left, error (a bug).",
+        "A rising share of refused or broken-off: see rungs and refusals for the reason.",
+    ),
+    Metric(
+        "refusals",
+        "counter",
+        ("reason",),
+        "Requests that the sidecar itself answered with an error, by x-pdcoord-reason.",
+        "target-not-allowed: the allowlist lacks a prefill pod, or somebody probes. ladder-exhausted: "
+        "prefill capacity is gone and the plan allows no colocated fallback.",
+    ),
+    Metric(
+        "rungs",
+        "counter",
+        ("rung", "reason"),
+        "Rungs of the fallback ladder that were taken, by what was done next and why.",
+        "prefill-*: look at the prefill pool. transfer-*: look at the link and the engines' KV connector. "
+        "decode-*: look at the engine of this pod.",
+    ),
+    Metric(
+        "leg_seconds",
+        "histogram",
+        ("leg", "outcome"),
+        "Time of a generative call's leg from sending it to its end, by leg (prefill, decode) and outcome "
+        "(ok, cancelled, rejected, or the reason of the rung).",
+        "prefill ok growing: the prefill pool is short. cancelled growing: clients leave before the end.",
+        _LEG_BUCKETS,
+    ),
+    Metric(
+        "transfer_seconds",
+        "histogram",
+        (),
+        "Split streams: from a good prefill leg to the first output, the first step included.",
+        "Growing alone: the link is slow or shared; compare with the transfer deadline of the policy.",
+        _LEG_BUCKETS,
+    ),
+    Metric(
+        "first_output_seconds",
+        "histogram",
+        ("mode",),
+        "From the request's whole body to the first output for the client. Calls that are not streamed "
+        "count with their whole generation.",
+        "Compare split with colocated: a split that is slower should not have been planned.",
+        _LEG_BUCKETS,
+    ),
+    Metric(
+        "request_seconds",
+        "histogram",
+        ("mode", "outcome"),
+        "From the request's whole body to its end.",
+        "Read it beside the engine's own latency; what is above that is this sidecar and the prefill leg.",
+        _REQUEST_BUCKETS,
+    ),
+    Metric(
+        "in_flight",
+        "gauge",
+        (),
+        "Requests being served.",
+        "At a plateau: the engine is full. Not falling after SIGTERM: raise --drain-s.",
+    ),
+    Metric(
+        "orphaned_leases",
+        "counter",
+        (),
+        "Prefills that gave a ticket whose KV nothing shows to have been pulled. The prefill pod keeps it "
+        "until the lease ends.",
+        "Each pins KV on a prefill pod for up to the lease. Rising with client-left: clients give up; "
+        "rising with transfer-*: repair the link.",
+    ),
+    Metric(
+        "unsplit",
+        "counter",
+        ("field",),
+        "Requests that a router wanted split but whose body forbids it, by the field that does.",
+        "The router does not look at bodies: harmless, but its load figures for prefill pods are off.",
+    ),
+    Metric(
+        "engine_ready",
+        "gauge",
+        (),
+        "1 if the engine's last health answer was 200, else 0.",
+        "0: the engine is down or loading; the pod is out of service until it is back.",
+    ),
+    Metric(
+        "draining",
+        "gauge",
+        (),
+        "1 after SIGTERM.",
+        "Nothing; it explains refusals with reason draining.",
+    ),
+    Metric(
+        "allowed_targets",
+        "gauge",
+        (),
+        "Prefill targets on the allowlist.",
+        "0 without --allow-any: no request can be split here.",
+    ),
+    Metric(
+        "allow_file_errors",
+        "counter",
+        (),
+        "Changes of --allow-file that could not be read; the last good list stays in force.",
+        "Read the log line allowlist.refused, repair the file.",
+    ),
+)
+
+_COUNTERS = {"counter": Counter, "gauge": Gauge}
+
+
+class Metrics:
+    """The metrics of one process, on a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._by_name: dict[str, Any] = {}
+        for each in METRICS:
+            full_name = PREFIX + each.name
+            if each.kind == "histogram":
+                made: Any = Histogram(
+                    full_name, each.meaning, each.labels, buckets=each.buckets, registry=self.registry
+                )
+            else:
+                made = _COUNTERS[each.kind](full_name, each.meaning, each.labels, registry=self.registry)
+            self._by_name[each.name] = made
+
+    def count(self, name: str, *labels: str) -> None:
+        self._child(name, labels).inc()
+
+    def set(self, name: str, value: float) -> None:
+        self._by_name[name].set(value)
+
+    def observe(self, name: str, seconds: float, *labels: str) -> None:
+        self._child(name, labels).observe(max(seconds, 0.0))
+
+    def record(self, legs: Legs, *, mode: str, outcome: str, seconds: float, now_s: float) -> None:
+        """Everything that is known of a request at its end."""
+        self.count("requests", mode, outcome)
+        self.observe("request_seconds", seconds, mode, outcome)
+        if mode == MODE_UNREAD:
+            return
+        for leg in legs.legs.values():
+            ended_s = now_s if leg.ended_s is None else leg.ended_s
+            self.observe("leg_seconds", ended_s - leg.began_s, leg.kind, leg.outcome or "cancelled")
+        for taken in legs.rungs:
+            self.count("rungs", taken.rung, taken.reason)
+        if legs.first_output_s is not None:
+            self.observe("first_output_seconds", legs.first_output_s, mode)
+            transfer_ms = legs.served().transfer_ms
+            if transfer_ms is not None and legs.order.is_stream:
+                self.observe("transfer_seconds", transfer_ms / 1e3)
+
+    def exposition(self) -> bytes:
+        """Prometheus text format 0.0.4."""
+        return generate_latest(self.registry)
+
+    def _child(self, name: str, labels: tuple[str, ...]) -> Any:
+        metric = self._by_name[name]
+        return metric.labels(*labels) if labels else metric
+
+
+def log_fields(served: ServedHeader, legs: Legs) -> dict[str, Any]:
+    """What the log line of a request says of its legs and rungs."""
+    fields: dict[str, Any] = {"leg_count": len(legs.legs)}
+    if served.prefill is not None:
+        fields["prefill"] = served.prefill
+    if served.rungs:
+        fields["rungs"] = [f"{taken.rung} {taken.reason} {taken.target}" for taken in served.rungs]
+    for name in ("prefill_ms", "transfer_ms", "cached_tokens"):
+        value = getattr(served, name)
+        if value is not None:
+            fields[name] = value
+    if legs.first_output_s is not None:
+        fields["first_output_ms"] = round(legs.first_output_s * 1e3, 3)
+    return fields
+
+
+def configure_log(level: str) -> None:
+    """Log JSON lines to standard output from `level` on."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(serializer=_to_json),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.BytesLoggerFactory(file=sys.stdout.buffer),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _to_json(fields: Any, **_unused: Any) -> bytes:
+    return msgspec.json.encode(fields, enc_hook=str)
+
+
+def metric_table() -> Iterator[str]:
+    """The metrics as lines of a Markdown table."""
+    yield "| name | type | labels | meaning | what to do when it moves |"
+    yield "|---|---|---|---|---|"
+    for each in METRICS:
+        labels = ", ".join(f"`{label}`" for label in each.labels) or "-"
+        yield f"| `{each.full_name}` | {each.kind} | {labels} | {each.meaning} | {each.action} |"

@@ -1,0 +1,83 @@
+"""Tells from the first bytes of a decode leg's answer whether the engine has begun to generate."""
+
+import re
+from enum import StrEnum
+
+# The longest stretch that is held back before any output. /v1/responses echoes instructions and tools in
+# each of the events that come before it.
+OPENING_BYTES_MAX = 1 << 20
+
+_EVENT_END = re.compile(rb"\r?\n\r?\n")
+# Sent before it is known whether there will be a token: by Anthropic's API, and by vLLM 0.32, whose
+# first result opens the stream even where it is a failed pull (tests/contract/vllm-0.32.0/*.failed.sse).
+_PREAMBLE = frozenset(
+    {b"ping", b"message_start", b"response.created", b"response.queued", b"response.in_progress"}
+)
+# The same in /v1/chat/completions: a chunk that names the role and says nothing.
+_ROLE_ONLY = re.compile(
+    rb'"delta"\s*:\s*\{\s*"role"\s*:\s*"assistant"\s*(?:,\s*"content"\s*:\s*(?:""|null)\s*)?\}'
+)
+_CHOSEN = re.compile(rb'"delta"\s*:')
+_ERRORS = frozenset({b"error", b"response.failed"})
+_ERROR_DATA = re.compile(rb'\{\s*"(?:error"\s*:(?!\s*null)|(?:type|object)"\s*:\s*"error")')
+_TYPE = re.compile(rb'\{\s*"type"\s*:\s*"([a-z_.]{1,64})"')
+
+
+class Seen(StrEnum):
+    """What an answer has shown so far."""
+
+    NOTHING = "nothing"
+    OUTPUT = "output"
+    ERROR = "error"
+
+
+class Opening:
+    """Reads a body until its first output; what was read is in `held`.
+
+    Only an event stream can begin before there is output: keep-alive comments (vLLM's
+    --sse-keep-alive-interval), pings and preambles. Of any other body the first byte is output.
+    """
+
+    def __init__(self, content_type: bytes) -> None:
+        self._is_event_stream = content_type.lower().startswith(b"text/event-stream")
+        self._scanned_bytes = 0
+        self.held = bytearray()
+
+    def feed(self, chunk: bytes) -> Seen:
+        self.held += chunk
+        if not self._is_event_stream:
+            return Seen.OUTPUT
+        while (end := _EVENT_END.search(self.held, self._scanned_bytes)) is not None:
+            seen = _read_event(bytes(self.held[self._scanned_bytes : end.start()]))
+            self._scanned_bytes = end.end()
+            if seen is not Seen.NOTHING:
+                return seen
+        return Seen.OUTPUT if len(self.held) > OPENING_BYTES_MAX else Seen.NOTHING
+
+    def end(self) -> Seen:
+        """The body has ended; an event without its blank line counts."""
+        return _read_event(bytes(self.held[self._scanned_bytes :]))
+
+
+def _read_event(block: bytes) -> Seen:
+    """What one server-sent event shows (WHATWG HTML, 9.2.6); an empty or comment-only one shows nothing."""
+    name = data = b""
+    for line in block.splitlines():
+        field, _, value = line.partition(b":")
+        if field == b"event":
+            name = value.strip()
+        elif field == b"data" and not data:
+            data = value.strip()
+    if not name and (typed := _TYPE.match(data)) is not None:
+        name = typed[1]
+    if name in _ERRORS or _ERROR_DATA.match(data) is not None:
+        return Seen.ERROR
+    if name in _PREAMBLE or not data or _is_role_only(data):
+        return Seen.NOTHING
+    return Seen.OUTPUT
+
+
+def _is_role_only(data: bytes) -> bool:
+    """Whether every choice of a chat chunk names its role and nothing else."""
+    said = len(_CHOSEN.findall(data))
+    return said > 0 and said == len(_ROLE_ONLY.findall(data))

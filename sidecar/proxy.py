@@ -1,0 +1,284 @@
+"""The sidecar's front: reads a request, decides what kind it is, has it served and accounts for it."""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import structlog
+
+from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
+from pdcoord.protocol.headers import REQUEST_ID
+from pdcoord.protocol.openai import APIS
+from pdcoord.protocol.plans import PlanHeader, PrefillTarget
+from pdcoord.wire.asgi import (
+    BodyTimeoutError,
+    ClientGoneError,
+    Receive,
+    Scope,
+    Send,
+    read_body,
+    send_json,
+)
+from pdcoord.wire.errors import BodyTooLargeError
+from sidecar import dialects
+from sidecar.exchange import Call, Exchange, Tools
+from sidecar.guard import Asked, Guard, Headers, for_engine
+from sidecar.health import Health
+from sidecar.observe import CONTENT_TYPE, MODE_UNREAD, Metrics, log_fields
+from sidecar.vocabulary import Order, Outcome
+
+BODY_S_MAX = 60.0
+RETRY_AFTER_S = 1
+
+_METHOD = re.compile(r"[A-Z]+")
+_TARGET = re.compile(rb"/[\x21-\x7e]*")
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The waits and sizes that do not come with a request; seconds and bytes."""
+
+    answer_s: float
+    stream_idle_s: float
+    body_bytes_max: int
+
+
+class Proxy:
+    """The ASGI app in front of the engine.
+
+    Attributes:
+        in_flight: requests being served.
+    """
+
+    def __init__(self, tools: Tools, guard: Guard, health: Health, limits: Limits) -> None:
+        self.in_flight = 0
+        self._tools = tools
+        self._guard = guard
+        self._health = health
+        self._limits = limits
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        if scope["path"] in {"/health", "/livez", "/readyz"} and scope["method"] in {"GET", "HEAD"}:
+            await answer_probe(scope["path"], self._health, send)
+            return
+        self.in_flight += 1
+        self._idle.clear()
+        self._tools.metrics.set("in_flight", self.in_flight)
+        try:
+            await self._serve(scope, receive, send)
+        finally:
+            self.in_flight -= 1
+            self._tools.metrics.set("in_flight", self.in_flight)
+            if self.in_flight == 0:
+                self._idle.set()
+
+    def begin_drain(self) -> None:
+        """From now on the pod is not ready and new requests are refused."""
+        self._health.is_draining = True
+        self._tools.metrics.set("draining", 1.0)
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no request is in flight; False if that took too long."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = self._guard.request_id(scope["headers"])
+        try:
+            call, asked = await self._read(scope, receive, request_id)
+        except RefusedError as error:
+            await self._refuse(error.refusal, scope, request_id, send)
+            return
+        except BodyTimeoutError:
+            await _answer_late_body(request_id, send)
+            return
+        except ClientGoneError:
+            return
+        order = self._order(call, asked)
+        await self._exchange(
+            Exchange(self._tools, call, order, send=send, receive=receive), call, asked, scope, send
+        )
+
+    async def _read(self, scope: Scope, receive: Receive, request_id: bytes) -> tuple[Call, Asked]:
+        """The request, fit to be sent to an engine, and what its headers ask for.
+
+        Raises:
+            RefusedError, ClientGoneError, BodyTimeoutError
+        """
+        method: str = scope["method"]
+        headers: Headers = list(scope["headers"])
+        target = _target(scope)
+        if _METHOD.fullmatch(method) is None:
+            raise RefusedError(
+                Refusal(RefuseReason.METHOD_NOT_ALLOWED, f"Method {method} is not served here.")
+            )
+        if self._health.is_draining and method not in _SAFE_METHODS:
+            message = "This pod is going away; send the request to another."
+            raise RefusedError(Refusal(RefuseReason.DRAINING, message, retry_after_s=RETRY_AFTER_S))
+        api = APIS.get(scope["path"]) if method == "POST" else None
+        is_generative = api is not None and api.is_generative
+        asked = self._guard.read(headers) if is_generative else Asked(PlanHeader())
+        raw = await self._read_body(headers, receive)
+        body = None
+        if api is not None and is_generative:
+            body = dialects.read_body(api, raw, is_prefill_leg=asked.is_prefill_leg)
+            raw = body.raw
+        else:
+            raw = dialects.scrub(raw, _content_type(headers))
+        return Call(method, target, for_engine(headers, request_id), raw, request_id, body), asked
+
+    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
+        bytes_max = self._limits.body_bytes_max
+        message = f"The body is longer than {bytes_max} bytes; send a shorter one."
+        too_large = RefusedError(Refusal(RefuseReason.BODY_TOO_LARGE, message))
+        announced = next((value for name, value in headers if name == b"content-length"), b"0")
+        if int(announced) > bytes_max:  # The server has checked that it is a number.
+            raise too_large
+        try:
+            return await read_body(receive, bytes_max=bytes_max, timeout_s=BODY_S_MAX)
+        except BodyTooLargeError as error:
+            raise too_large from error
+
+    def _order(self, call: Call, asked: Asked) -> Order:
+        plan, body = asked.plan, call.body
+        prefills: Sequence[PrefillTarget] = plan.prefills
+        if prefills and (body is None or not body.splittable_in(plan.dialect)):
+            self._tools.metrics.count("unsplit", (body and body.unsplittable) or "api")
+            prefills = ()
+        return Order(
+            dialect=plan.dialect,
+            engine=self._tools.engine,
+            prefills=tuple(prefills),
+            refused=asked.refused,
+            is_colocated_allowed=plan.is_colocated_allowed,
+            is_stream=body is not None and body.is_stream,
+            prefill_deadline_s=plan.prefill_deadline_ms / 1e3,
+            transfer_deadline_s=plan.transfer_deadline_ms / 1e3,
+            answer_deadline_s=self._limits.answer_s,
+            idle_deadline_s=self._limits.stream_idle_s,
+        )
+
+    async def _exchange(self, exchange: Exchange, call: Call, asked: Asked, scope: Scope, send: Send) -> None:
+        now_s = self._tools.now_s
+        began_s = now_s()
+        unknown = str(Outcome.BROKEN_OFF)  # Cancelled from outside: the drain has run out.
+        try:
+            await exchange.run()
+        except Exception:  # noqa: BLE001  # the edge: whatever it was, the client gets an answer
+            # A bug of ours. The client gets no detail; the log gets the stack, which holds no body.
+            unknown = "error"
+            _log.exception("request.failed", id=call.request_id.decode("ascii"))
+            if exchange.status is None:
+                await self._refuse(_internal(), scope, call.request_id, send)
+        finally:
+            outcome = str(exchange.handoff.outcome or unknown)
+            self._account(exchange, call, asked, outcome=outcome, seconds=now_s() - began_s)
+
+    def _account(self, exchange: Exchange, call: Call, asked: Asked, *, outcome: str, seconds: float) -> None:
+        legs = exchange.handoff
+        served = legs.served()
+        mode = MODE_UNREAD
+        if call.body is not None:
+            mode = "prefill-leg" if asked.is_prefill_leg else str(served.mode)
+        self._tools.metrics.record(
+            legs, mode=mode, outcome=outcome, seconds=seconds, now_s=self._tools.now_s()
+        )
+        write = _log.debug if mode == MODE_UNREAD and call.method in _SAFE_METHODS else _log.info
+        write(
+            "request.done",
+            id=call.request_id.decode("ascii"),
+            path=call.target.partition("?")[0],
+            mode=mode,
+            outcome=outcome,
+            status=exchange.status,
+            is_stream=legs.order.is_stream,
+            total_ms=round(seconds * 1e3, 3),
+            **log_fields(served, legs),
+        )
+
+    async def _refuse(self, refusal: Refusal, scope: Scope, request_id: bytes, send: Send) -> None:
+        self._tools.metrics.count("refusals", refusal.reason)
+        headers = [*refusal.headers(), (REQUEST_ID, request_id)]
+        if refusal.reason is RefuseReason.BODY_TOO_LARGE:
+            headers.append((b"connection", b"close"))  # What is left of the body is not read.
+        await send_json(send, refusal.status, refusal.body(), headers)
+        _log.info(
+            "request.refused",
+            id=request_id.decode("ascii"),
+            path=scope["path"],
+            reason=str(refusal.reason),
+            status=refusal.status,
+        )
+
+
+def _target(scope: Scope) -> str:
+    path: bytes = scope.get("raw_path") or scope["path"].encode("utf-8")
+    query: bytes = scope["query_string"]
+    target = path + b"?" + query if query else path
+    if _TARGET.fullmatch(target) is None:
+        message = "The request target has characters that no URL has; percent-encode them."
+        raise RefusedError(Refusal(RefuseReason.INVALID_FIELD, message))
+    return target.decode("ascii")
+
+
+def _content_type(headers: Headers) -> bytes:
+    return next((value for name, value in headers if name == b"content-type"), b"")
+
+
+def _internal() -> Refusal:
+    return Refusal(RefuseReason.INTERNAL, "The sidecar failed to serve this request; try again.")
+
+
+async def _answer_late_body(request_id: bytes, send: Send) -> None:
+    message = f"The body did not come whole within {BODY_S_MAX:g} s; send it faster."
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "body-timeout"}
+    headers = [(REQUEST_ID, request_id), (b"connection", b"close")]
+    await send_json(send, 408, msgspec.json.encode({"error": error}), headers)
+
+
+async def answer_probe(path: str, health: Health, send: Send) -> None:
+    """/livez: the process runs. /readyz and /health: the engine answers and no drain has begun."""
+    why_not = "" if path == "/livez" else await health.why_not()
+    if not why_not:
+        await send_json(send, 200, b'{"status":"ok"}')
+        return
+    body = msgspec.json.encode({"status": "not ready", "reason": why_not})
+    await send_json(send, 503, body, [(b"retry-after", b"%d" % RETRY_AFTER_S)])
+
+
+class Backstage:
+    """The ASGI app of the metrics listener: /metrics, /livez, /readyz."""
+
+    def __init__(self, metrics: Metrics, health: Health) -> None:
+        self._metrics = metrics
+        self._health = health
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's
+        if scope["type"] != "http":
+            return
+        path = scope["path"]
+        if scope["method"] not in {"GET", "HEAD"}:
+            refusal = Refusal(RefuseReason.METHOD_NOT_ALLOWED, "Only GET is served here.")
+        elif path == "/metrics":
+            await send_json(send, 200, self._metrics.exposition(), [(b"content-type", CONTENT_TYPE)])
+            return
+        elif path in {"/livez", "/readyz"}:
+            await answer_probe(path, self._health, send)
+            return
+        else:
+            message = "This path is not served here; there are /metrics, /livez and /readyz."
+            refusal = Refusal(RefuseReason.PATH_UNKNOWN, message)
+        await send_json(send, refusal.status, refusal.body(), refusal.headers())

@@ -1,0 +1,288 @@
+"""The flags of the sidecar process, each with its environment variable, default and meaning."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pdcoord.protocol.headers import HostPort
+from pdcoord.protocol.plans import DialectName
+from sidecar.errors import SettingsError
+from sidecar.guard import DEADLINE_MS_MAX, normal_address
+
+ENV_PREFIX = "PDCOORD_SIDECAR_"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that a sidecar process is told; one attribute per flag, see FLAGS."""
+
+    host: str
+    port: int
+    engine: HostPort
+    dialect: DialectName
+    allow: tuple[HostPort, ...]
+    allow_file: Path | None
+    allow_any: bool
+    metrics_host: str
+    metrics_port: int
+    drain_s: float
+    stream_idle_ms: float
+    answer_ms: float
+    prefill_deadline_ms: float
+    transfer_deadline_ms: float
+    fallback_colocated: bool
+    bootstrap_port: int
+    body_bytes_max: int
+    log_level: str
+
+
+def _read_port(text: str) -> int:
+    port = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= port <= 65_535:
+        raise ValueError("give a port in 0..65535; 0 lets the system pick one")
+    return port
+
+
+def _read_fixed_port(text: str) -> int:
+    port = _read_port(text)
+    if port == 0:
+        raise ValueError("give a port in 1..65535")
+    return port
+
+
+def _read_address(text: str) -> HostPort:
+    try:
+        return normal_address(text)
+    except ValueError as error:
+        raise ValueError("give host:port, such as 127.0.0.1:8200 or [::1]:8200") from error
+
+
+def _read_addresses(text: str) -> tuple[HostPort, ...]:
+    return tuple(_read_address(part) for part in text.split(",") if part.strip())
+
+
+def _read_host(text: str) -> str:
+    host = text.strip().removeprefix("[").removesuffix("]")
+    if not host or any(c.isspace() or c in "/@" for c in host):
+        raise ValueError("give a host name or an address to listen on, such as 0.0.0.0 or ::")
+    return host
+
+
+def _read_dialect(text: str) -> DialectName:
+    try:
+        return DialectName(text)
+    except ValueError as error:
+        raise ValueError(f"give one of {', '.join(DialectName)}") from error
+
+
+def _read_level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise ValueError(f"give one of {', '.join(LOG_LEVELS)}")
+    return text
+
+
+def _read_yes_no(text: str) -> bool:
+    if text not in {"yes", "no"}:
+        raise ValueError("give yes or no")
+    return text == "yes"
+
+
+def _read_path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _number(low: float, high: float, unit: str) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise ValueError(f"give a number of {unit} in {low:g}..{high:g}")
+        return value
+
+    return read
+
+
+def _read_body_bytes(text: str) -> int:
+    count = int(text) if text.isascii() and text.isdigit() and len(text) < 12 else 0
+    if not 1_024 <= count <= 1 << 30:
+        raise ValueError(f"give a whole number of bytes in 1024..{1 << 30}")
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag; its variable is ENV_PREFIX and its name in capitals.
+
+    Attributes:
+        metavar: what stands for the value in help; empty for a switch, which takes none.
+        default: as it would be written on the command line.
+        read: value of a text; raises ValueError saying what to give instead.
+    """
+
+    name: str
+    metavar: str
+    default: str
+    read: Callable[[str], Any]
+    meaning: str
+    is_repeatable: bool = False
+
+    @property
+    def attribute(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return ENV_PREFIX + self.attribute.upper()
+
+
+_MILLISECONDS = _number(1, DEADLINE_MS_MAX, "milliseconds")
+
+FLAGS: tuple[Flag, ...] = (
+    Flag("--host", "HOST", "0.0.0.0", _read_host, "address that requests come in on"),  # noqa: S104  # a pod's own
+    Flag("--port", "PORT", "8000", _read_port, "port that requests come in on"),
+    Flag("--engine", "HOST:PORT", "127.0.0.1:8200", _read_address, "the engine beside this sidecar"),
+    Flag(
+        "--dialect",
+        "DIALECT",
+        "nixlv2",
+        _read_dialect,
+        "how requests without x-pdcoord-plan are handed over: nixlv2 (vLLM) or sglang",
+    ),
+    Flag(
+        "--allow",
+        "HOST:PORT[,...]",
+        "",
+        _read_addresses,
+        "prefill targets that may be dialled; repeatable; with none given here or in the file, none may",
+        is_repeatable=True,
+    ),
+    Flag(
+        "--allow-file",
+        "FILE",
+        "",
+        _read_path,
+        "more of them, one a line, `#` begins a comment; read again within a second of a change",
+    ),
+    Flag(
+        "--allow-any", "", "no", _read_yes_no, "let any prefill target be dialled; as a variable, yes or no"
+    ),
+    Flag("--metrics-host", "HOST", "127.0.0.1", _read_host, "address of /metrics, /livez and /readyz"),
+    Flag("--metrics-port", "PORT", "9400", _read_port, "port of /metrics, /livez and /readyz"),
+    Flag(
+        "--drain-s",
+        "SECONDS",
+        "30",
+        _number(0, 86_400, "seconds"),
+        "how long running requests may go on after SIGTERM",
+    ),
+    Flag(
+        "--stream-idle-ms",
+        "MS",
+        "60000",
+        _MILLISECONDS,
+        "longest time in which an answer that has begun may make no progress",
+    ),
+    Flag(
+        "--answer-ms",
+        "MS",
+        "600000",
+        _MILLISECONDS,
+        "longest wait for the first output where no transfer deadline applies: colocated calls, and calls "
+        "that are not streamed, whose first output comes after the whole generation",
+    ),
+    Flag(
+        "--prefill-deadline-ms",
+        "MS",
+        "60000",
+        _MILLISECONDS,
+        "longest wait for a prefill leg's answer, for requests without x-pdcoord-plan",
+    ),
+    Flag(
+        "--transfer-deadline-ms",
+        "MS",
+        "20000",
+        _MILLISECONDS,
+        "longest wait from a good prefill leg to a stream's first output, for requests without "
+        "x-pdcoord-plan; keep it below the KV lease (vLLM: 30 s)",
+    ),
+    Flag(
+        "--fallback-colocated",
+        "yes|no",
+        "yes",
+        _read_yes_no,
+        "whether requests without x-pdcoord-plan may end on the engine's own prefill; never in sglang, "
+        "whose decode engines cannot",
+    ),
+    Flag(
+        "--bootstrap-port",
+        "PORT",
+        "8998",
+        _read_fixed_port,
+        "sglang: rendezvous port of a prefill target that names none",
+    ),
+    Flag("--body-bytes-max", "BYTES", "67108864", _read_body_bytes, "longest request body"),
+    Flag("--log-level", "LEVEL", "info", _read_level, "least level that is logged: " + ", ".join(LOG_LEVELS)),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose own complaints are SettingsErrors too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError("command line", message, "see pdcoord-sidecar --help")
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Settings from the command line, then the environment, then the defaults.
+
+    Raises:
+        SettingsError: naming the flag or variable, its value and what to give instead.
+    """
+    parser = _Parser(
+        prog="pdcoord-sidecar",
+        description="Hands requests over beside a decode engine: prefill elsewhere, decode here.",
+        epilog=f"Each flag can also be given as {ENV_PREFIX}NAME, such as {ENV_PREFIX}ALLOW. "
+        "`--describe flags` (headers, states, rules, transitions, metrics) prints the reference instead.",
+        allow_abbrev=False,
+    )
+    for flag in FLAGS:
+        shown = f"{flag.meaning} (default: {flag.default or 'none'})"
+        if not flag.metavar:
+            parser.add_argument(flag.name, action="store_const", const="yes", help=shown)
+        elif flag.is_repeatable:
+            parser.add_argument(flag.name, action="append", metavar=flag.metavar, help=shown)
+        else:
+            parser.add_argument(flag.name, metavar=flag.metavar, help=shown)
+    given = parser.parse_args(arguments)
+    values = {flag.attribute: _value(flag, given, environment) for flag in FLAGS}
+    _check_together(values)
+    return Settings(**values)
+
+
+def _value(flag: Flag, given: argparse.Namespace, environment: Mapping[str, str]) -> Any:
+    source, text = flag.name, getattr(given, flag.attribute)
+    if isinstance(text, list):
+        text = ",".join(text)
+    if text is None:
+        source, text = flag.variable, environment.get(flag.variable)
+    if text is None:
+        source, text = flag.name, flag.default
+    try:
+        return flag.read(text)
+    except ValueError as error:
+        raise SettingsError(source, text, str(error)) from error
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    if values["allow_any"] and (values["allow"] or values["allow_file"]):
+        raise SettingsError(
+            "--allow-any", "yes", "it makes --allow and --allow-file void; leave one of them out"
+        )
+    port = values["port"]
+    if port and port == values["metrics_port"] and values["host"] == values["metrics_host"]:
+        raise SettingsError("--metrics-port", port, "it is --port too; give another")

@@ -1,0 +1,270 @@
+"""Whom the sidecar may dial, what it reads from headers and which of them it passes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pdcoord.protocol.errors import RefusedError, RefuseReason
+from pdcoord.protocol.headers import HostPort
+from pdcoord.protocol.plans import DialectName, PlanHeader, PrefillTarget, encode_plan
+from sidecar.errors import SettingsError
+from sidecar.guard import (
+    PREFILLS_MAX,
+    Allowlist,
+    Guard,
+    Headers,
+    for_client,
+    for_engine,
+    normal_address,
+)
+
+P1, P2, P3 = (HostPort(f"10.0.0.{n}:8000") for n in (1, 2, 3))
+
+
+def guard(*allowed: HostPort, dialect: DialectName = DialectName.NIXLV2, is_open: bool = False) -> Guard:
+    return Guard(
+        allowlist=Allowlist(allowed, is_open=is_open),
+        dialect=dialect,
+        is_colocated_allowed=True,
+        prefill_deadline_ms=1_000.0,
+        transfer_deadline_ms=500.0,
+        make_request_id=lambda: "made",
+    )
+
+
+def plan(*addresses: str, **more: object) -> tuple[bytes, bytes]:
+    targets = tuple(PrefillTarget(address=HostPort(a)) for a in addresses)
+    return (b"x-pdcoord-plan", encode_plan(PlanHeader(prefills=targets, **more)))  # type: ignore[arg-type]
+
+
+def foreign(value: str) -> tuple[bytes, bytes]:
+    return (b"x-prefiller-host-port", value.encode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Pod.Example:80", "pod.example:80"),
+        (" 10.0.0.1:8000 ", "10.0.0.1:8000"),
+        ("pod.example.:80", "pod.example:80"),
+        ("[FD00::1]:80", "[fd00::1]:80"),
+    ],
+)
+def test_an_address_has_one_spelling(text: str, normal: str) -> None:
+    assert normal_address(text) == normal
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "host",
+        "host:",
+        ":80",
+        "host:0",
+        "host:65536",
+        "fd00::1:80",
+        "a b:80",
+        "ho\rst:80",
+        "h\x00:80",
+        "hö:80",
+    ],
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not host:port"):
+        normal_address(text)
+
+
+# The allowlist.
+
+
+def test_an_empty_allowlist_allows_nothing_and_an_open_one_anything() -> None:
+    assert not Allowlist().allows(P1)
+    assert Allowlist(is_open=True).allows(P1)
+
+
+def test_host_and_port_both_count() -> None:
+    allowlist = Allowlist([P1])
+    assert allowlist.allows(P1)
+    assert not allowlist.allows(HostPort("10.0.0.1:8001"))
+    assert not allowlist.allows(P2)
+
+
+def test_a_file_adds_to_the_flags_and_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "allow"
+    path.write_text(f"# prefill pods\n{P2}  # second\n\n")
+    allowlist = Allowlist([P1], path=path)
+    assert [allowlist.allows(p) for p in (P1, P2, P3)] == [True, True, False]
+    assert len(allowlist) == 2
+    assert allowlist.reload() is False
+    path.write_text(f"{P3}\n")
+    assert allowlist.reload() is True
+    assert [allowlist.allows(p) for p in (P1, P2, P3)] == [True, False, True]
+
+
+def test_a_replaced_file_is_seen_though_size_and_time_agree(tmp_path: Path) -> None:
+    path, other = tmp_path / "allow", tmp_path / "other"
+    path.write_text(f"{P1}\n")
+    allowlist = Allowlist(path=path)
+    other.write_text(f"{P2}\n")
+    stat = path.stat()
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(path)
+    assert allowlist.reload() is True
+    assert allowlist.allows(P2)
+
+
+def test_a_bad_file_leaves_the_last_good_list_and_is_reported_once(tmp_path: Path) -> None:
+    path = tmp_path / "allow"
+    path.write_text(f"{P1}\n")
+    allowlist = Allowlist(path=path)
+    path.write_text("ok:1\nnot an address\n")
+    with pytest.raises(SettingsError, match=r"--allow-file .*line 2.*one host:port a line"):
+        allowlist.reload()
+    assert allowlist.reload() is False
+    assert allowlist.allows(P1)
+    path.unlink()
+    with pytest.raises(SettingsError, match="cannot be read"):
+        allowlist.reload()
+    assert allowlist.allows(P1)
+
+
+def test_a_file_that_cannot_be_read_at_the_start_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be read"):
+        Allowlist(path=tmp_path / "missing")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match="UTF-8"):
+        Allowlist(path=binary)
+
+
+# What headers ask for.
+
+
+def test_without_routing_headers_nobody_asks_for_a_split() -> None:
+    asked = guard(P1).read([(b"content-type", b"application/json")])
+    assert asked.plan.prefills == ()
+    assert not asked.is_prefill_leg
+
+
+def test_a_foreign_header_names_candidates_in_order() -> None:
+    asked = guard(P1, P2, P3).read([foreign(f"{P2}, {P1}"), foreign(f"{P3},{P2}")])
+    assert [t.address for t in asked.plan.prefills] == [P2, P1, P3]
+    assert asked.plan.is_colocated_allowed
+    assert (asked.plan.prefill_deadline_ms, asked.plan.transfer_deadline_ms) == (1_000.0, 500.0)
+
+
+def test_a_foreign_sglang_request_never_falls_back_colocated() -> None:
+    asked = guard(P1, dialect=DialectName.SGLANG).read([foreign(P1)])
+    assert asked.plan.dialect is DialectName.SGLANG
+    assert not asked.plan.is_colocated_allowed
+
+
+def test_a_foreign_header_that_names_a_target_not_allowed_is_refused_whole() -> None:
+    with pytest.raises(RefusedError) as caught:
+        guard(P1).read([foreign(f"{P1},{P2}")])
+    assert (caught.value.refusal.status, caught.value.refusal.reason) == (
+        403,
+        RefuseReason.TARGET_NOT_ALLOWED,
+    )
+
+
+@pytest.mark.parametrize("value", ["nonsense", "10.0.0.1", "http://10.0.0.1:8000", "a:1 b:2", "h\xe9:1"])
+def test_a_foreign_header_that_cannot_be_read_is_refused(value: str) -> None:
+    with pytest.raises(RefusedError, match="x-prefiller-host-port") as caught:
+        guard(is_open=True).read([foreign(value)])
+    assert caught.value.refusal.status == 400
+
+
+def test_foreign_candidates_are_bounded() -> None:
+    names = ",".join(f"h{n}:1" for n in range(50))
+    assert len(guard(is_open=True).read([foreign(names)]).plan.prefills) == PREFILLS_MAX
+
+
+def test_our_plan_goes_before_a_foreign_header_and_keeps_what_is_not_allowed_as_refused() -> None:
+    asked = guard(P1).read([foreign(P3), plan("10.0.0.1:8000", P2, dialect=DialectName.SGLANG)])
+    assert [t.address for t in asked.plan.prefills] == [P1, P2]
+    assert asked.refused == {P2}
+    assert asked.plan.dialect is DialectName.SGLANG
+
+
+def test_a_plan_keeps_its_deadlines_and_ports() -> None:
+    sent = PlanHeader(
+        prefills=(PrefillTarget(address=HostPort("POD:1"), bootstrap_port=9),),
+        is_colocated_allowed=False,
+        prefill_deadline_ms=7.0,
+        transfer_deadline_ms=8.0,
+    )
+    read = guard(is_open=True).read([(b"x-pdcoord-plan", encode_plan(sent))]).plan
+    assert (read.prefill_deadline_ms, read.transfer_deadline_ms, read.is_colocated_allowed) == (
+        7.0,
+        8.0,
+        False,
+    )
+    assert read.prefills == (PrefillTarget(address=HostPort("pod:1"), bootstrap_port=9),)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"x-pdcoord-plan", b"nonsense")],
+        [(b"x-pdcoord-plan", b'{"version":9}')],
+        [plan("no-port")],
+        [plan(*(f"h{n}:1" for n in range(PREFILLS_MAX + 1)))],
+        [plan(P1, prefill_deadline_ms=1e12)],
+        [plan(P1), plan(P1)],
+        [(b"x-pdcoord-plan", b'{"prefills":[{"address":"h:1","bootstrap_port":70000}]}')],
+    ],
+)
+def test_a_plan_that_cannot_be_executed_is_refused(headers: Headers) -> None:
+    with pytest.raises(RefusedError, match="x-pdcoord-plan") as caught:
+        guard(is_open=True).read(headers)
+    assert caught.value.refusal.status == 400
+
+
+def test_a_prefill_leg_of_another_sidecar_is_known_by_its_header() -> None:
+    assert guard().read([(b"x-pdcoord-leg", b"prefill")]).is_prefill_leg
+    assert not guard(P1).read([(b"x-pdcoord-leg", b"prefill"), foreign(P1)]).is_prefill_leg
+
+
+# Headers that pass.
+
+
+@pytest.mark.parametrize("value", [b"abc-123", b"x" * 128])
+def test_a_request_id_is_kept(value: bytes) -> None:
+    assert guard().request_id([(b"x-request-id", value)]) == value
+
+
+@pytest.mark.parametrize("value", [b"", b"a b", b"x" * 129, b"\xff", b"a\tb"])
+def test_a_request_id_that_cannot_be_logged_is_replaced(value: bytes) -> None:
+    assert guard().request_id([(b"x-request-id", value)]) == b"made"
+
+
+def test_routing_headers_do_not_reach_an_engine() -> None:
+    headers = [
+        (b"x-prefiller-host-port", b"a:1"),
+        (b"x-encoder-hosts-ports", b"a:1"),
+        (b"x-data-parallel-host-port", b"a:1"),
+        (b"x-kv-cache-source-host-port", b"a:1"),
+        (b"x-gateway-destination-endpoint", b"a:1"),
+        (b"x-pdcoord-plan", b"{}"),
+        (b"x-pdcoord-anything", b"1"),
+        (b"x-override-bootstrap-host", b"10.9.9.9"),
+        (b"x-request-id", b"other"),
+        (b"host", b"pod"),
+        (b"accept-encoding", b"gzip"),
+        (b"content-length", b"3"),
+        (b"authorization", b"Bearer k"),
+        (b"content-type", b"application/json"),
+    ]
+    assert for_engine(headers, b"r1") == [
+        (b"authorization", b"Bearer k"),
+        (b"content-type", b"application/json"),
+        (b"x-request-id", b"r1"),
+    ]
+
+
+def test_an_engine_cannot_speak_for_the_sidecar() -> None:
+    headers = [(b"x-pdcoord-served", b"{}"), (b"x-request-id", b"e"), (b"server", b"uvicorn")]
+    assert for_client(headers) == [(b"server", b"uvicorn")]

@@ -1,0 +1,79 @@
+"""Flags and their variables: what goes before what, and what a bad value is told."""
+
+from pathlib import Path
+
+import pytest
+
+from pdcoord.protocol.plans import DialectName
+from sidecar.errors import SettingsError
+from sidecar.settings import ENV_PREFIX, FLAGS, Settings, parse
+
+
+def test_defaults() -> None:
+    settings = parse([], {})
+    assert (settings.host, settings.port, settings.engine) == ("0.0.0.0", 8000, "127.0.0.1:8200")
+    assert (settings.metrics_host, settings.metrics_port) == ("127.0.0.1", 9400)
+    assert settings.dialect is DialectName.NIXLV2
+    assert (settings.allow, settings.allow_file, settings.allow_any) == ((), None, False)
+    assert (settings.drain_s, settings.stream_idle_ms) == (30.0, 60_000.0)
+    assert settings.fallback_colocated is True
+
+
+def test_each_flag_is_one_attribute() -> None:
+    assert [flag.attribute for flag in FLAGS] == list(Settings.__annotations__)
+
+
+def test_the_command_line_goes_before_the_environment() -> None:
+    environment = {ENV_PREFIX + "PORT": "1", ENV_PREFIX + "DIALECT": "sglang"}
+    settings = parse(["--port", "2"], environment)
+    assert (settings.port, settings.dialect) == (2, DialectName.SGLANG)
+
+
+def test_allow_is_repeatable_takes_lists_and_is_normal() -> None:
+    settings = parse(["--allow", "Pod-A:1,[FD00::2]:2", "--allow", "c:3"], {ENV_PREFIX + "ALLOW": "d:4"})
+    assert settings.allow == ("pod-a:1", "[fd00::2]:2", "c:3")
+    assert parse([], {ENV_PREFIX + "ALLOW": "d:4,e:5"}).allow == ("d:4", "e:5")
+
+
+def test_a_switch_takes_no_value_on_the_command_line() -> None:
+    assert parse(["--allow-any"], {}).allow_any is True
+    assert parse([], {ENV_PREFIX + "ALLOW_ANY": "yes"}).allow_any is True
+
+
+def test_a_file_is_a_path() -> None:
+    assert parse(["--allow-file", "etc/allow"], {}).allow_file == Path("etc/allow")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port", "x"], r"--port is 'x': give a port in 0\.\.65535"),
+        (["--port", "65536"], "--port"),
+        (["--bootstrap-port", "0"], r"--bootstrap-port is '0': give a port in 1\.\.65535"),
+        (["--engine", "localhost"], "--engine is 'localhost': give host:port"),
+        (["--dialect", "nixl"], "--dialect is 'nixl': give one of nixlv2, sglang"),
+        (["--allow", "a:1,b"], "--allow is 'a:1,b': give host:port"),
+        (["--drain-s", "nan"], "--drain-s is 'nan': give a number of seconds"),
+        (["--drain-s", "-1"], "--drain-s"),
+        (["--stream-idle-ms", "0"], "--stream-idle-ms"),
+        (["--answer-ms", "soon"], "--answer-ms is 'soon'"),
+        (["--body-bytes-max", "12"], "--body-bytes-max is '12': give a whole number of bytes"),
+        (["--fallback-colocated", "maybe"], "--fallback-colocated is 'maybe': give yes or no"),
+        (["--log-level", "loud"], "--log-level is 'loud': give one of debug, info, warning, error"),
+        (["--host", "a b"], "--host is 'a b'"),
+        (["--metrics-host", ""], "--metrics-host is ''"),
+        (["--allow-any", "--allow", "a:1"], "--allow-any"),
+        (["--host", "h", "--metrics-host", "h", "--port", "5", "--metrics-port", "5"], "--metrics-port is 5"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--port"], "--port"),
+        (["--metrics-p", "1"], "--metrics-p"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_remedy(arguments: list[str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        parse(arguments, {})
+
+
+def test_a_bad_variable_is_named_itself() -> None:
+    with pytest.raises(SettingsError, match="PDCOORD_SIDECAR_PORT is 'x'"):
+        parse([], {ENV_PREFIX + "PORT": "x"})
