@@ -21,30 +21,46 @@ app.add_typer(policy_app, name="policy")
 
 @app.command()
 def serve(
-    policy: Annotated[Path, typer.Option(help="PoolPolicy file; re-read when it changes.")],
-    endpoints: Annotated[
-        Path | None, typer.Option(help="Endpoints file for pools with a selector; re-read when it changes.")
+    policy: Annotated[
+        Path | None, typer.Option(help="PoolPolicy file; re-read when it changes. [env: PDCOORD_POLICY]")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on for clients.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port for clients.", min=0, max=65535)] = 8080,
-    admin_host: Annotated[str, typer.Option(help="Address of the admin listener.")] = "127.0.0.1",
-    admin_port: Annotated[int, typer.Option(help="Port of the admin listener.", min=0, max=65535)] = 8081,
+    endpoints: Annotated[
+        Path | None,
+        typer.Option(help="Endpoints file for pools with a selector; re-read. [env: PDCOORD_ENDPOINTS]"),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address for clients. [env: PDCOORD_HOST; default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port for clients. [env: PDCOORD_PORT; default: 8080]")
+    ] = None,
+    admin_host: Annotated[
+        str | None,
+        typer.Option(help="Address of the admin listener. [env: PDCOORD_ADMIN_HOST; default: 127.0.0.1]"),
+    ] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Port of the admin listener. [env: PDCOORD_ADMIN_PORT; default: 8081]")
+    ] = None,
 ) -> None:
     """Serve OpenAI traffic over the fleet that a policy describes.
 
     Further settings are environment variables, PDCOORD_*; docs/gateway.md lists them.
     """
     from pdcoord.runtime.serve import serve as run
-    from pdcoord.runtime.settings import ServeSettings
+    from pdcoord.runtime.settings import SettingsError, load_settings
 
-    settings = ServeSettings(
-        policy=policy,
-        endpoints=endpoints,
-        host=host,
-        port=port,
-        admin_host=admin_host,
-        admin_port=admin_port,
-    )
+    try:
+        settings = load_settings(
+            policy=policy,
+            endpoints=endpoints,
+            host=host,
+            port=port,
+            admin_host=admin_host,
+            admin_port=admin_port,
+        )
+    except SettingsError as error:
+        typer.echo(f"pdcoord serve: not started: {error}", err=True)
+        raise typer.Exit(2) from None
     raise typer.Exit(run(settings))
 
 

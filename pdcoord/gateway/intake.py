@@ -1,0 +1,82 @@
+"""From a client's call to the core's request: identity, size, checks and block keys; pure."""
+
+import math
+import re
+from collections.abc import Iterable
+
+from pdcoord.core.blocks import block_keys
+from pdcoord.core.model import Model
+from pdcoord.core.request import BlockKey, Request, RequestId
+from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
+from pdcoord.protocol.headers import REQUEST_ID
+from pdcoord.protocol.openai import Call
+from pdcoord.protocol.tickets import TICKET_FIELD
+
+REQUEST_ID_BYTES_MAX = 128
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,%d}" % REQUEST_ID_BYTES_MAX)
+_TOKEN_ID_BYTES = 4
+_MODEL_SHOWN_MAX = 128
+
+RESERVED_FIELDS = (
+    TICKET_FIELD,
+    "ec_transfer_params",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+)
+"""Body fields that tell an engine where to fetch KV from. From a client they could make it connect
+anywhere, or read another request's KV, so only a sidecar may set them."""
+
+
+def client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The client's own x-request-id if it is printable ASCII of at most 128 bytes; else None."""
+    for name, value in headers:
+        if name == REQUEST_ID and _REQUEST_ID.fullmatch(value):
+            return value.decode("ascii")
+    return None
+
+
+def check_reserved(call: Call) -> None:
+    """Refuse a body that tries to steer KV transfers.
+
+    Raises:
+        RefusedError: 400 naming the field.
+    """
+    for name in RESERVED_FIELDS:
+        if call.body.get(name) is not None:
+            message = f"'{name}' is reserved for transfers inside the fleet; remove it."
+            raise RefusedError(Refusal(RefuseReason.INVALID_FIELD, message, name))
+
+
+def model_unknown(name: str) -> Refusal:
+    shown = name if len(name) <= _MODEL_SHOWN_MAX else f"{name[:_MODEL_SHOWN_MAX]}..."
+    message = f"The model '{shown}' does not exist; GET /v1/models lists those that do."
+    return Refusal(RefuseReason.MODEL_UNKNOWN, message, "model")
+
+
+def build_request(request_id: RequestId, call: Call, model: Model) -> Request:
+    """What routing needs to know of a call.
+
+    Prompt tokens are exact where the prompt came as token ids, else estimated from its bytes. Only a
+    generative call has block keys: no other one leaves a prefix behind that could be reused.
+    """
+    is_exact = call.prompt_token_count is not None
+    block_bytes = model.prefix_block_tokens * _TOKEN_ID_BYTES if is_exact else model.prefix_block_bytes
+    keys: tuple[BlockKey, ...] = ()
+    if call.api.is_generative:
+        keys = block_keys(call.prompt, model=model.name, cache_salt=call.cache_salt, block_bytes=block_bytes)
+    return Request(
+        id=request_id,
+        model=model.name,
+        prompt_tokens=(
+            call.prompt_token_count
+            if call.prompt_token_count is not None
+            else math.ceil(len(call.prompt) / model.bytes_per_token)
+        ),
+        block_keys=keys,
+        block_tokens=model.prefix_block_tokens,
+        output_tokens_max=call.output_tokens_max,
+        choice_count=call.choice_count,
+        is_generative=call.api.is_generative,
+        is_prompt_counted=is_exact,
+    )

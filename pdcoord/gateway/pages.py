@@ -1,0 +1,85 @@
+"""What the gateway's and the admin listener's FastAPI apps share: JSON answers, refusals, error handlers."""
+
+from collections.abc import Callable
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.protocol.headers import REQUEST_ID
+from pdcoord.wire.asgi import Message, Send
+
+_SHOWN_MAX = 128
+
+
+def json_response(answer: object) -> Response:
+    """A whole answer; `answer` is anything that msgspec can write."""
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+def refusal_response(refusal: Refusal, headers: dict[str, str] | None = None) -> Response:
+    own = {name.decode(): value.decode() for name, value in refusal.headers()}
+    return Response(refusal.body(), status_code=refusal.status, headers=(headers or {}) | own)
+
+
+def internal_error() -> Refusal:
+    """All that a client hears of a defect of ours."""
+    return Refusal(
+        RefuseReason.INTERNAL, "pdcoord failed on this request; its log has the cause under the request id."
+    )
+
+
+def add_error_handlers(app: FastAPI, refused: Callable[[RefuseReason], None]) -> None:
+    """Make OpenAI error bodies of all that FastAPI answers itself; `refused` hears of each."""
+
+    def refuse(refusal: Refusal, headers: dict[str, str] | None = None) -> Response:
+        refused(refusal.reason)
+        return refusal_response(refusal, headers)
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            raise error
+        refusal = _refusal_of(error.status_code, request.method, request.scope["path"])
+        return refuse(refusal, dict(error.headers or {}))
+
+    async def on_invalid(_request: Request, error: Exception) -> Response:
+        if not isinstance(error, RequestValidationError):
+            raise error
+        names = ", ".join(sorted({str(fault["loc"][-1]) for fault in error.errors()}))
+        message = f"{names} cannot be used as it is; GET /openapi.json says what is expected."
+        return refuse(Refusal(RefuseReason.INVALID_FIELD, message))
+
+    async def on_defect(_request: Request, _error: Exception) -> Response:
+        return refuse(internal_error())
+
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(Exception, on_defect)
+
+
+def with_request_id(send: Send, request_id: str) -> Send:
+    """`send` for an answer that carries a request id."""
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id.encode())]
+        await send(message)
+
+    return send_with_id
+
+
+def _refusal_of(status: int, method: str, path: str) -> Refusal:
+    shown = path[:_SHOWN_MAX]
+    match status:
+        case 404:
+            message = f"There is no {shown}; GET /openapi.json lists what there is."
+            return Refusal(RefuseReason.PATH_UNKNOWN, message)
+        case 405:
+            message = f"{shown} does not take {method[:16]}; the Allow header says what it takes."
+            return Refusal(RefuseReason.METHOD_NOT_ALLOWED, message)
+        case _ if status < 500:
+            return Refusal(RefuseReason.INVALID_FIELD, "The request cannot be read; see GET /openapi.json.")
+        case _:
+            return internal_error()

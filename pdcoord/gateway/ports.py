@@ -1,0 +1,115 @@
+"""What the gateway asks of the process it runs in, and what it tells it; the runtime implements these."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pdcoord.core.events import Outcome
+from pdcoord.core.model import Model
+from pdcoord.core.plan import Plan
+from pdcoord.core.ports import Handler
+from pdcoord.core.request import RequestId
+from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.protocol.plans import Mode, ServedHeader
+
+
+class Coordination(Handler, Protocol):
+    """The coordinator with its clock bound, and what may be read of it."""
+
+    def model(self, name: str) -> Model | None:
+        """The model of this name or alias."""
+        ...
+
+    def models(self) -> tuple[Model, ...]: ...
+
+    def unready(self) -> Refusal | None:
+        """Why no traffic should be sent here; None when ready."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on one call. Each wait ends; none of them is a hope.
+
+    Attributes:
+        body_bytes_max: longest request body.
+        body_timeout_s: longest wait for a request body to arrive whole.
+        head_timeout_s: longest wait for the first byte of a stream's answer, queueing included.
+        answer_timeout_s: the same for an answer that comes whole, which is all of the generation.
+        stream_idle_s: longest silence inside an answer; more than the sidecar's own, which knows more.
+        request_deadline_s: longest life of a call.
+        attempts_max: decode endpoints tried for one call, whatever the policy says.
+        held_bytes_max: longest answer of a failed attempt that is kept to be relayed if nothing is left.
+    """
+
+    body_bytes_max: int = 32 << 20
+    body_timeout_s: float = 60.0
+    head_timeout_s: float = 300.0
+    answer_timeout_s: float = 1_800.0
+    stream_idle_s: float = 90.0
+    request_deadline_s: float = 3_600.0
+    attempts_max: int = 8
+    held_bytes_max: int = 1 << 20
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One call from its head to its end, for the log line and the metrics of it.
+
+    Times are those of the clock that the relay was given.
+
+    Attributes:
+        id: unique among live calls; the client's own x-request-id wherever that is.
+        model: the policy's name, so that labels made of it are bounded; None where none was found.
+        plan: the last one, if any was made.
+        reason: set when pdcoord itself answered.
+        status: what the client got; 499 when it left before an answer began.
+        began_s: when the call's head had been read.
+        first_byte_s: when the first byte of the answer's body was there.
+    """
+
+    id: RequestId
+    path: str
+    began_s: float
+    model: str | None = None
+    plan: Plan | None = None
+    served: ServedHeader | None = None
+    outcome: Outcome = Outcome.CLIENT_GONE
+    reason: RefuseReason | None = None
+    status: int = 499
+    first_byte_s: float | None = None
+    ended_s: float = 0.0
+
+    @property
+    def mode(self) -> Mode | None:
+        """How the call was served in the end, which a fallback may have made other than planned."""
+        if self.served is not None:
+            return self.served.mode
+        return self.plan.mode if self.plan is not None else None
+
+    @property
+    def prefill(self) -> str | None:
+        """The endpoint whose KV was used, or would be; its address if it is none of the plan's."""
+        if self.plan is None:
+            return None
+        if self.served is None:
+            return self.plan.prefill.id if self.plan.prefill is not None else None
+        for endpoint in (self.plan.prefill, *(rung.prefill for rung in self.plan.rungs)):
+            if endpoint is not None and endpoint.address == self.served.prefill:
+                return endpoint.id
+        return self.served.prefill
+
+
+class Observer(Protocol):
+    """Hears of every call once at its start and once at its end."""
+
+    def call_began(self) -> None: ...
+
+    def call_ended(self, record: CallRecord) -> None: ...
+
+    def refused(self, reason: RefuseReason) -> None:
+        """An answer outside the relayed calls: an unknown path, a wrong method, an unknown model's page."""
+        ...
+
+    def crashed(self, error: Exception, request_id: str) -> None:
+        """A defect of ours: the client has been told nothing of it but its existence."""
+        ...

@@ -1,0 +1,127 @@
+"""What goes to a decode endpoint with a call, and what its answer means; pure."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from pdcoord.core.plan import Plan
+from pdcoord.protocol import headers as names
+from pdcoord.protocol.errors import RefuseReason, RungReason
+from pdcoord.protocol.plans import (
+    Mode,
+    PlanHeader,
+    PrefillTarget,
+    RungKind,
+    ServedHeader,
+    decode_served,
+    encode_plan,
+)
+from pdcoord.wire.errors import ConnectError, HeadTimeoutError, ResetError, WireError
+from pdcoord.wire.heads import Headers, end_to_end
+
+# Names that an answer's own connection or pdcoord itself decides, in either direction.
+_NOT_SENT_ON = names.HOP_BY_HOP | {b"host", b"content-length", b"expect", names.REQUEST_ID}
+_NOT_SENT_BACK = names.HOP_BY_HOP | {names.REQUEST_ID}
+
+# What a sidecar's refusal says of this attempt. Reasons that are not here are the client's own fault
+# (a malformed body, say) and are relayed.
+_SIDECAR_FAILURES: dict[str, RungReason] = {
+    RefuseReason.DRAINING: RungReason.DECODE_UNREACHABLE,
+    RefuseReason.NO_ENDPOINTS: RungReason.DECODE_ERROR,
+    RefuseReason.SATURATED: RungReason.DECODE_ERROR,
+    RefuseReason.LADDER_EXHAUSTED: RungReason.DECODE_ERROR,
+    RefuseReason.UPSTREAM_FAILED: RungReason.DECODE_ERROR,
+    RefuseReason.UPSTREAM_TIMEOUT: RungReason.DECODE_TIMEOUT,
+    RefuseReason.TARGET_NOT_ALLOWED: RungReason.TARGET_NOT_ALLOWED,
+    RefuseReason.INTERNAL: RungReason.DECODE_ERROR,
+}
+
+_top_level = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def with_model(raw: bytes, name: str) -> bytes:
+    """A JSON object that was already read, with its top-level "model" replaced.
+
+    Every other value keeps its bytes: a number that no float holds, or a key order that a prompt
+    template depends on, must reach the engine as the client wrote it.
+    """
+    fields = _top_level.decode(raw)
+    fields["model"] = msgspec.Raw(msgspec.json.encode(name))
+    return msgspec.json.encode(fields)
+
+
+def plan_header(plan: Plan) -> PlanHeader:
+    """The part of a plan that its sidecar executes."""
+    targets = [plan.prefill, *(rung.prefill for rung in plan.rungs if rung.kind is RungKind.OTHER_PREFILL)]
+    return PlanHeader(
+        prefills=tuple(
+            PrefillTarget(address=e.address, bootstrap_port=e.bootstrap_port) for e in targets if e
+        ),
+        dialect=plan.dialect,
+        is_colocated_allowed=plan.prefill is None or any(r.kind is RungKind.COLOCATED for r in plan.rungs),
+        prefill_deadline_ms=plan.prefill_deadline_s * 1e3,
+        transfer_deadline_ms=plan.transfer_deadline_s * 1e3,
+    )
+
+
+def headers_for(plan: Plan, client: Iterable[tuple[bytes, bytes]], request_id: bytes) -> Headers:
+    """A client's headers with the plan in place of whatever could steer routing.
+
+    A foreign sidecar reads only the prefill's address.
+    """
+    headers = [pair for pair in end_to_end(client, _NOT_SENT_ON) if not names.is_routing(pair[0])]
+    headers += [(names.REQUEST_ID, request_id), (names.PLAN, encode_plan(plan_header(plan)))]
+    if plan.prefill is not None:
+        headers.append((names.PREFILLER_HOST_PORT, plan.prefill.address.encode()))
+    return headers
+
+
+def headers_to_client(headers: Headers) -> Headers:
+    """What of an answer's headers goes to the client: none of its connection, none of our own."""
+    kept = end_to_end(headers, _NOT_SENT_BACK)
+    return [
+        (name, value) for name, value in kept if not name.startswith(names.PREFIX) or name == names.REASON
+    ]
+
+
+def decision_header(plan: Plan, served: ServedHeader | None) -> bytes:
+    """`mode; reason`: how the call was served, and why so."""
+    if served is None or served.mode is plan.mode:
+        return f"{plan.mode}; {plan.why}".encode()
+    # Planned otherwise: the last rung that was taken is why.
+    why: str = served.rungs[-1].reason if served.rungs else plan.why
+    return f"{served.mode}; {why}".encode()
+
+
+def served_of(header: bytes | None) -> ServedHeader | None:
+    """The sidecar's report, if there is one that can be read and agrees with itself."""
+    served = decode_served(header) if header is not None else None
+    if served is not None and served.mode is Mode.SPLIT and served.prefill is None:
+        return None
+    return served
+
+
+def failure_of_answer(status: int, sidecar_reason: bytes | None) -> RungReason | None:
+    """Why an answer's head counts as a failure of this endpoint; None if it is to be relayed.
+
+    An engine's own 4xx is about the request, and would be the same anywhere.
+    """
+    if sidecar_reason is not None:
+        failure = _SIDECAR_FAILURES.get(sidecar_reason.decode("latin-1"))
+        if failure is not None:
+            return failure
+    if status < 500:
+        return None
+    return RungReason.DECODE_TIMEOUT if status == 504 else RungReason.DECODE_ERROR
+
+
+def failure_of_error(error: WireError) -> RungReason:
+    """Why an attempt that got no answer failed."""
+    match error:
+        # A reset came twice, the second time on a fresh connection: nobody serves there.
+        case ConnectError() | ResetError():
+            return RungReason.DECODE_UNREACHABLE
+        case HeadTimeoutError():
+            return RungReason.DECODE_TIMEOUT
+        case _:
+            return RungReason.DECODE_ERROR

@@ -1,0 +1,272 @@
+"""What the admin listener answers, as JSON: the coordinator's state in words and numbers of the glossary.
+
+Times are milliseconds; moments are ages, since the process's clock means nothing outside it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from pdcoord.core.fleet import Endpoint, EndpointState
+from pdcoord.core.ledger import Load
+from pdcoord.core.model import Model
+from pdcoord.core.paths import PathView
+from pdcoord.core.plan import Candidate, Figures, Plan
+
+
+class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
+    """One endpoint with its last signals and the coordinator's own account of it."""
+
+    id: str
+    model: str
+    pool: str
+    vendor: str
+    role: str
+    engine: str
+    address: str
+    health: str
+    running: int | None
+    waiting: int | None
+    kv_usage: float | None
+    sample_age_ms: float | None
+    failed_samples: int
+    requests: int
+    pending_prefill_ms: float
+    bytes_in_flight: int
+
+
+class FleetView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /fleet."""
+
+    endpoints: list[EndpointView]
+
+
+class PathRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One pair of endpoints that could be a path."""
+
+    prefill: str
+    decode: str
+    verdict: str
+    verdict_reason: str
+    breaker: str
+    bandwidth_gbit_per_s: float
+    bytes_in_flight: int
+
+
+class PathsView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /paths.
+
+    Attributes:
+        total: paths there are; `paths` holds at most the limit that was asked for.
+    """
+
+    total: int
+    paths: list[PathRow]
+
+
+class PolicyView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /policy.
+
+    Attributes:
+        models: as compiled, defaults filled in; times in seconds and sizes in bytes, as the core has them.
+        problems: why what a file holds now is not in force, by file; empty when all is.
+    """
+
+    models: list[dict[str, Any]]
+    warnings: list[str]
+    problems: dict[str, list[str]]
+
+
+class FiguresView(msgspec.Struct, frozen=True, kw_only=True):
+    """The prediction behind one candidate."""
+
+    queue_ms: float
+    prefill_ms: float
+    transfer_ms: float
+    step_ms: float
+    stall_ms: float
+    ttft_ms: float
+    time_ms: float
+    slo_excess: float
+    cost: float
+    uncached_tokens: int
+    cached_tokens: int
+    transfer_bytes: int
+
+
+class CandidateView(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to serve a request."""
+
+    mode: str
+    prefill: str | None
+    decode: str
+    verdict: str | None
+    verdict_reason: str | None
+    figures: FiguresView
+
+
+class RungView(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of the ladder: as planned without a reason, as taken with one."""
+
+    rung: str
+    target: str | None
+    reason: str | None = None
+
+
+class ServedView(msgspec.Struct, frozen=True, kw_only=True):
+    """What the sidecar said it did."""
+
+    mode: str
+    prefill: str | None
+    rungs: list[RungView]
+    prefill_ms: float | None
+    transfer_ms: float | None
+    cached_tokens: int | None
+
+
+class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
+    """One plan of a request and what became of it.
+
+    Attributes:
+        failure: why the decode endpoint gave no answer; None if it did, or has not yet.
+    """
+
+    mode: str
+    why: str
+    dialect: str
+    chosen: CandidateView
+    runner_up: CandidateView | None
+    rungs: list[RungView]
+    drops: dict[str, int]
+    prefill_deadline_ms: float
+    transfer_deadline_ms: float
+    is_outage: bool
+    failure: str | None
+    served: ServedView | None
+
+
+class DecisionView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /decisions/{request_id}.
+
+    Attributes:
+        outcome: None while the request is being served.
+        refusal: what pdcoord answered itself, if it did.
+        decision_ms: the core's own time for the first plan.
+        first_byte_ms: from arrival to the first byte of the answer.
+    """
+
+    id: str
+    model: str
+    age_ms: float
+    prompt_tokens: int
+    output_tokens_max: int | None
+    choice_count: int
+    is_generative: bool
+    outcome: str | None
+    refusal: str | None
+    decision_ms: float
+    first_byte_ms: float | None
+    duration_ms: float | None
+    attempts: list[AttemptView]
+
+
+class DecisionSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of GET /decisions."""
+
+    id: str
+    model: str
+    mode: str | None
+    why: str | None
+    outcome: str | None
+    age_ms: float
+
+
+class DecisionsView(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /decisions: the latest first."""
+
+    decisions: list[DecisionSummary]
+
+
+def endpoint_view(state: EndpointState, load: Load, now_s: float) -> EndpointView:
+    endpoint, sample = state.endpoint, state.sample
+    return EndpointView(
+        id=endpoint.id,
+        model=endpoint.pool.model,
+        pool=endpoint.pool.name,
+        vendor=endpoint.pool.vendor,
+        role=endpoint.pool.role,
+        engine=endpoint.pool.engine,
+        address=endpoint.address,
+        health=state.health,
+        running=sample.running if sample is not None else None,
+        waiting=sample.waiting if sample is not None else None,
+        kv_usage=sample.kv_usage if sample is not None else None,
+        sample_age_ms=(now_s - sample.at_s) * 1e3 if sample is not None else None,
+        failed_samples=state.unreachable_count,
+        requests=load.request_count,
+        pending_prefill_ms=load.pending_prefill_s(now_s) * 1e3,
+        bytes_in_flight=load.bytes_in_flight,
+    )
+
+
+def path_row(view: PathView) -> PathRow:
+    return PathRow(
+        prefill=view.prefill.id,
+        decode=view.decode.id,
+        verdict=view.verdict.kind,
+        verdict_reason=view.verdict.reason,
+        breaker=view.state,
+        bandwidth_gbit_per_s=view.bandwidth_bytes_per_s * 8e-9,
+        bytes_in_flight=view.bytes_in_flight,
+    )
+
+
+def model_document(model: Model) -> dict[str, Any]:
+    """A compiled model as plain data; endpoints are the fleet's, not the policy's."""
+    document: dict[str, Any] = msgspec.to_builtins(model)
+    return document
+
+
+def candidate_view(candidate: Candidate) -> CandidateView:
+    return CandidateView(
+        mode=candidate.mode,
+        prefill=_id(candidate.prefill),
+        decode=candidate.decode.id,
+        verdict=candidate.verdict.kind if candidate.verdict is not None else None,
+        verdict_reason=candidate.verdict.reason if candidate.verdict is not None else None,
+        figures=_figures_view(candidate.figures),
+    )
+
+
+def planned_rungs(plan: Plan) -> list[RungView]:
+    return [RungView(rung=rung.kind, target=_id(rung.prefill)) for rung in plan.rungs]
+
+
+def drop_counts(plan: Plan) -> dict[str, int]:
+    """Most frequent first; reasons that dropped nothing are left out."""
+    counted: Iterable[tuple[str, int]] = (
+        (str(reason), count) for reason, count in plan.drops.items() if count
+    )
+    return dict(sorted(counted, key=lambda item: -item[1]))
+
+
+def _figures_view(figures: Figures) -> FiguresView:
+    return FiguresView(
+        queue_ms=figures.queue_s * 1e3,
+        prefill_ms=figures.prefill_s * 1e3,
+        transfer_ms=figures.transfer_s * 1e3,
+        step_ms=figures.step_s * 1e3,
+        stall_ms=figures.stall_s * 1e3,
+        ttft_ms=figures.ttft_s * 1e3,
+        time_ms=figures.time_s * 1e3,
+        slo_excess=figures.slo_excess,
+        cost=figures.cost,
+        uncached_tokens=figures.uncached_tokens,
+        cached_tokens=figures.cached_tokens,
+        transfer_bytes=figures.transfer_bytes,
+    )
+
+
+def _id(endpoint: Endpoint | None) -> str | None:
+    return endpoint.id if endpoint is not None else None

@@ -1,0 +1,201 @@
+"""The coordinator in a running process: its clock bound, its decisions remembered, its state shown."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from pdcoord.core.coordinator import Coordinator
+from pdcoord.core.events import (
+    Action,
+    DecodeFailed,
+    Dispatch,
+    Event,
+    ModelsReplaced,
+    RequestArrived,
+    RequestEnded,
+    ResponseBegan,
+)
+from pdcoord.core.fleet import (
+    Endpoint,
+    EndpointDraining,
+    EndpointGone,
+    EndpointSeen,
+    Health,
+    SampleFailed,
+    SampleTaken,
+)
+from pdcoord.core.model import Model
+from pdcoord.core.paths import BreakerState
+from pdcoord.feeds.static import Source, StaticFeed
+from pdcoord.gateway.views import (
+    DecisionsView,
+    DecisionView,
+    FleetView,
+    PathsView,
+    PolicyView,
+    endpoint_view,
+    model_document,
+    path_row,
+)
+from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.protocol.plans import RungKind
+from pdcoord.runtime import catalog
+from pdcoord.runtime.catalog import MetricSpec
+from pdcoord.runtime.decisions import DecisionLog
+from pdcoord.runtime.observe import GaugeSample, Metrics
+
+RETRY_AFTER_S = 1
+
+
+class CoordinatorLoop:
+    """Drives one coordinator. Everything runs on one event loop, so one event is handled at a time.
+
+    Attributes:
+        is_draining: set when the process is about to stop; readiness says so from then on.
+        files: where the policy comes from, for GET /policy; set once, before serving.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        *,
+        clock: Callable[[], float],
+        decisions: DecisionLog,
+        metrics: Metrics,
+    ) -> None:
+        self._coordinator = coordinator
+        self._clock = clock
+        self._decisions = decisions
+        self._metrics = metrics
+        self.is_draining = False
+        self.files: StaticFeed | None = None
+        metrics.read_state_from(self._gauges)
+
+    # For the gateway and the feeds.
+
+    def handle(self, event: Event) -> list[Action]:
+        """Hand an event to the core, and remember what is worth showing of it."""
+        now_s = self._clock()
+        actions = self._coordinator.handle(event, now_s)
+        match event:
+            case RequestArrived(request):
+                decision_s = self._clock() - now_s
+                self._metrics.decision_seconds.observe(decision_s)
+                self._decisions.arrived(request, actions, now_s=now_s, decision_s=decision_s)
+            case DecodeFailed():
+                self._decisions.failed(event, actions, now_s=now_s)
+                self._metrics.count_rungs(event.served)
+                is_refused = not any(isinstance(action, Dispatch) for action in actions)
+                rung = RungKind.REFUSE if is_refused else RungKind.OTHER_DECODE
+                self._metrics.count_rung(rung, event.reason)
+            case ResponseBegan(request_id, served):
+                self._decisions.began(request_id, served, now_s=now_s)
+                self._metrics.count_rungs(served)
+            case RequestEnded(request_id, outcome):
+                self._decisions.ended(request_id, outcome, now_s=now_s)
+            case SampleFailed(endpoint_id, why):
+                state = self._coordinator.fleet.get(endpoint_id)
+                if state is not None:
+                    self._metrics.scrape_failures.labels(state.endpoint.pool.name, why).inc()
+            case SampleTaken() | EndpointSeen() | EndpointGone() | EndpointDraining() | ModelsReplaced():
+                pass
+        return actions
+
+    def endpoints(self) -> Iterable[Endpoint]:
+        """Every endpoint of the fleet."""
+        return (state.endpoint for state in self._coordinator.fleet.states())
+
+    def model(self, name: str) -> Model | None:
+        """The model of this name or alias."""
+        return self._coordinator.model(name)
+
+    def models(self) -> tuple[Model, ...]:
+        return self._coordinator.models()
+
+    def unready(self) -> Refusal | None:
+        """Why no traffic should be sent here; None when ready."""
+        if self.is_draining:
+            return Refusal(RefuseReason.DRAINING, "This gateway is shutting down; use another one.")
+        models = self._coordinator.models()
+        if not models:
+            return _not_ready("No policy is loaded.")
+        unserved = [model.name for model in models if not self._can_serve(model)]
+        if unserved:
+            return _not_ready(f"No ready endpoint can serve {', '.join(unserved)}; GET /fleet says why.")
+        return None
+
+    def _can_serve(self, model: Model) -> bool:
+        """Whether a request for the model can run on what is ready, alone or split."""
+        pools = [
+            state.endpoint.pool
+            for state in self._coordinator.fleet.of_model(model.name)
+            if state.health is Health.READY
+        ]
+        if any(pool.can_serve_alone for pool in pools):
+            return True
+        return any(pool.can_prefill for pool in pools) and any(pool.can_decode for pool in pools)
+
+    # For the admin listener.
+
+    def fleet_view(self) -> FleetView:
+        now_s = self._clock()
+        load = self._coordinator.ledger.load
+        states = sorted(self._coordinator.fleet.states(), key=lambda state: state.endpoint.id)
+        return FleetView(endpoints=[endpoint_view(s, load(s.endpoint.id), now_s) for s in states])
+
+    def paths_view(self, limit: int) -> PathsView:
+        views = self._coordinator.paths_view(self._clock())
+        return PathsView(total=len(views), paths=[path_row(view) for view in views[:limit]])
+
+    def policy_view(self) -> PolicyView:
+        files = self.files
+        return PolicyView(
+            models=[model_document(model) for model in self._coordinator.models()],
+            warnings=[str(problem) for problem in files.warnings] if files is not None else [],
+            problems={
+                source: [str(problem) for problem in problems]
+                for source, problems in (files.problems.items() if files is not None else ())
+            },
+        )
+
+    def decisions_view(self, limit: int) -> DecisionsView:
+        return DecisionsView(decisions=self._decisions.latest(limit, now_s=self._clock()))
+
+    def decision_view(self, request_id: str) -> DecisionView | None:
+        return self._decisions.view(request_id, now_s=self._clock())
+
+    # For /metrics.
+
+    def _gauges(self) -> Iterable[tuple[MetricSpec, Iterable[GaugeSample]]]:
+        coordinator = self._coordinator
+        by_health = Counter((s.endpoint.pool.name, s.health) for s in coordinator.fleet.states())
+        pools = {pool.name for model in coordinator.models() for pool in model.pools}
+        yield (
+            catalog.ENDPOINTS,
+            [((pool, h), float(by_health[pool, h])) for pool, h in itertools.product(sorted(pools), Health)],
+        )
+        yield catalog.LEDGER_OPEN, [((), float(coordinator.ledger.open_count))]
+        shares = [((m.name,), coordinator.fallback_share(m.name)) for m in coordinator.models()]
+        yield catalog.FALLBACK_SHARE, shares
+        breakers = self._breaker_counts()
+        yield (
+            catalog.BREAKERS,
+            [((state,), float(breakers[state])) for state in (BreakerState.OPEN, BreakerState.HALF_OPEN)],
+        )
+        stale = self.files.problems if self.files is not None else {}
+        yield catalog.POLICY_STALE, [((source,), float(source in stale)) for source in Source]
+
+    def _breaker_counts(self) -> Counter[BreakerState]:
+        now_s, fleet = self._clock(), self._coordinator.fleet
+        state_of = self._coordinator.paths.state
+        counts: Counter[BreakerState] = Counter()
+        for model in self._coordinator.models():
+            endpoints = [state.endpoint for state in fleet.of_model(model.name)]
+            prefills = [e.id for e in endpoints if e.pool.can_prefill]
+            decodes = [e.id for e in endpoints if e.pool.can_decode]
+            counts.update(state_of(p, d, now_s) for p, d in itertools.product(prefills, decodes))
+        return counts
+
+
+def _not_ready(message: str) -> Refusal:
+    return Refusal(RefuseReason.NO_ENDPOINTS, message, retry_after_s=RETRY_AFTER_S)

@@ -1,0 +1,114 @@
+"""Settings of the gateway process: environment variables `PDCOORD_*`, or what the command line says."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pdcoord.feeds.metrics import ScrapeLimits
+from pdcoord.gateway.ports import Limits
+
+ENV_PREFIX = "PDCOORD_"
+
+
+class SettingsError(ValueError):
+    """Settings that a process cannot start with; the message is one line naming each and its value."""
+
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+PortNumber = Annotated[int, Field(ge=0, le=65_535)]
+
+
+class GatewaySettings(BaseSettings):
+    """Everything that `pdcoord serve` can be told; times in seconds, sizes in bytes.
+
+    Attributes:
+        policy: the policy file.
+        endpoints: the endpoints file, for pools that have a selector.
+        port: 0 lets the kernel pick one.
+        admin_host: loopback by default: the admin listener shows addresses and loads.
+        drain_notice_s: after SIGTERM, how long to serve on while /readyz already says no, so that
+            whatever sends traffic here notices first.
+        drain_s: then, how long calls under way may take to end.
+        reload_interval_s: how often the files are looked at; SIGHUP does it at once.
+        decisions_max: decisions kept for GET /decisions.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
+
+    policy: Path
+    endpoints: Path | None = None
+    host: str = "127.0.0.1"
+    port: PortNumber = 8080
+    admin_host: str = "127.0.0.1"
+    admin_port: PortNumber = 8081
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    body_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 30)] = 32 << 20
+    body_timeout_s: Seconds = 60.0
+    head_timeout_s: Seconds = 300.0
+    answer_timeout_s: Seconds = 1_800.0
+    stream_idle_s: Seconds = 90.0
+    request_deadline_s: Seconds = 3_600.0
+    connect_timeout_s: Seconds = 3.0
+
+    scrape_interval_s: Annotated[float, Field(ge=0.02, le=60)] = 0.2
+    scrape_deadline_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    scrape_backoff_s_max: Annotated[float, Field(gt=0, le=300)] = 2.0
+    scrape_concurrent_max: Annotated[int, Field(ge=1, le=1_024)] = 64
+
+    drain_notice_s: Annotated[float, Field(ge=0, le=3_600)] = 0.0
+    drain_s: Annotated[float, Field(ge=0, le=3_600)] = 30.0
+    reload_interval_s: Annotated[float, Field(ge=0.05, le=3_600)] = 1.0
+    decisions_max: Annotated[int, Field(ge=1, le=65_536)] = 4_096
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_service_links(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Kubernetes gives every pod beside a Service named pdcoord PDCOORD_PORT=tcp://10.0.0.1:8080."""
+        return {
+            name: value
+            for name, value in given.items()
+            if not (isinstance(value, str) and value.startswith("tcp://"))
+        }
+
+    def limits(self) -> Limits:
+        """Bounds on one call."""
+        return Limits(
+            body_bytes_max=self.body_bytes_max,
+            body_timeout_s=self.body_timeout_s,
+            head_timeout_s=self.head_timeout_s,
+            answer_timeout_s=self.answer_timeout_s,
+            stream_idle_s=self.stream_idle_s,
+            request_deadline_s=self.request_deadline_s,
+        )
+
+    def scrape_limits(self) -> ScrapeLimits:
+        """How endpoints are scraped."""
+        return ScrapeLimits(
+            interval_s=self.scrape_interval_s,
+            deadline_s=self.scrape_deadline_s,
+            backoff_s_max=self.scrape_backoff_s_max,
+            concurrent_max=self.scrape_concurrent_max,
+        )
+
+
+def load_settings(**given: Any) -> GatewaySettings:
+    """Settings from the environment, with what is given (and is not None) in place of it.
+
+    Raises:
+        SettingsError: naming every variable at fault, its value and what is expected.
+    """
+    try:
+        return GatewaySettings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        faults = [
+            f"{ENV_PREFIX}{str(fault['loc'][0]).upper()} is {_shown(fault)}: {fault['msg']}"
+            for fault in error.errors()
+        ]
+        raise SettingsError("; ".join(faults)) from error
+
+
+def _shown(fault: Any) -> str:
+    return "not set" if fault["type"] == "missing" else repr(fault["input"])

@@ -1,0 +1,92 @@
+"""Reading an engine's metrics text."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdcoord.core.fleet import Sample
+from pdcoord.feeds.samples import parse_sample
+
+VLLM = b"""\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="demo/llama-8b"} 3.0
+# HELP vllm:num_requests_waiting Number of requests waiting to be processed.
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="demo/llama-8b"} 5.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="demo/llama-8b",reason="capacity"} 3.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="demo/llama-8b",reason="deferred"} 2.0
+vllm:kv_cache_usage_perc{engine="0",model_name="demo/llama-8b"} 0.25
+vllm:time_to_first_token_seconds_bucket{engine="0",le="0.001",model_name="demo/llama-8b"} 0.0
+"""
+
+SGLANG = b"""\
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{engine_type="unified",model_name="m",tp_rank="0"} 7.0
+sglang:num_queue_reqs{engine_type="unified",model_name="m",tp_rank="0"} 2.0
+sglang:token_usage{engine_type="unified",model_name="m",tp_rank="0"} 0.5
+"""
+
+
+def test_vllm_waiting_is_without_what_waits_for_its_kv() -> None:
+    assert parse_sample(VLLM, at_s=4.0) == Sample(running=3, waiting=3, kv_usage=0.25, at_s=4.0)
+
+
+def test_sglang_names() -> None:
+    assert parse_sample(SGLANG, at_s=1.0) == Sample(running=7, waiting=2, kv_usage=0.5, at_s=1.0)
+
+
+def test_counts_are_summed_over_data_parallel_ranks_and_usage_is_their_mean() -> None:
+    text = b"\n".join(
+        b'%b{engine="%d",model_name="m"} %b' % (name, rank, value)
+        for rank, values in enumerate(((b"1", b"4", b"0.2"), (b"2", b"0", b"0.6")))
+        for name, value in zip(
+            (b"vllm:num_requests_running", b"vllm:num_requests_waiting", b"vllm:kv_cache_usage_perc"),
+            values,
+            strict=True,
+        )
+    )
+    assert parse_sample(text, at_s=0.0) == Sample(running=3, waiting=4, kv_usage=0.4, at_s=0.0)
+
+
+def test_names_without_labels_and_the_older_name_of_usage() -> None:
+    text = b"vllm:num_requests_running 1\nvllm:num_requests_waiting 0\nvllm:gpu_cache_usage_perc 0.75\n"
+    assert parse_sample(text, at_s=0.0) == Sample(running=1, waiting=0, kv_usage=0.75, at_s=0.0)
+
+
+def test_braces_and_quotes_inside_label_values() -> None:
+    text = (
+        b'vllm:num_requests_running{model_name="a}\\"b{,"} 1\n'
+        b'vllm:num_requests_waiting{model_name="a}\\"b{,"} 2\n'
+    )
+    assert parse_sample(text, at_s=0.0) == Sample(running=1, waiting=2, kv_usage=0.0, at_s=0.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"vllm:num_requests_running 1\n",
+        b"sglang:num_queue_reqs 1\n",
+        b"vllm:num_requests_running NaN\nvllm:num_requests_waiting 0\n",
+        b"vllm:num_requests_running x\nvllm:num_requests_waiting 0\n",
+        b"prefix_vllm:num_requests_running 1\nvllm:num_requests_waiting 0\n",
+        b"# vllm:num_requests_running 1\nvllm:num_requests_waiting 0\n",
+        b"vllm:num_requests_running_total 1\nvllm:num_requests_waiting 0\n",
+        b"<html>404</html>",
+    ],
+)
+def test_text_without_both_counts_is_no_sample(text: bytes) -> None:
+    assert parse_sample(text, at_s=0.0) is None
+
+
+def test_values_out_of_range_are_brought_into_it() -> None:
+    text = b"vllm:num_requests_running 1e300\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 7\n"
+    sample = parse_sample(text, at_s=0.0)
+    assert sample is not None
+    assert (sample.running, sample.kv_usage) == (1 << 31, 1.0)
+
+
+@given(st.binary(max_size=400), st.integers(min_value=0, max_value=400))
+def test_any_bytes_are_read_without_an_error(noise: bytes, position: int) -> None:
+    parse_sample(VLLM[:position] + noise + VLLM[position:], at_s=0.0)

@@ -1,0 +1,326 @@
+"""A relay on a stage: a scripted coordinator and upstream, an ASGI client without a server."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import pytest
+
+from pdcoord.core.costs import SpeedFigures
+from pdcoord.core.events import Action, DecodeFailed, Dispatch, Event, Refuse, RequestArrived
+from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, ModelName, Pool, PoolName, Role
+from pdcoord.core.model import Model
+from pdcoord.core.plan import Candidate, Figures, Plan, Rung, Why
+from pdcoord.core.request import RequestId
+from pdcoord.gateway.app import GatewayApp
+from pdcoord.gateway.ports import CallRecord, Limits
+from pdcoord.gateway.relay import Relay
+from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.protocol.headers import HostPort
+from pdcoord.protocol.plans import DialectName, RungKind
+from transfer.verdict import Connector, Side, Verdict, VerdictKind
+
+FIGURES = Figures(
+    queue_s=0.001,
+    prefill_s=0.1,
+    transfer_s=0.01,
+    step_s=0.008,
+    stall_s=0.0,
+    slo_excess=0.0,
+    cost=0.5,
+    uncached_tokens=1_000,
+    cached_tokens=0,
+    transfer_bytes=1_000_000,
+)
+
+
+def make_pool(name: str, role: Role) -> Pool:
+    return Pool(
+        name=PoolName(name),
+        model=ModelName("org/model"),
+        role=role,
+        vendor="vendor",
+        engine=EngineKind.VLLM,
+        side=Side(Connector.NIXL, None),
+        speed=SpeedFigures(0.008, 0.0001, 0.008),
+        kv_bytes_per_token=1_024,
+        link_bytes_per_s=1e10,
+    )
+
+
+PREFILL, DECODE = make_pool("p", Role.PREFILL), make_pool("d", Role.DECODE)
+MODEL = Model(name=ModelName("org/model"), pools=(PREFILL, DECODE), aliases=("alias",))
+
+
+def endpoint(pool: Pool, name: str, address: str) -> Endpoint:
+    return Endpoint(EndpointId(f"{pool.name}/{name}"), pool, HostPort(address))
+
+
+def make_plan(
+    request_id: str, *, decode: str = "10.0.0.2:8000", is_split: bool = False, attempt: int = 0
+) -> Plan:
+    prefill = endpoint(PREFILL, "p0", "10.0.0.1:8000") if is_split else None
+    other = endpoint(PREFILL, "p1", "10.0.0.3:8000")
+    return Plan(
+        request_id=RequestId(request_id),
+        chosen=Candidate(
+            decode=endpoint(DECODE, decode.split(":", maxsplit=1)[0], decode),
+            prefill=prefill,
+            verdict=Verdict(VerdictKind.NATIVE, "layouts are equal") if is_split else None,
+            figures=FIGURES,
+        ),
+        why=Why.SPLIT_FASTER if is_split else Why.COLOCATED_FASTER,
+        dialect=DialectName.NIXLV2,
+        rungs=(Rung(RungKind.OTHER_PREFILL, other), Rung(RungKind.COLOCATED)) if is_split else (),
+        attempt=attempt,
+    )
+
+
+@dataclass
+class ScriptedCoordination:
+    """Answers each arrival and failure with the next of `script`: an address, a Refusal or an error."""
+
+    script: list[str | Refusal | Exception] = field(default_factory=lambda: ["10.0.0.2:8000"])
+    is_split: bool = False
+    unready_refusal: Refusal | None = None
+    events: list[Event] = field(default_factory=list)
+
+    def handle(self, event: Event) -> list[Action]:
+        self.events.append(event)
+        match event:
+            case RequestArrived(request):
+                return [self._next(request.id)]
+            case DecodeFailed(request_id):
+                return [self._next(request_id)]
+            case _:
+                return []
+
+    def _next(self, request_id: RequestId) -> Action:
+        step = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        if isinstance(step, Exception):
+            raise step
+        if isinstance(step, Refusal):
+            return Refuse(request_id, step)
+        return Dispatch(make_plan(request_id, decode=step, is_split=self.is_split))
+
+    def model(self, name: str) -> Model | None:
+        return MODEL if name in {MODEL.name, *MODEL.aliases} else None
+
+    def models(self) -> tuple[Model, ...]:
+        return (MODEL,)
+
+    def unready(self) -> Refusal | None:
+        return self.unready_refusal
+
+    def told(self) -> list[str]:
+        """The kinds of events in order."""
+        return [type(event).__name__ for event in self.events]
+
+
+class Reply:
+    """An upstream's answer; a chunk may be an error to raise, or None to fall silent."""
+
+    def __init__(
+        self,
+        status: int = 200,
+        headers: Sequence[tuple[bytes, bytes]] = ((b"content-type", b"application/json"),),
+        chunks: Sequence[bytes | Exception | None] = (b'{"ok":true}',),
+    ) -> None:
+        self.status = status
+        self.headers = list(headers)
+        self.chunks = list(chunks)
+        self.is_closed = False
+        self.reading = asyncio.Event()
+
+    def header(self, name: bytes) -> bytes | None:
+        return next((value for key, value in self.headers if key == name), None)
+
+    async def read_chunk(self, *, idle_timeout_s: float) -> bytes:
+        await asyncio.sleep(0)
+        if not self.chunks:
+            return b""
+        chunk = self.chunks.pop(0)
+        if chunk is None:
+            self.reading.set()
+            await asyncio.Event().wait()
+        if isinstance(chunk, Exception):
+            raise chunk
+        assert chunk is not None
+        return chunk
+
+    async def pump(self, sink: Callable[[bytes], Awaitable[None] | None], *, idle_timeout_s: float) -> None:
+        while part := await self.read_chunk(idle_timeout_s=idle_timeout_s):
+            pause = sink(part)
+            if pause is not None:
+                await pause
+
+    async def read_all(self, *, timeout_s: float, bytes_max: int = 0) -> bytes:
+        parts = []
+        while part := await self.read_chunk(idle_timeout_s=timeout_s):
+            parts.append(part)
+        return b"".join(parts)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *details: object) -> None:
+        self.is_closed = True
+
+
+@dataclass
+class ScriptedUpstream:
+    """Gives each request the next of `script`: an answer, an error, or None for silence."""
+
+    script: list[Reply | Exception | None] = field(default_factory=lambda: [Reply()])
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+    async def request(self, method: str, address: str, target: str, **options: Any) -> Reply:
+        self.asked.append({"method": method, "address": address, "target": target, **options})
+        await asyncio.sleep(0)
+        step = self.script.pop(0)
+        if step is None:
+            await asyncio.Event().wait()
+        if isinstance(step, Exception):
+            raise step
+        assert step is not None
+        return step
+
+
+@dataclass
+class RecordingObserver:
+    began_count: int = 0
+    records: list[CallRecord] = field(default_factory=list)
+    reasons: list[RefuseReason] = field(default_factory=list)
+    crashes: list[Exception] = field(default_factory=list)
+
+    def call_began(self) -> None:
+        self.began_count += 1
+
+    def call_ended(self, record: CallRecord) -> None:
+        self.records.append(record)
+
+    def refused(self, reason: RefuseReason) -> None:
+        self.reasons.append(reason)
+
+    def crashed(self, error: Exception, request_id: str) -> None:
+        self.crashes.append(error)
+
+
+@dataclass
+class Answer:
+    """What a client got. `is_complete` is False where the server must break the connection."""
+
+    status: int | None = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    body: bytes = b""
+    is_complete: bool = False
+
+    def header(self, name: str) -> str | None:
+        return next((v.decode() for k, v in self.headers if k == name.encode()), None)
+
+
+class Stage:
+    """A gateway app with everything around it scripted."""
+
+    def __init__(self) -> None:
+        self.coordination = ScriptedCoordination()
+        self.upstream = ScriptedUpstream()
+        self.observer = RecordingObserver()
+        self.limits = Limits(body_bytes_max=10_000, body_timeout_s=2.0, request_deadline_s=5.0)
+        self.metrics: Callable[[], bytes] = lambda: b"metric 1\n"
+        self.gone = asyncio.Event()
+        self._ids = itertools.count(1)
+        self._app: GatewayApp | None = None
+
+    @property
+    def app(self) -> GatewayApp:
+        if self._app is None:
+            relay = Relay(
+                coordination=self.coordination,
+                upstream=self.upstream,
+                observer=self.observer,
+                limits=self.limits,
+                clock=asyncio.get_running_loop().time,
+                new_id=lambda: f"made-{next(self._ids)}",
+            )
+            self._app = GatewayApp(relay, metrics=self.metrics, created_unix_s=1_700_000_000)
+        return self._app
+
+    async def call(
+        self,
+        path: str = "/v1/completions",
+        body: bytes | None = b'{"model":"org/model","prompt":"hi"}',
+        *,
+        method: str = "POST",
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        query: bytes = b"",
+    ) -> Answer:
+        """One request; `body` None sends no end of a body. Setting `gone` disconnects the client."""
+        answer = Answer()
+        messages = [] if body is None else [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop(0)
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0)
+            if message["type"] == "http.response.start":
+                assert answer.status is None, "two heads"
+                answer.status, answer.headers = message["status"], list(message["headers"])
+            else:
+                assert answer.status is not None, "a body without a head"
+                assert not answer.is_complete, "more after the end"
+                answer.body += message.get("body", b"")
+                answer.is_complete = not message.get("more_body", False)
+
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query,
+            "root_path": "",
+            "scheme": "http",
+            "http_version": "1.1",
+            "headers": list(headers),
+            "server": ("127.0.0.1", 8080),
+            "client": ("127.0.0.1", 1),
+        }
+        async with asyncio.timeout(10.0):
+            await self.app(scope, receive, send)
+        return answer
+
+
+@pytest.fixture
+async def stage() -> Stage:
+    return Stage()
+
+
+@pytest.fixture
+def reply() -> type[Reply]:
+    return Reply
+
+
+@pytest.fixture
+def plan() -> Callable[..., Plan]:
+    return make_plan
+
+
+@pytest.fixture
+def model() -> Model:
+    return MODEL
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], bool]], Awaitable[None]]:
+    async def wait(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5.0):
+            while not condition():  # noqa: ASYNC110  # What the code under test does sets no event.
+                await asyncio.sleep(0.001)
+
+    return wait

@@ -1,0 +1,54 @@
+"""Settings come from the environment, the command line goes before it, and errors are one line."""
+
+from pathlib import Path
+
+import pytest
+
+from pdcoord.runtime.settings import SettingsError, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PDCOORD_POLICY", raising=False)
+    monkeypatch.delenv("PDCOORD_PORT", raising=False)
+
+
+def test_the_command_line_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDCOORD_POLICY", "env.yaml")
+    monkeypatch.setenv("PDCOORD_PORT", "9000")
+    monkeypatch.setenv("PDCOORD_DRAIN_S", "7.5")
+    settings = load_settings(policy=Path("given.yaml"), port=None)
+    assert (settings.policy, settings.port, settings.drain_s) == (Path("given.yaml"), 9_000, 7.5)
+    assert (settings.host, settings.admin_host) == ("127.0.0.1", "127.0.0.1")
+
+
+def test_a_kubernetes_service_link_is_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDCOORD_PORT", "tcp://10.96.0.1:80")
+    monkeypatch.setenv("PDCOORD_ADMIN_PORT", "tcp://10.96.0.2:80")
+    settings = load_settings(policy=Path("p"))
+    assert (settings.port, settings.admin_port) == (8080, 8081)
+
+
+def test_every_fault_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDCOORD_PORT", "99999")
+    monkeypatch.setenv("PDCOORD_LOG_LEVEL", "loud")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "PDCOORD_POLICY is not set" in text
+    assert "PDCOORD_PORT is '99999'" in text
+    assert "PDCOORD_LOG_LEVEL is 'loud'" in text
+
+
+def test_settings_become_bounds() -> None:
+    settings = load_settings(policy=Path("p"), body_bytes_max=2_048, stream_idle_s=5.0, scrape_interval_s=0.5)
+    assert settings.limits().body_bytes_max == 2_048
+    assert settings.limits().stream_idle_s == 5.0
+    assert settings.scrape_limits().interval_s == 0.5
+
+
+def test_other_processes_variables_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDCOORD_SIDECAR_PORT", "x")
+    monkeypatch.setenv("PDCOORD_SERVICE_HOST", "10.96.0.1")
+    load_settings(policy=Path("p"))
