@@ -1,0 +1,289 @@
+"""The emulated fleet as a person writes it: one EmulatedFleet document, compiled to engine settings."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pdcoord.core.costs import SpeedFigures
+from pdcoord.core.fleet import EngineKind, Role
+from pdcoord.policy.errors import KeyPath, PolicyError, Problem
+from pdcoord.policy.poolschema import LayoutSpec, SpeedSpec
+from pdcoord.policy.values import ApiVersion, GbitPerS, Name, ServedName, Spec
+from pdcoord.policy.yamltext import FaultsError, read_documents, validate
+from pdcoord.sim.profiles import PROFILES, Profile
+from pdcoord.sim.settings import EngineSettings, LoadFailurePolicy
+from transfer.layout import KvLayout
+from transfer.verdict import Connector
+
+AnyPort = Annotated[int, Field(ge=0, le=65_535)]
+"""A port to listen on; 0 lets the kernel pick one."""
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Host = Annotated[
+    str,
+    Field(
+        pattern=r"^[0-9A-Za-z:._-]{1,253}$", json_schema_extra={"x-expected": "a host name or an IP address"}
+    ),
+]
+
+
+class EngineSpec(Spec):
+    """One emulated engine."""
+
+    name: Name = Field(description="Unique in the file.")
+    profile: str = Field(
+        description="Speeds, memory, layout and link: a name of pdcoord.sim.profiles.",
+        json_schema_extra={"x-expected": "one of " + ", ".join(PROFILES)},
+    )
+    engine: EngineKind = Field(default=EngineKind.VLLM, description="Whose wire habits it has.")
+    role: Role = Field(default=Role.BOTH, description="Legs it is meant for; binds SGLang only.")
+    connector: Connector | None = Field(
+        default=None, description="What moves its KV: pdcoord for vllm and sglang for sglang if not set."
+    )
+    host: Host = Field(default="127.0.0.1", description="Address that every port of it listens on.")
+    port: AnyPort = Field(description="The API; 0 lets the kernel pick one.")
+    side_channel_port: AnyPort = Field(default=0, description="Where consumers pull from a vLLM engine.")
+    bootstrap_port: AnyPort | None = Field(
+        default=None, description="SGLang's rendezvous; required on one that prefills."
+    )
+    kv_events_port: AnyPort | None = Field(
+        default=None, description="ZMQ publisher of KV events; none if not set."
+    )
+    kv_events_replay_port: AnyPort | None = Field(default=None, description="ZMQ replay of KV events.")
+    kv_events_form: Literal["map", "array"] = Field(
+        default="map", description="map is vLLM 0.32's encoding of an event, array that of earlier versions."
+    )
+    kv_events_hash: Literal["bytes", "int"] = Field(
+        default="bytes", description="int is VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES: the low 64 bits."
+    )
+    kv_events_topic: str | None = Field(
+        default=None, max_length=256, description="kv@HOST:PORT@MODEL if not set."
+    )
+    speed: SpeedSpec | None = Field(default=None, description="Figures in place of the profile's.")
+    layout: LayoutSpec | None = Field(default=None, description="Layout in place of the profile's.")
+    kv_blocks: int | None = Field(
+        default=None, ge=1, le=1 << 22, description="Size of the KV pool in place of the profile's."
+    )
+    link_gbit_per_s: GbitPerS | None = Field(
+        default=None, description="Network card in place of the profile's."
+    )
+    step_tokens_max: int = Field(default=8_192, ge=1, le=1 << 20, description="--max-num-batched-tokens.")
+    running_max: int = Field(default=256, ge=1, le=65_536, description="--max-num-seqs.")
+    queued_max: int = Field(
+        default=1_024, ge=1, le=65_536, description="--max-num-queued-reqs; one more is answered 503."
+    )
+    context_tokens_max: int = Field(default=32_768, ge=2, le=1 << 24, description="--max-model-len.")
+    lease_s: Seconds = Field(default=30.0, description="How long a prefill's KV waits: kv_lease_duration.")
+    handshake_s: float = Field(
+        default=0.2,
+        ge=0,
+        le=600,
+        description="First contact of a pair; llm-d's guide tells of 5 s with vLLM's NixlConnector.",
+    )
+    pull_timeout_s: Seconds = Field(
+        default=300.0, description="Longest wait for KV, for a room's prefill too (SGLang: 300 s)."
+    )
+    kv_load_failure_policy: LoadFailurePolicy = Field(
+        default=LoadFailurePolicy.FAIL, description="vLLM's: fail answers 500, recompute prefills here."
+    )
+    stock_silent_corruption: bool = Field(
+        default=False,
+        description="nixl only: unequal block sizes give wrong tokens without an error, as in vLLM 0.32.",
+    )
+    prefix_caching: bool = Field(default=True, description="--enable-prefix-caching.")
+    step_jitter_share: float = Field(
+        default=0.0, ge=0, lt=1, description="A step's time varies by this share either way."
+    )
+
+    @property
+    def connector_kind(self) -> Connector:
+        if self.connector is not None:
+            return self.connector
+        return Connector.SGLANG if self.engine is EngineKind.SGLANG else Connector.PDCOORD
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        faults: list[tuple[KeyPath, str]] = []
+        if self.profile not in PROFILES:
+            message = f'is "{self.profile}", expected one of {", ".join(PROFILES)}'
+            faults.append((("profile",), message))
+        is_sglang = self.engine is EngineKind.SGLANG
+        allowed = {Connector.SGLANG, Connector.NONE} if is_sglang else set(Connector) - {Connector.SGLANG}
+        if self.connector_kind not in allowed:
+            names = ", ".join(sorted(allowed))
+            message = f"is {self.connector}, expected one of {names} with engine {self.engine}"
+            faults.append((("connector",), message))
+        if is_sglang and self.role is Role.PREFILL and self.bootstrap_port is None:
+            faults.append((("bootstrap_port",), "is missing, expected on an sglang engine of role prefill"))
+        if not is_sglang and self.bootstrap_port is not None:
+            faults.append((("bootstrap_port",), "is sglang's; set side_channel_port on a vllm engine"))
+        if self.kv_events_replay_port is not None and self.kv_events_port is None:
+            faults.append((("kv_events_replay_port",), "is set without kv_events_port; set both"))
+        if self.stock_silent_corruption and self.connector_kind is not Connector.NIXL:
+            faults.append((("stock_silent_corruption",), "is nixl's; set connector: nixl or remove it"))
+        if not faults:
+            faults = self._size_faults()
+        if faults:
+            raise FaultsError(faults)
+        return self
+
+    def _size_faults(self) -> list[tuple[KeyPath, str]]:
+        profile = PROFILES[self.profile]
+        layout = self._layout(profile)
+        pool_tokens = self._block_total(profile, layout) * layout.block_tokens
+        if pool_tokens >= self.context_tokens_max:
+            return []
+        message = (
+            f"is {self.context_tokens_max}, expected at most the {pool_tokens} tokens that the KV pool holds"
+        )
+        return [(("context_tokens_max",), message)]
+
+    def _layout(self, profile: Profile) -> KvLayout:
+        if self.layout is None:
+            return profile.layout
+        spec = self.layout
+        return KvLayout(spec.block_tokens, spec.order, spec.dtype, spec.tensor_parallel, spec.tiling)
+
+    def _block_total(self, profile: Profile, layout: KvLayout) -> int:
+        if self.kv_blocks is not None:
+            return self.kv_blocks
+        return int(profile.kv_pool_tokens.value) // layout.block_tokens
+
+    def settings(self, model: str, seed: int) -> EngineSettings:
+        """This engine for the model that its fleet serves."""
+        profile = PROFILES[self.profile]
+        layout = self._layout(profile)
+        link_gbit_per_s = self.link_gbit_per_s or profile.link_gbit_per_s.value
+        return EngineSettings(
+            name=self.name,
+            model=model,
+            speed=_speed(profile.speed, self.speed),
+            layout=layout,
+            block_total=self._block_total(profile, layout),
+            kv_bytes_per_token=profile.kv_bytes_per_token,
+            link_bytes_per_s=link_gbit_per_s * 1e9 / 8,
+            engine=self.engine,
+            role=self.role,
+            connector=self.connector_kind,
+            model_seed=seed,
+            step_tokens_max=self.step_tokens_max,
+            running_max=self.running_max,
+            queued_max=self.queued_max,
+            context_tokens_max=self.context_tokens_max,
+            lease_s=self.lease_s,
+            handshake_s=self.handshake_s,
+            pull_s_max=self.pull_timeout_s,
+            load_failure_policy=self.kv_load_failure_policy,
+            is_silent_corruption_stock=self.stock_silent_corruption,
+            is_prefix_caching=self.prefix_caching,
+            jitter_share=self.step_jitter_share,
+        )
+
+
+def _speed(base: SpeedFigures, spec: SpeedSpec | None) -> SpeedFigures:
+    """A profile's figures with those that a fleet file gives in their place."""
+    if spec is None:
+        return base
+    written = {
+        "prefill_base_s": (spec.prefill_base_ms, 1e3),
+        "prefill_s_per_token": (spec.prefill_ms_per_token, 1e3),
+        "prefill_s_per_token_squared": (spec.prefill_ns_per_token_squared, 1e9),
+        "step_base_s": (spec.step_base_ms, 1e3),
+        "step_s_per_sequence": (spec.step_us_per_sequence, 1e6),
+        "step_s_per_context_token": (spec.step_ns_per_context_token, 1e9),
+    }
+    return replace(
+        base, **{name: value / scale for name, (value, scale) in written.items() if value is not None}
+    )
+
+
+class AdminSpec(Spec):
+    """A listener for the whole process, which outlives the engines' crashes."""
+
+    host: Host = Field(default="127.0.0.1", description="Address to listen on.")
+    port: AnyPort = Field(description="0 lets the kernel pick one.")
+
+
+class EmulatedFleet(Spec):
+    """Engines to emulate, all of one model."""
+
+    api_version: ApiVersion
+    kind: Literal["EmulatedFleet"] = Field(description="Kind of this document.")
+    seed: int = Field(
+        default=0, ge=0, lt=1 << 63, description="Decides what the model answers and the jitter of steps."
+    )
+    model: ServedName = Field(description="Name under which the engines serve the model.")
+    admin: AdminSpec | None = Field(
+        default=None, description="Faults and state of every engine in one place."
+    )
+    engines: tuple[EngineSpec, ...] = Field(min_length=1, max_length=1024, description="The engines.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        faults = [*_name_faults(self), *_port_faults(self)]
+        if faults:
+            raise FaultsError(faults)
+        return self
+
+
+def _name_faults(fleet: EmulatedFleet) -> list[tuple[KeyPath, str]]:
+    names = [engine.name for engine in fleet.engines]
+    return [
+        (("engines", index, "name"), f'is "{name}", which engines[{names.index(name)}] has; rename one')
+        for index, name in enumerate(names)
+        if names.index(name) != index
+    ]
+
+
+_PORT_KEYS = ("port", "side_channel_port", "bootstrap_port", "kv_events_port", "kv_events_replay_port")
+
+
+def _port_faults(fleet: EmulatedFleet) -> list[tuple[KeyPath, str]]:
+    faults: list[tuple[KeyPath, str]] = []
+    taken: dict[tuple[str, int], str] = {}
+    if fleet.admin is not None and fleet.admin.port:
+        taken[fleet.admin.host, fleet.admin.port] = "admin.port"
+    for index, engine in enumerate(fleet.engines):
+        for key in _PORT_KEYS:
+            port = getattr(engine, key)
+            if not port:
+                continue
+            owner = taken.setdefault((engine.host, port), f"engines[{index}].{key}")
+            if owner != f"engines[{index}].{key}":
+                faults.append((("engines", index, key), f"is {port}, which {owner} has; change one"))
+    return faults
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFleet:
+    """A fleet file that was accepted."""
+
+    file: str
+    fleet: EmulatedFleet
+
+    def chosen(self, names: list[str]) -> tuple[EngineSpec, ...]:
+        """The engines of these names, or all.
+
+        Raises:
+            PolicyError: naming one that the file does not have.
+        """
+        known = {engine.name: engine for engine in self.fleet.engines}
+        for name in names:
+            if name not in known:
+                message = f'has no engine "{name}"; it has {", ".join(known)}'
+                raise PolicyError([Problem(self.file, None, ("engines",), message)])
+        return tuple(known[name] for name in dict.fromkeys(names)) if names else self.fleet.engines
+
+
+def load_fleet(path: Path) -> LoadedFleet:
+    """Read a fleet file.
+
+    Raises:
+        PolicyError: with everything wrong with it, by file, line and key path.
+    """
+    documents = read_documents(path)
+    if len(documents) > 1:
+        extra = documents[1]
+        raise PolicyError([extra.problem((), "is a second document; a fleet file holds one")])
+    return LoadedFleet(str(path), validate(documents[0], EmulatedFleet))

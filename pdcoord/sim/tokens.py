@@ -1,0 +1,62 @@
+"""What a prompt hashes to, and which tokens an emulated model answers it with."""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+import xxhash
+
+from pdcoord.sim.text import WORD_FIRST, WORD_TOTAL
+
+BlockHash = bytes
+"""Chained hash of a block and all blocks before it, 32 bytes, as vLLM's sha256 hashes are."""
+
+DRAWN_TOKENS_MIN = 16
+DRAWN_TOKENS_MAX = 256
+_MASK = 2**64 - 1
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian 32-bit words."""
+    return struct.pack(f"<{len(ids)}I", *ids)
+
+
+def root_hash(model: str, cache_salt: str) -> BlockHash:
+    """The parent of a prompt's first block: prompts of another model or salt never match."""
+    return hashlib.sha256(f"{model}\0{cache_salt}".encode("utf-8", "surrogatepass")).digest()
+
+
+def chain_hashes(parent: BlockHash, ids: Sequence[int], block_tokens: int) -> list[BlockHash]:
+    """One hash for each full block of `ids`; a partial last block has none."""
+    packed = pack_ids(ids)
+    step = 4 * block_tokens
+    hashes = []
+    for end in range(step, len(packed) + 1, step):
+        parent = hashlib.sha256(parent + packed[end - step : end]).digest()
+        hashes.append(parent)
+    return hashes
+
+
+def prompt_digest(ids: Sequence[int]) -> int:
+    """64 bits that stand for the content of a run of tokens, whatever the block size."""
+    return xxhash.xxh3_64_intdigest(pack_ids(ids))
+
+
+def mix(one: int, other: int) -> int:
+    """A 64-bit digest of two, in order."""
+    return xxhash.xxh3_64_intdigest(struct.pack("<QQ", one & _MASK, other & _MASK))
+
+
+def answer_token(content: int, position: int, choice_index: int) -> int:
+    """The token a model puts at `position` of its answer to a context of digest `content`.
+
+    Independent of engine, block size and batch, so that a split answer equals a colocated one.
+    """
+    drawn = xxhash.xxh3_64_intdigest(struct.pack("<QII", content & _MASK, position, choice_index))
+    return WORD_FIRST + drawn % WORD_TOTAL
+
+
+def drawn_length(content: int, choice_index: int) -> int:
+    """How many tokens the model answers of its own accord, in 16..256."""
+    drawn = mix(content, choice_index + 1)
+    return DRAWN_TOKENS_MIN + drawn % (DRAWN_TOKENS_MAX - DRAWN_TOKENS_MIN + 1)

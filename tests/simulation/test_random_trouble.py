@@ -1,0 +1,40 @@
+"""Whole deployments in virtual time, each from a seed: pods die, links break, pods drain, clients leave."""
+
+import os
+
+import pytest
+
+from pdcoord.core.events import Outcome
+from pdcoord.protocol.plans import Mode
+from pdcoord.sim.scenario import draw
+from pdcoord.sim.simulation import Result, Simulation
+
+SEED_COUNT = int(os.environ.get("PDCOORD_SIMULATION_SEEDS", "40"))
+
+
+def run(seed: int) -> Result:
+    return Simulation(draw(seed)).run()
+
+
+@pytest.mark.parametrize("seed", range(SEED_COUNT))
+def test_every_request_ends_once_and_nothing_is_left_behind(seed: int) -> None:
+    """The simulation itself checks, at each event: plans, accounts, answers' tokens, KV blocks."""
+    scenario = draw(seed)
+    result = Simulation(scenario).run()
+    assert sum(result.outcomes.values()) == len(scenario.arrivals), f"replay: draw({seed})"
+
+
+@pytest.mark.parametrize("seed", [3, 18])
+def test_a_seed_gives_the_same_run_again(seed: int) -> None:
+    assert run(seed) == run(seed)
+
+
+def test_the_seeds_reach_what_they_are_for() -> None:
+    """Among the first seeds there is every mode, most fallbacks, refusals and broken streams."""
+    results = [run(seed) for seed in range(20)]
+    modes = {mode for result in results for mode in result.modes}
+    outcomes = {outcome for result in results for outcome in result.outcomes}
+    reasons = {reason for result in results for reason in result.rungs}
+    assert modes == set(Mode)
+    assert {Outcome.OK, Outcome.CLIENT_GONE, Outcome.REFUSED, Outcome.UPSTREAM_ERROR} <= outcomes
+    assert len(reasons) >= 5, reasons
