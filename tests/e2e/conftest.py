@@ -1,0 +1,425 @@
+"""Starts two real vLLM servers, a sidecar and a gateway, once for all tests, and stops them whatever happens.
+
+The servers run in an environment of their own, made by setup.sh; PDCOORD_E2E_VLLM_PYTHON names its
+interpreter if it is not .venv-vllm/bin/python. Everything listens on loopback, on ports that are free.
+"""
+
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import socket
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+MODEL = "tiny"
+BLOCK_TOKENS = 128
+MODEL_TOKENS_MAX = 4096
+# Prompts with at least this many tokens are to be split.
+SPLIT_TOKENS_MIN = 100
+# 2 x 4 layers x 4 KV heads x 32 elements x 2 bytes.
+KV_BYTES_PER_TOKEN = 2048
+
+ENGINE_START_S = 240.0
+START_S = 30.0
+STOP_S = 10.0
+REQUEST_S = 60.0
+# Of one test without its fixtures; the slowest takes a fifth of it on two idle cores.
+TEST_S = 90
+TAIL_LINES = 40
+# This one leaves the prefill server dead.
+LAST = "test_prefill_death.py"
+
+ENGINE_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # Bound, both servers would share one core.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+    "HF_HUB_OFFLINE": "1",
+    "UCX_TLS": "tcp,self,sm",
+}
+ENGINE_FLAGS = (
+    *("--host", "127.0.0.1", "--served-model-name", MODEL),
+    *("--max-model-len", str(MODEL_TOKENS_MAX), "--block-size", str(BLOCK_TOKENS), "--dtype", "bfloat16"),
+    *("--enforce-eager", "--enable-prompt-tokens-details"),
+    *("--disable-access-log-for-endpoints", "/metrics,/health"),
+)
+KV_TRANSFER_CONFIG = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+
+processes_key = pytest.StashKey["Processes"]()
+
+
+# Which tests run, and in what order.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[processes_key] = Processes()
+
+
+@pytest.hookimpl(trylast=True)  # After pytest-randomly has shuffled.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ours = [item for item in items if item.path.is_relative_to(HERE)]
+    for item in ours:
+        item.add_marker(pytest.mark.timeout(TEST_S, func_only=True))
+        if "e2e" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="needs real engines: run make e2e-vllm"))
+    items.sort(key=lambda item: item.path.name == LAST)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        for process in item.config.stash[processes_key].started:
+            report.sections.append((f"last lines of {process.log}", process.tail()))
+    return report
+
+
+# Processes.
+
+
+@dataclass
+class Process:
+    """A process in a group of its own, with all it starts; its output goes to `log`."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+
+    def assert_alive(self) -> None:
+        status = self.popen.poll()
+        assert status is None, f"{self.name} ended with status {status}:\n{self.tail()}"
+
+    def kill(self) -> None:
+        """End the whole group at once, as a machine's loss would."""
+        self._signal(signal.SIGKILL)
+        self.popen.wait(STOP_S)
+
+    def stop(self) -> None:
+        self._signal(signal.SIGTERM)
+        try:
+            self.popen.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self.popen.pid, number)
+        except ProcessLookupError:
+            return
+
+
+@dataclass
+class Processes:
+    """All that this session has started."""
+
+    started: list[Process] = field(default_factory=list)
+
+    def start(
+        self, name: str, command: Sequence[str | Path], folder: Path, environment: Mapping[str, str]
+    ) -> Process:
+        log = folder / f"{name}.log"
+        with log.open("wb") as output:
+            popen = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                cwd=folder,
+                start_new_session=True,
+            )
+        process = Process(name, popen, log)
+        self.started.append(process)
+        return process
+
+
+@pytest.fixture(scope="session")
+def processes(pytestconfig: pytest.Config) -> Iterator[Processes]:
+    processes = pytestconfig.stash[processes_key]
+    with ExitStack() as stack:
+        # Looked at when the session ends: what was started last is stopped first.
+        stack.callback(lambda: [process.stop() for process in reversed(processes.started)])
+        yield processes
+
+
+def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> None:
+    """Wait for a condition; an assertion error names what did not come."""
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}"
+        time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+# What the tests talk to.
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer as it came."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Http:
+    """Plain HTTP to one of the servers."""
+
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def call(
+        self, path: str, body: Any = None, headers: Mapping[str, str] | None = None, method: str = ""
+    ) -> Answer:
+        connection = http.client.HTTPConnection(self.address, timeout=REQUEST_S)
+        try:
+            connection.request(
+                method or ("GET" if body is None else "POST"),
+                path,
+                None if body is None else json.dumps(body),
+                {"content-type": "application/json"} | dict(headers or {}),
+            )
+            response = connection.getresponse()
+            names = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, names, response.read())
+        finally:
+            connection.close()
+
+    def answers(self, path: str) -> bool:
+        try:
+            return self.call(path).status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def counter(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        total = 0.0
+        for line in self.call("/metrics").body.decode().splitlines():
+            match = re.fullmatch(rf"{re.escape(name)}(?:{{(.*)}})? (\S+)", line)
+            if match is not None and all(f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()):
+                total += float(match[2])
+        return total
+
+
+@dataclass(frozen=True)
+class Engine(Http):
+    """One vLLM server."""
+
+    process: Process
+
+    def tokens_alone(self, prompt: str, output_tokens: int) -> list[int]:
+        """Greedy tokens that this engine gives when it does everything itself, out of no cache."""
+        body = {
+            "model": MODEL,
+            "prompt": prompt,
+            "max_tokens": output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "cache_salt": f"alone-{random.SystemRandom().getrandbits(64)}",
+        }
+        answer = self.call("/v1/completions", body)
+        assert answer.status == 200, answer.body
+        tokens: list[int] = answer.json()["choices"][0]["token_ids"]
+        return tokens
+
+    @property
+    def pulled_tokens(self) -> float:
+        """Prompt tokens whose KV came from another engine."""
+        return self.counter("vllm:prompt_tokens_by_source_total", source="external_kv_transfer")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Everything that runs: client -> gateway -> sidecar -> decode; the sidecar also calls prefill."""
+
+    prefill: Engine
+    decode: Engine
+    sidecar: Http
+    gateway: Http
+    admin: Http
+
+    def decision(self, request_id: str) -> dict[str, Any]:
+        answer = self.admin.call(f"/decisions/{request_id}")
+        assert answer.status == 200, answer.body
+        decision: dict[str, Any] = answer.json()
+        return decision
+
+
+@dataclass(frozen=True)
+class Words:
+    """Makes prompts that no cache has seen; one character is one token."""
+
+    rng: random.Random = field(default_factory=random.SystemRandom)
+
+    def prompt(self, tokens: int) -> str:
+        return "".join(self.rng.choices(string.ascii_letters + string.digits + " ", k=tokens))
+
+
+@pytest.fixture(scope="session")
+def words() -> Words:
+    return Words()
+
+
+@pytest.fixture(scope="session")
+def engine_python() -> Path:
+    path = Path(os.environ.get("PDCOORD_E2E_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
+    assert path.exists(), f"{path} does not exist; run tests/e2e/setup.sh or set PDCOORD_E2E_VLLM_PYTHON"
+    return path
+
+
+@pytest.fixture(scope="session")
+def engines(
+    engine_python: Path, processes: Processes, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Engine, Engine]:
+    """The prefill and the decode server, started at once."""
+    folder = tmp_path_factory.mktemp("engines")
+    model = folder / "model"
+    inherited = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    environment = inherited | ENGINE_ENVIRONMENT
+    subprocess.run(
+        [engine_python, "-P", HERE / "tiny_model.py", model],
+        check=True,
+        env=environment,
+        capture_output=True,
+        timeout=ENGINE_START_S,
+    )
+    ports = free_ports(4)
+    engines = []
+    for name, port, side_port in (("prefill", *ports[:2]), ("decode", *ports[2:])):
+        command = (engine_python, "-P", HERE / "engine.py", "--model", model, *ENGINE_FLAGS)
+        own = ("--port", str(port), "--kv-transfer-config", json.dumps(KV_TRANSFER_CONFIG))
+        side_channel = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port)}
+        process = processes.start(name, [*command, *own], folder, environment | side_channel)
+        engines.append(Engine(port, process))
+    for engine in engines:
+        wait_for_start(engine, engine.process, "/health", ENGINE_START_S)
+    return engines[0], engines[1]
+
+
+@pytest.fixture(scope="session")
+def fleet(
+    engines: tuple[Engine, Engine], processes: Processes, tmp_path_factory: pytest.TempPathFactory
+) -> Fleet:
+    prefill, decode = engines
+    folder = tmp_path_factory.mktemp("pdcoord")
+    sidecar, sidecar_metrics, gateway, admin = map(Http, free_ports(4))
+    bin_folder = Path(sys.executable).parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PDCOORD_")}
+    sidecar_process = processes.start(
+        "sidecar",
+        [
+            bin_folder / "pdcoord-sidecar",
+            *("--host", "127.0.0.1", "--port", str(sidecar.port), "--engine", decode.address),
+            *("--allow", prefill.address, "--metrics-port", str(sidecar_metrics.port)),
+        ],
+        folder,
+        environment,
+    )
+    wait_for_start(sidecar_metrics, sidecar_process, "/readyz", START_S)
+    policy = folder / "policy.yaml"
+    policy.write_text(policy_text(prefill=prefill.address, decode=sidecar.address))
+    gateway_process = processes.start(
+        "gateway",
+        [
+            *(bin_folder / "pdcoord", "serve", "--policy", policy),
+            *("--port", str(gateway.port), "--admin-port", str(admin.port)),
+        ],
+        folder,
+        environment,
+    )
+    wait_for_start(gateway, gateway_process, "/readyz", START_S)
+    return Fleet(prefill, decode, sidecar, gateway, admin)
+
+
+@pytest.fixture(scope="session")
+def client(fleet: Fleet) -> Iterator[OpenAI]:
+    """The official client; it does not retry, so that every failure shows."""
+    url = f"http://{fleet.gateway.address}/v1"
+    with OpenAI(base_url=url, api_key="unused", max_retries=0, timeout=REQUEST_S) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def wait() -> Callable[[Callable[[], Any], float, str], None]:
+    return wait_until
+
+
+def wait_for_start(server: Http, process: Process, path: str, deadline_s: float) -> None:
+    def is_up() -> bool:
+        process.assert_alive()
+        return server.answers(path)
+
+    wait_until(is_up, deadline_s, f"{process.name} answers {path}")
+
+
+def policy_text(*, prefill: str, decode: str) -> str:
+    """A policy under which every prompt of SPLIT_TOKENS_MIN tokens is faster split."""
+    layout = f"{{block_tokens: {BLOCK_TOKENS}, order: HND, dtype: bfloat16, tensor_parallel: 1, tiling: cpu-vec}}"
+    pool = f"""
+    vendor: cpu
+    engine: vllm
+    connector: nixl
+    layout: {layout}
+    kv_bytes_per_token: {KV_BYTES_PER_TOKEN}
+    link_gbit_per_s: 10"""
+    step = "step_base_ms: 10, step_us_per_sequence: 1000, step_ns_per_context_token: 100"
+    return f"""\
+apiVersion: pdcoord.io/v1alpha1
+kind: PoolPolicy
+metadata: {{name: e2e}}
+model:
+  name: {MODEL}
+  aliases: [small]
+  bytes_per_token: 1
+  prefix: {{block_tokens: {BLOCK_TOKENS}}}
+pools:
+  - name: prefill
+    role: prefill{pool}
+    endpoints: [{{name: a, address: "{prefill}"}}]
+    speed: {{prefill_base_ms: 5, prefill_ms_per_token: 0.1}}
+    limits: {{context_tokens_max: {MODEL_TOKENS_MAX}}}
+  - name: decode
+    role: decode{pool}
+    endpoints: [{{name: a, address: "{decode}"}}]
+    speed: {{prefill_base_ms: 50, prefill_ms_per_token: 5, {step}}}
+    limits: {{context_tokens_max: {MODEL_TOKENS_MAX}}}
+disaggregation: {{mode: auto, uncached_tokens_min: {SPLIT_TOKENS_MIN}, bandwidth_gbit_per_s_min: 1}}
+"""

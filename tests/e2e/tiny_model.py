@@ -1,0 +1,94 @@
+"""Makes a small random Llama, the same from the same seed, so that the tests need no model hub.
+
+Run with the engines' interpreter: `python tiny_model.py DIRECTORY [--seed N]`.
+
+The tokenizer is byte-level without merges: one byte of prompt is one token, and token id b stands for
+byte b. Greedy tokens of a random model repeat unless its weights are wide: a standard deviation of 0.08
+makes them vary from step to step, so that a wrong KV cache shows in the first few tokens.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CONTEXT_TOKENS_MAX = 8192
+WEIGHT_STD = 0.08
+END = "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "[{{ message['role'] }}]"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def byte_characters() -> list[str]:
+    """The 256 characters that byte-level BPE writes bytes 0..255 as (GPT-2's `bytes_to_unicode`)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    characters = []
+    next_stand_in = 256
+    for byte in range(256):
+        if byte in printable:
+            characters.append(chr(byte))
+        else:
+            characters.append(chr(next_stand_in))
+            next_stand_in += 1
+    return characters
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END, special=True)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=CONTEXT_TOKENS_MAX,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(seed: int, vocabulary_size: int, end_id: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=CONTEXT_TOKENS_MAX,
+        initializer_range=WEIGHT_STD,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=end_id,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seed", type=int, default=2)
+    arguments = parser.parse_args()
+    tokenizer = make_tokenizer()
+    model = make_model(arguments.seed, len(tokenizer), tokenizer.convert_tokens_to_ids(END))
+    tokenizer.save_pretrained(arguments.directory)
+    model.save_pretrained(arguments.directory)
+
+
+if __name__ == "__main__":
+    main()
