@@ -14,10 +14,12 @@ import socket
 import string
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -268,13 +270,18 @@ class Engine(Http):
 
 @dataclass(frozen=True)
 class Fleet:
-    """Everything that runs: client -> gateway -> sidecar -> decode; the sidecar also calls prefill."""
+    """Everything that runs: client -> gateway -> sidecar -> decode; the sidecar also calls prefill.
+
+    Attributes:
+        liar: the prefill server behind a door that puts an engine that is not there into its tickets.
+    """
 
     prefill: Engine
     decode: Engine
     sidecar: Http
     gateway: Http
     admin: Http
+    liar: Http
 
     def decision(self, request_id: str) -> dict[str, Any]:
         answer = self.admin.call(f"/decisions/{request_id}")
@@ -335,8 +342,39 @@ def engines(
 
 
 @pytest.fixture(scope="session")
+def liar(engines: tuple[Engine, Engine]) -> Iterator[Http]:
+    prefill, _ = engines
+
+    class Door(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            answer = prefill.call(self.path, asked)
+            body = answer.json()
+            body["kv_transfer_params"]["remote_engine_id"] = "no-such-engine"
+            raw = json.dumps(body).encode()
+            self.send_response(answer.status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the base class's name
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Door) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield Http(server.server_address[1])
+        server.shutdown()
+        thread.join(STOP_S)
+
+
+@pytest.fixture(scope="session")
 def fleet(
-    engines: tuple[Engine, Engine], processes: Processes, tmp_path_factory: pytest.TempPathFactory
+    engines: tuple[Engine, Engine],
+    liar: Http,
+    processes: Processes,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Fleet:
     prefill, decode = engines
     folder = tmp_path_factory.mktemp("pdcoord")
@@ -348,7 +386,7 @@ def fleet(
         [
             bin_folder / "pdcoord-sidecar",
             *("--host", "127.0.0.1", "--port", str(sidecar.port), "--engine", decode.address),
-            *("--allow", prefill.address, "--metrics-port", str(sidecar_metrics.port)),
+            *("--allow", f"{prefill.address},{liar.address}", "--metrics-port", str(sidecar_metrics.port)),
         ],
         folder,
         environment,
@@ -366,7 +404,7 @@ def fleet(
         environment,
     )
     wait_for_start(gateway, gateway_process, "/readyz", START_S)
-    return Fleet(prefill, decode, sidecar, gateway, admin)
+    return Fleet(prefill, decode, sidecar, gateway, admin, liar)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "[{{ message['role'] }}]"
     "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}\n"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )

@@ -12,7 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvloop
@@ -419,13 +419,12 @@ async def test_a_client_that_never_reads_is_dropped_by_the_kernel(monkeypatch: p
     monkeypatch.setattr(wire_server, "SEND_STALL_MS_MAX", 300)
     upstream = Upstream(CHUNKED_HEAD, chunked(*[b"x" * 65_536] * 800))
     async with relaying(upstream) as (app, address):
-        reader, writer = await open_raw(address)
-        writer.transport.pause_reading()
+        _, writer = await open_raw(address)
+        cast("asyncio.ReadTransport", writer.transport).pause_reading()
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         await until(lambda: (app.left, upstream.left) == (1, 1))
         assert upstream.sent < 800
         writer.close()
-        del reader
 
 
 # The process.

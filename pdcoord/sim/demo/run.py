@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import random
 import shutil
+import signal
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ def run(*, keep: bool, seed: int) -> int:
         failures = uvloop.run(_demo(console, folder, keep=keep, seed=seed))
     except DemoError as error:
         failures = [str(error)]
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.print("stopped")
         failures = []
     for failure in failures:
         console.print("not as it should be:", failure, markup=False, soft_wrap=True)
@@ -45,6 +47,10 @@ def run(*, keep: bool, seed: int) -> int:
 async def _demo(console: Console, folder: Path, *, keep: bool, seed: int) -> list[str]:
     rng = random.Random(seed)  # noqa: S311 - the traffic is to be the same for the same seed
     deployment = lay_out(folder, seed)
+    task = asyncio.current_task()
+    assert task is not None, "runs in a task"
+    # Ctrl-C cancels the task already; being terminated must end the started processes just as well.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with Client() as client, Processes(folder) as processes:
         console.print(deployment.table())
         await _start(console, deployment, processes, client)

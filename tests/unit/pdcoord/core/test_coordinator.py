@@ -648,7 +648,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
     @rule(
         new=st.none() | models,
         seconds=st.sampled_from([0.1, 1.0, 30.0]),
-        is_gone=st.sampled_from([False, False, False, True]),
+        is_gone=st.sampled_from([False] * 7 + [True]),
     )
     def pass_time(self, new: Model | None, seconds: float, *, is_gone: bool) -> None:
         self.now_s += seconds

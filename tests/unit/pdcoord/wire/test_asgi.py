@@ -31,7 +31,8 @@ def source(messages: Sequence[Message]) -> Receive:
     async def receive() -> Message:
         if left:
             return left.pop(0)
-        return await asyncio.get_running_loop().create_future()
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
 
     return receive
 

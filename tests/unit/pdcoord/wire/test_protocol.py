@@ -121,9 +121,9 @@ async def test_a_full_buffer_asks_for_a_pause_that_ends_when_there_is_room() -> 
     rig = Rig()
     writer = await rig.begin()
     assert writer.write(b"a") is None
-    real_write, rig.protocol.transport = rig.transport.write, cast("asyncio.Transport", rig.transport)
+    real_write = writer._write
 
-    def write_and_fill(data: bytes) -> None:
+    def write_and_fill(data: bytes | bytearray | memoryview[Any]) -> None:
         real_write(data)
         rig.protocol.pause_writing()
 
