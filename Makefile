@@ -47,7 +47,10 @@ bench-decide: $(VENV)/.installed ## Cost of one routing decision, by part
 	$(BIN)/python -m benchmarks.decide $(BENCH_ARGS)
 
 docs: $(VENV)/.installed ## Regenerate what is generated in docs/ and deploy/
-	$(BIN)/python -m tests.regenerate
+	$(BIN)/python -m pdcoord.policy.reference
+	$(BIN)/python -m pdcoord.runtime.catalog > docs/metrics-gateway.md
+	$(BIN)/python -m sidecar.describe docs/sidecar.md
+	$(BIN)/python -m sidecar.describe docs/metrics-sidecar.md
 
 constraints: ## Pin what pyproject.toml allows today
 	rm -rf .venv-pin && $(PYTHON) -m venv .venv-pin && .venv-pin/bin/pip install --quiet -e '.[dev]'

@@ -10,8 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pdcoord", "sidecar", "transfer")
 MODULE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 50
-# Spelled in two halves so that this file does not find itself.
-LEFTOVERS = ("TODO", "FIXME", "XXX", "NotImplementedError", "breakpoint()")
+# Each is split by a bar, so that this file does not find itself.
+LEFTOVERS = tuple(
+    word.replace("|", "") for word in ("TO|DO", "FIX|ME", "XX|X", "NotImplemented|Error", "breakpoint|()")
+)
 
 
 def modules() -> list[Path]:
@@ -71,13 +73,6 @@ def test_unit_tests_mirror_the_packages() -> None:
     assert strays == [], "a unit test is named after the module it tests"
 
 
-# Modules whose behaviour is a process, a socket or a screen: tests/integration and the demo hold them.
-EDGES = {
-    "pdcoord/cli.py",
-    "sidecar/main.py",
-}
-
-
 def test_every_pure_module_has_a_unit_test() -> None:
     pure = [ROOT / folder for folder in ("pdcoord/core", "pdcoord/protocol", "pdcoord/policy", "transfer")]
     missing = []
@@ -87,7 +82,7 @@ def test_every_pure_module_has_a_unit_test() -> None:
         relative = path.relative_to(ROOT)
         if not only_names and not (ROOT / "tests/unit" / relative.parent / f"test_{path.name}").exists():
             missing.append(str(relative))
-    assert [name for name in missing if name not in EDGES] == []
+    assert missing == []
 
 
 def test_files_are_not_dead() -> None:

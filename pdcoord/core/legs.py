@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from pdcoord.core.filters import PoolFit
-from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Pool
+from pdcoord.core.fleet import Endpoint, EndpointId, Pool
 from pdcoord.core.ledger import Load
 from pdcoord.core.ports import SpeedModel
 from pdcoord.core.request import Request
@@ -25,7 +25,9 @@ class Leg:
         stall_s: delay that its prefill here would cause running streams, summed over them.
         step_s: one decode step here with this request in the batch; 0.0 on a prefill endpoint.
         prefill_price: of its prefill here.
-        output_price: of its output here, its share of the batch; 0.0 on a prefill endpoint.
+        output_price: of its output here, as one of as many requests as the endpoint may have; 0.0 on a
+            prefill endpoint. Not as one of those it has: a price that falls as an endpoint fills would
+            fill one after the other, though an empty one costs as much.
     """
 
     endpoint: Endpoint
@@ -55,40 +57,72 @@ class PoolLegs:
 
 
 class LegMaker:
-    """Makes the legs of one request; what does not depend on the endpoint is computed once."""
+    """Makes the legs of one request.
+
+    Args:
+        room: how many that are no worse put an endpoint out of the choice.
+        troubled: endpoints with a tripped path, which put nobody out.
+    """
 
     def __init__(
-        self, request: Request, cached_tokens: Mapping[int, int], speed: SpeedModel, now_s: float
+        self,
+        request: Request,
+        cached_tokens: Mapping[int, int],
+        speed: SpeedModel,
+        *,
+        room: int,
+        troubled: Container[EndpointId],
+        now_s: float,
     ) -> None:
         self._request = request
         self._cached_tokens = cached_tokens
         self._speed = speed
+        self._room = room
+        self._troubled = troubled
         self._now_s = now_s
         output_tokens = request.output_tokens_max
         if output_tokens is None:
             output_tokens = OUTPUT_TOKENS_GUESS
         self._output_tokens = min(output_tokens, OUTPUT_TOKENS_COUNTED_MAX)
 
-    def legs(self, fit: PoolFit, troubled: Container[EndpointId], twins_max: int) -> PoolLegs:
-        """The legs of a pool, twins past the first `twins_max` left out.
+    def legs(self, fit: PoolFit) -> PoolLegs:
+        """The legs of a pool.
 
-        Idle endpoints of a pool with the same cached prefix are twins: all their figures are equal, so
-        only those whose turn is longest past can be chosen. One with a tripped path is nobody's twin.
+        Idle endpoints with the same cached prefix are twins: all their figures are equal, so that of
+        more than `room` only those are needed whose turn is longest past. Where there are so many, no
+        endpoint that is busy and has no more cached is needed either: it is worse in some figure.
         """
         maker = _PoolLegMaker(self._request, fit.pool, self._speed, self._output_tokens, self._now_s)
-        cached_tokens = self._cached_tokens
+        busy, twins = self._by_load(fit)
         legs: list[Leg] = []
-        twins: defaultdict[int, list[tuple[int, int, EndpointState, Load]]] = defaultdict(list)
+        beaten_up_to = -1
+        for cached, group in twins.items():
+            if len(group) >= self._room:
+                beaten_up_to = max(beaten_up_to, cached)
+            for _, _, endpoint, load in heapq.nsmallest(self._room, group):
+                legs.append(maker.leg(endpoint, load, 0, cached))
+        for endpoint, load, others, cached in busy:
+            if cached > beaten_up_to:
+                legs.append(maker.leg(endpoint, load, others, cached))
+        return PoolLegs(fit.pool, legs, len(fit.endpoints))
+
+    def _by_load(
+        self, fit: PoolFit
+    ) -> tuple[
+        list[tuple[Endpoint, Load, int, int]],
+        Mapping[int, list[tuple[int, int, Endpoint, Load]]],
+    ]:
+        """The busy with others' requests and cached tokens, and the idle by cached tokens."""
+        cached_tokens, troubled = self._cached_tokens, self._troubled
+        busy: list[tuple[Endpoint, Load, int, int]] = []
+        idle: defaultdict[int, list[tuple[int, int, Endpoint, Load]]] = defaultdict(list)
         for state, load, others in fit.endpoints:
             cached = cached_tokens.get(state.ordinal, 0)
             if others or load.request_count or state.endpoint.id in troubled:
-                legs.append(maker.leg(state.endpoint, load, others, cached))
+                busy.append((state.endpoint, load, others, cached))
             else:
-                twins[cached].append((load.begun_ordinal, state.ordinal, state, load))
-        for cached, group in twins.items():
-            for _, _, state, load in heapq.nsmallest(twins_max, group):
-                legs.append(maker.leg(state.endpoint, load, 0, cached))
-        return PoolLegs(fit.pool, legs, len(fit.endpoints))
+                idle[cached].append((load.begun_ordinal, state.ordinal, state.endpoint, load))
+        return busy, idle
 
 
 class _PoolLegMaker:
@@ -102,7 +136,7 @@ class _PoolLegMaker:
         self._can_decode = pool.can_decode
         self._price_per_s = pool.cost_per_hour / 3600.0
         self._speed = speed
-        self._output_price_per_s = output_tokens * self._price_per_s
+        self._output_price_per_s = output_tokens * self._price_per_s / pool.limits.in_flight_max
         self._now_s = now_s
         self._prefill_s: dict[int, float] = {}
 
@@ -120,7 +154,7 @@ class _PoolLegMaker:
             streams += others
             batch = load.decode_count + others + 1
             step_s = self._speed.step_s(endpoint, batch, load.context_tokens + self._prompt_tokens)
-            output_price = self._output_price_per_s * step_s / batch
+            output_price = self._output_price_per_s * step_s
         elif others:
             queue_s += others * self._prefill_time(endpoint, self._prompt_tokens)
         return Leg(

@@ -12,19 +12,15 @@ from pdcoord.core.objective import Objective, Rank
 from pdcoord.core.paths import BreakerState, PathTable
 from pdcoord.core.plan import Candidate, DropReason, Figures, Why
 from pdcoord.core.ports import SpeedModel
+from pdcoord.core.shortlist import Row, ShortList
 
-ROOM_MIN = 4
-LISTED_MAX = 32
-TROUBLED_MAX = 16
-"""Endpoints with a tripped path that a short list keeps besides; they may be open to some only."""
-
-_Row = tuple[float, float, float, float, int, int, Leg]
-"""The three figures that decide, price, turn, index (so that legs never compare)."""
+DECODE_ROOM = 2
+"""How many matches put a decode endpoint out of a short list: one of them may be the pair's other end."""
 
 
-def room(model: Model) -> int:
-    """How many matches put an endpoint out of a short list: the best, itself, and the ladder's."""
-    return max(ROOM_MIN, model.fallback.other_prefill_max + 2)
+def worker_room(model: Model) -> int:
+    """The same for those that prefill, of whom the ladder names more after the best."""
+    return DECODE_ROOM + model.fallback.other_prefill_max
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +32,7 @@ class BestPair:
 
 
 class Pairs:
-    """The open pairs of one request, formed from a short list of each pool.
-
-    Within a pool speed, verdict and link are equal. An endpoint that several others match or beat in
-    every figure that a pair's violation and time are made of is in no better pair than they are, so
-    it is left out; what is left is a few endpoints whatever the size of the pool. Those with a
-    tripped path put nobody out, since they may not be open to the same endpoints. Lossless but for
-    price among pairs equal within the noise, and past LISTED_MAX endpoints that all differ.
-    """
+    """The open pairs of one request, formed from a short list of each pool."""
 
     def __init__(
         self, model: Model, paths: PathTable, speed: SpeedModel, drops: Counter[DropReason], now_s: float
@@ -55,7 +44,8 @@ class Pairs:
         self._speed = speed
         self._drops = drops
         self._now_s = now_s
-        self._room = room(model)
+        self._worker_list = ShortList(worker_room(model), paths.troubled)
+        self._decode_list = ShortList(DECODE_ROOM, paths.troubled)
         self._cached: set[EndpointId] = set()
 
     def best(self, workers: Sequence[PoolLegs], decodes: Sequence[PoolLegs]) -> BestPair | None:
@@ -81,69 +71,27 @@ class Pairs:
         return Why.NO_OPEN_PATH if workers else Why.NO_PREFILL_ENDPOINT
 
     def _short_workers(self, pool_legs: PoolLegs) -> list[Leg]:
-        rows: list[_Row] = []
+        rows: list[Row[Leg]] = []
         for index, leg in enumerate(pool_legs.legs):
             load = leg.load
-            ready_s = leg.queue_s + leg.prefill_s
-            row = (
-                ready_s,
-                leg.stall_s,
-                load.bytes_in_flight,
-                leg.prefill_price,
-                load.begun_ordinal,
-                index,
-                leg,
-            )
-            rows.append(row)
-        return self._shortened(rows)
+            ready_s, price = leg.queue_s + leg.prefill_s, leg.prefill_price
+            turn, owner = load.begun_ordinal, leg.endpoint.id
+            rows.append((ready_s, leg.stall_s, load.bytes_in_flight, price, turn, index, owner, leg))
+        return self._worker_list.kept(rows)
 
     def _short_decodes(self, pool_legs: PoolLegs) -> list[Leg]:
         rules = self._model.disaggregation
         may_stay = rules.mode is SplitMode.AUTO and pool_legs.pool.can_serve_alone
         cached_below = rules.uncached_tokens_min if may_stay else -1
-        rows: list[_Row] = []
+        rows: list[Row[Leg]] = []
         for index, leg in enumerate(pool_legs.legs):
-            tokens, load = leg.uncached_tokens, leg.load
+            tokens, load, owner = leg.uncached_tokens, leg.load, leg.endpoint.id
             if tokens < cached_below:
-                self._cached.add(leg.endpoint.id)
+                self._cached.add(owner)
                 continue
-            row = (leg.step_s, tokens, load.bytes_in_flight, leg.output_price, load.begun_ordinal, index, leg)
-            rows.append(row)
-        return self._shortened(rows)
-
-    def _shortened(self, rows: list[_Row]) -> list[Leg]:
-        """The legs that fewer than `room` others match in every figure, least first figure first."""
-        rows.sort()
-        least = min((row[1] for row in rows), default=0.0), min((row[2] for row in rows), default=0.0)
-        kept: list[Leg] = []
-        clear: list[tuple[float, float, float]] = []
-        perfect_left, troubled_left = self._room, TROUBLED_MAX
-        for first, second, third, _, _, _, leg in rows:
-            if self._is_matched(clear, first, second, third):
-                continue
-            if leg.endpoint.id not in self._troubled:
-                clear.append((first, second, third))
-                perfect_left -= (second, third) == least
-            elif troubled_left:
-                troubled_left -= 1
-            else:
-                continue
-            kept.append(leg)
-            # Whatever follows is no less in the first figure, and cannot be in the others.
-            if not perfect_left or len(clear) == LISTED_MAX:
-                break
-        return kept
-
-    def _is_matched(
-        self, clear: list[tuple[float, float, float]], first: float, second: float, third: float
-    ) -> bool:
-        matched = 0
-        for figures in clear:
-            if figures[0] <= first and figures[1] <= second and figures[2] <= third:
-                matched += 1
-                if matched == self._room:
-                    return True
-        return False
+            moving, price, turn = load.bytes_in_flight, leg.output_price, load.begun_ordinal
+            rows.append((leg.step_s, tokens, moving, price, turn, index, owner, leg))
+        return self._decode_list.kept(rows)
 
     def _better(
         self, best: tuple[Rank, Leg] | None, workers: list[Leg], decodes: list[Leg], link: PathFigures

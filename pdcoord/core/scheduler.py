@@ -11,7 +11,7 @@ from pdcoord.core.ledger import Ledger
 from pdcoord.core.legs import Leg, LegMaker, PoolLegs
 from pdcoord.core.model import Model
 from pdcoord.core.objective import Objective, Rank
-from pdcoord.core.pairs import Pairs, has_way_to_split, room
+from pdcoord.core.pairs import Pairs, has_way_to_split, worker_room
 from pdcoord.core.paths import PathTable
 from pdcoord.core.plan import Candidate, DropReason, Figures, Why
 from pdcoord.core.ports import SpeedModel
@@ -62,8 +62,11 @@ class Scheduler:
         """Least SLO violation, then least time, then least price, over all open pairs and all alone."""
         found = eligible(self._fleet.groups(model.name), request, self._ledger, excluded)
         drops = found.drops
-        maker = LegMaker(request, self._cached_tokens(request), self._speed, now_s)
-        legs = [maker.legs(fit, self._paths.troubled, room(model)) for fit in found.pools]
+        cached = self._cached_tokens(request)
+        troubled = self._paths.troubled
+        room = worker_room(model)
+        maker = LegMaker(request, cached, self._speed, room=room, troubled=troubled, now_s=now_s)
+        legs = [maker.legs(fit) for fit in found.pools]
         decodes = [pool_legs for pool_legs in legs if pool_legs.pool.can_decode]
         alone = best_alone(decodes, model, drops)
         together_why = why_together(request, model)

@@ -89,11 +89,6 @@ class Relay:
         self.new_id = new_id
         self._live: set[str] = set()
 
-    @property
-    def live_count(self) -> int:
-        """Calls being served."""
-        return len(self._live)
-
     async def serve(self, api: Api, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one POST of `api` from its head to the end of its answer."""
         client_id = client_request_id(scope["headers"])
@@ -328,10 +323,12 @@ class _Exchange:
     async def _break_off(self, response: Response) -> None:
         """End a broken answer so that it cannot pass for a whole one: its last chunk is never sent.
 
-        The error goes out as an event only behind a whole event, since inside one it would be garbage.
+        The error goes out as an event only where an event may stand: behind a whole one, in a stream
+        that is not compressed. Elsewhere it would be garbage.
         """
-        content_type = response.header(b"content-type") or b""
-        if content_type.startswith(_EVENT_STREAM) and self.last.endswith((b"\n\n", b"\r\n\r\n")):
+        is_stream = (response.header(b"content-type") or b"").startswith(_EVENT_STREAM)
+        is_plain = response.header(b"content-encoding") is None
+        if is_stream and is_plain and self.last.endswith((b"\n\n", b"\r\n\r\n")):
             event = Refusal(
                 RefuseReason.UPSTREAM_FAILED, "The engine's stream broke off; what came before is incomplete."
             ).event()

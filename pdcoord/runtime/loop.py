@@ -144,7 +144,9 @@ class CoordinatorLoop:
         return FleetView(endpoints=[endpoint_view(s, load(s.endpoint.id), now_s) for s in states])
 
     def paths_view(self, limit: int) -> PathsView:
+        """At most `limit` paths, those that are not closed first: they are what somebody looks for."""
         views = self._coordinator.paths_view(self._clock())
+        views.sort(key=lambda view: view.state is BreakerState.CLOSED)
         return PathsView(total=len(views), paths=[path_row(view) for view in views[:limit]])
 
     def policy_view(self) -> PolicyView:
@@ -186,14 +188,15 @@ class CoordinatorLoop:
         yield catalog.POLICY_STALE, [((source,), float(source in stale)) for source in Source]
 
     def _breaker_counts(self) -> Counter[BreakerState]:
-        now_s, fleet = self._clock(), self._coordinator.fleet
-        state_of = self._coordinator.paths.state
+        """Breakers by state; only endpoints with a tripped path are looked at, not the whole square."""
+        now_s, paths = self._clock(), self._coordinator.paths
         counts: Counter[BreakerState] = Counter()
         for model in self._coordinator.models():
-            endpoints = [state.endpoint for state in fleet.of_model(model.name)]
-            prefills = [e.id for e in endpoints if e.pool.can_prefill]
-            decodes = [e.id for e in endpoints if e.pool.can_decode]
-            counts.update(state_of(p, d, now_s) for p, d in itertools.product(prefills, decodes))
+            states = self._coordinator.fleet.of_model(model.name)
+            ids = [s.endpoint.id for s in states if s.endpoint.id in paths.troubled]
+            counts.update(
+                paths.state(prefill, decode, now_s) for prefill, decode in itertools.permutations(ids, 2)
+            )
         return counts
 
 

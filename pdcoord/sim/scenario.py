@@ -126,7 +126,7 @@ def _pools(rng: Random, engine: EngineKind) -> tuple[Pool, ...]:
         layout = KvLayout(
             rng.choice([16, 32]), rng.choice(list(Order)), rng.choice([KvDtype.BFLOAT16, KvDtype.FLOAT16])
         )
-        if rng.random() < 0.6:
+        if is_sglang or rng.random() < 0.6:
             connector, layout = (Connector.SGLANG if is_sglang else Connector.PDCOORD), KvLayout(16)
         pools.append(
             Pool(

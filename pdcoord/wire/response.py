@@ -24,19 +24,21 @@ class Response:
     Attributes:
         status: 200..599; interim 1xx answers are never shown.
         headers: in order, hop-by-hop ones too; `heads.end_to_end` gives what a proxy may pass on.
+        last: what `pump` handed on last; b"" before that.
+        part_count: how often it did; who watches a stream's progress compares two looks at this.
         chunks: body bytes not read yet; the parser appends to this list, so it is never replaced.
     """
 
     __slots__ = (
         "_abort",
         "_buffered_bytes",
+        "_counted",
         "_error",
         "_has_ended",
         "_idle_deadline_s",
         "_idle_timeout_s",
         "_idle_timer",
         "_is_paused",
-        "_is_silent",
         "_loop",
         "_sink",
         "_sink_error",
@@ -45,6 +47,8 @@ class Response:
         "_waiter",
         "chunks",
         "headers",
+        "last",
+        "part_count",
         "status",
     )
 
@@ -53,13 +57,15 @@ class Response:
     ) -> None:
         self.status = 0
         self.headers: Headers = []
+        self.last = b""
+        self.part_count = 0
         self.chunks: list[bytes] = []
         self._loop = loop
         self._transport = transport
         self._abort = abort
         self._buffered_bytes = 0
         self._is_paused = False
-        self._is_silent = True
+        self._counted = 0
         self._has_ended = False
         self._error: StreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -134,6 +140,8 @@ class Response:
             StreamError: as `read_chunk` does. What the sink raises is raised here, the connection closed.
         """
         while data := await self.read_chunk(idle_timeout_s=idle_timeout_s):
+            self.last = data
+            self.part_count += 1
             try:
                 pause = sink(data)
                 if pause is None:
@@ -160,17 +168,26 @@ class Response:
 
     def fed(self, byte_count: int) -> None:
         """Bytes went through the parser: hand them on, or stop reading if the reader is far behind."""
-        sink = self._sink
-        if sink is not None:
-            if self.chunks:
-                self._is_silent = False
-                self._push(sink)
-            return
-        self._wake()
-        self._buffered_bytes += byte_count
-        if self._buffered_bytes > BUFFERED_BYTES_MAX and not self._is_paused:
-            self._is_paused = True
-            self._transport.pause_reading()
+        sink, chunks = self._sink, self.chunks
+        if sink is None:
+            self._wake()
+            self._buffered_bytes += byte_count
+            if self._buffered_bytes > BUFFERED_BYTES_MAX and not self._is_paused:
+                self._is_paused = True
+                self._transport.pause_reading()
+        elif chunks:
+            # All that a token costs here: one call of the sink.
+            self.part_count += 1
+            self.last = data = chunks.pop() if len(chunks) == 1 else self._take()
+            try:
+                self._sink_pause = pause = sink(data)
+            except Exception as error:  # noqa: BLE001  # the task that pumps gets it, not the event loop
+                self._sink_error = error
+            else:
+                if pause is None:
+                    return
+            self._sink = None
+            self._wake()
 
     def end(self) -> None:
         """The body has come whole; what of it is unread stays readable."""
@@ -230,7 +247,7 @@ class Response:
         if self._has_ended or self._error is not None:
             return None
         self._idle_timeout_s = idle_timeout_s
-        self._is_silent = True
+        self._counted = self.part_count
         self._sink = sink
         self._expect_within(idle_timeout_s)
         try:
@@ -245,19 +262,6 @@ class Response:
         if self._sink_error is not None:
             raise self._sink_error
         return pause
-
-    def _push(self, sink: Sink) -> None:
-        chunks = self.chunks
-        try:
-            pause = sink(chunks.pop() if len(chunks) == 1 else self._take())
-        except Exception as error:  # noqa: BLE001  # the task that pumps gets it, not the event loop
-            self._sink_error = error
-        else:
-            if pause is None:
-                return
-            self._sink_pause = pause
-        self._sink = None
-        self._wake()
 
     def _finish(self) -> None:
         """Nothing more will come."""
@@ -291,7 +295,7 @@ class Response:
             self._idle_timer.cancel()
         when_s = self._idle_deadline_s
         if self._sink is not None:
-            # A push leaves a mark and no time, which is cheaper; so look often enough to know the time.
+            # A push is counted, not timed, which is cheaper; so look often enough to know the time.
             when_s = min(when_s, self._loop.time() + self._idle_timeout_s / 4)
         self._idle_timer = self._loop.call_at(when_s, self._on_idle_timer)
 
@@ -300,8 +304,8 @@ class Response:
         if self._waiter is None:
             return  # Nobody waits; the next read arms it again.
         now_s = self._loop.time()
-        if not self._is_silent:
-            self._is_silent = True
+        if self._counted != self.part_count:
+            self._counted = self.part_count
             self._idle_deadline_s = now_s + self._idle_timeout_s
         if now_s < self._idle_deadline_s:
             self._arm_idle_timer()

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -117,19 +117,18 @@ class Process:
         self._signal(signal.SIGKILL)
         self.popen.wait(STOP_S)
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         self._signal(signal.SIGTERM)
-        try:
+
+    def stop(self) -> None:
+        """Wait for the end, STOP_S at most, then end whatever is left of the group."""
+        with suppress(subprocess.TimeoutExpired):
             self.popen.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            pass
         self.kill()
 
     def _signal(self, number: signal.Signals) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.popen.pid, number)
-        except ProcessLookupError:
-            return
 
 
 @dataclass
@@ -156,14 +155,22 @@ class Processes:
         self.started.append(process)
         return process
 
+    def stop_all(self) -> None:
+        """All at once, then those that have not ended within STOP_S by force."""
+        for process in self.started:
+            process.terminate()
+        for process in self.started:
+            process.stop()
+
 
 @pytest.fixture(scope="session")
 def processes(pytestconfig: pytest.Config) -> Iterator[Processes]:
     processes = pytestconfig.stash[processes_key]
-    with ExitStack() as stack:
-        # Looked at when the session ends: what was started last is stopped first.
-        stack.callback(lambda: [process.stop() for process in reversed(processes.started)])
-        yield processes
+    # So that a SIGTERM ends what was started too; by default Python would just be gone.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield processes
+    processes.stop_all()
+    signal.signal(signal.SIGTERM, handler)
 
 
 def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> None:
@@ -235,7 +242,9 @@ class Http:
         total = 0.0
         for line in self.call("/metrics").body.decode().splitlines():
             match = re.fullmatch(rf"{re.escape(name)}(?:{{(.*)}})? (\S+)", line)
-            if match is not None and all(f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()):
+            if match is not None and all(
+                f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()
+            ):
                 total += float(match[2])
         return total
 
@@ -319,7 +328,9 @@ def engines(
     """The prefill and the decode server, started at once."""
     folder = tmp_path_factory.mktemp("engines")
     model = folder / "model"
-    inherited = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}
+    }
     environment = inherited | ENGINE_ENVIRONMENT
     subprocess.run(
         [engine_python, "-P", HERE / "tiny_model.py", model],
@@ -330,7 +341,7 @@ def engines(
     )
     ports = free_ports(4)
     engines = []
-    for name, port, side_port in (("prefill", *ports[:2]), ("decode", *ports[2:])):
+    for name, (port, side_port) in {"prefill": ports[:2], "decode": ports[2:]}.items():
         command = (engine_python, "-P", HERE / "engine.py", "--model", model, *ENGINE_FLAGS)
         own = ("--port", str(port), "--kv-transfer-config", json.dumps(KV_TRANSFER_CONFIG))
         side_channel = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port)}
@@ -430,7 +441,9 @@ def wait_for_start(server: Http, process: Process, path: str, deadline_s: float)
 
 def policy_text(*, prefill: str, decode: str) -> str:
     """A policy under which every prompt of SPLIT_TOKENS_MIN tokens is faster split."""
-    layout = f"{{block_tokens: {BLOCK_TOKENS}, order: HND, dtype: bfloat16, tensor_parallel: 1, tiling: cpu-vec}}"
+    layout = (
+        f"{{block_tokens: {BLOCK_TOKENS}, order: HND, dtype: bfloat16, tensor_parallel: 1, tiling: cpu-vec}}"
+    )
     pool = f"""
     vendor: cpu
     engine: vllm

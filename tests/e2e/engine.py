@@ -3,12 +3,11 @@
 Run with the engines' interpreter and the server's own arguments. Nothing else of the engine differs.
 
 1. NIXL 1.5.1's Python binding sets the delay of its progress thread to 0, and the UCX plugin then polls
-   without ever sleeping: an idle engine keeps a core busy. Two such engines on two cores made transfers
-   of milliseconds take up to half a minute. With 1 ms an idle engine takes 5 % of a core.
-2. vLLM 0.32 waits for its shared-memory queue by calling sched_yield in a loop. Linux 6.18 takes the rest
-   of its slice from a thread at every yield, so that such a loop, once it has competition, waits for a
-   core up to half a minute (runqueue wait in /proc/PID/task/TID/schedstat). With a sleep of 0.1 ms in
-   place of the yield it does not, and the core is free while it waits.
+   without ever sleeping: each idle engine keeps a core busy. With 1 ms it takes 5 % of one.
+2. vLLM 0.32 waits for its shared-memory queue by calling sched_yield in a loop. On Linux 6.18 such a loop,
+   once it has competition, was seen waiting for a core for seconds at a time (runqueue wait in
+   /proc/PID/task/TID/schedstat), so that a decode leg of 0.1 s took up to 31 s. With a sleep of 0.1 ms in
+   place of the yield none of 60 took longer than 0.3 s, and the core is free while it waits.
 
 The engine starts its processes by spawning, which imports this file again in each of them, so what
 stands at module level holds there too.
@@ -39,7 +38,9 @@ def _let_progress_thread_sleep(bindings: ModuleType) -> None:
 
 def _sleep_while_waiting(shm_broadcast: ModuleType) -> None:
     if not hasattr(shm_broadcast, "sched_yield"):
-        raise RuntimeError("vLLM's shm_broadcast has no sched_yield: see what it waits with, adjust engine.py")
+        raise RuntimeError(
+            "vLLM's shm_broadcast has no sched_yield: see what it waits with, adjust engine.py"
+        )
     shm_broadcast.sched_yield = lambda: time.sleep(QUEUE_WAIT_S)
 
 

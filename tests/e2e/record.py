@@ -73,19 +73,20 @@ def record(name: str, prefill: str, decode: str, directory: Path, rng: random.Ra
     def leg() -> tuple[Body, Body, bytes]:
         """A new prompt with the common prefix: its body, its ticket and the prefill leg's answer."""
         body = body_of(name, prefix + _text(SUFFIX_CHARACTERS, rng))
-        answer = _expect(200, post(prefill, path, body | dict.fromkeys(limits, 1) | {"kv_transfer_params": ASK}))
+        answer = _expect(
+            200, post(prefill, path, body | dict.fromkeys(limits, 1) | {"kv_transfer_params": ASK})
+        )
         return body, json.loads(answer)["kv_transfer_params"], answer
 
     body, ticket, _ = leg()
     _expect(200, post(decode, path, body | {"kv_transfer_params": ticket}))  # Releases the prefix's lease.
     for streamed, suffix in ((False, "json"), (True, "sse")):
-        stream = {"stream": True} if streamed else {}
+        stream: Body = {"stream": True} if streamed else {}
         if streamed and limits is CHAT_LIMITS:
             stream["stream_options"] = {"include_usage": True}
         body, ticket, answer = leg()
-        salted = body | stream
         (directory / f"{name}.prefill.json").write_bytes(answer)
-        decoded = _expect(200, post(decode, path, salted | {"kv_transfer_params": ticket}))
+        decoded = _expect(200, post(decode, path, body | stream | {"kv_transfer_params": ticket}))
         (directory / f"{name}.decode.{suffix}").write_bytes(decoded)
         body, ticket, _ = leg()
         del ticket["remote_prefill_cached_tokens"]
@@ -108,7 +109,9 @@ def _expect(status: int, answer: tuple[int, bytes]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prefill", required=True, metavar="HOST:PORT")
     parser.add_argument("--decode", required=True, metavar="HOST:PORT")
     parser.add_argument("directory", type=Path)

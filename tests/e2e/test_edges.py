@@ -88,7 +88,12 @@ def test_a_prompt_past_the_context_is_the_clients_error(client: OpenAI, words: A
     "ticket",
     [
         {"do_remote_prefill": True},
-        {"do_remote_prefill": True, "remote_block_ids": [[1]], "remote_engine_id": "x", "remote_host": "127.0.0.1"},
+        {
+            "do_remote_prefill": True,
+            "remote_block_ids": [[1]],
+            "remote_engine_id": "x",
+            "remote_host": "127.0.0.1",
+        },
     ],
 )
 @pytest.mark.parametrize("door", ["gateway", "sidecar"])

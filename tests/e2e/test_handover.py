@@ -21,7 +21,13 @@ ASK = {
 
 
 def body(prompt: str, **members: Any) -> dict[str, Any]:
-    common = {"model": "tiny", "prompt": prompt, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    common = {
+        "model": "tiny",
+        "prompt": prompt,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     return common | {"max_tokens": OUTPUT_TOKENS} | members
 
 

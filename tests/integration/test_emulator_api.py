@@ -125,7 +125,9 @@ async def test_token_ids_are_returned_on_request() -> None:
         assert words == {"prompt": choice["text"]}
         raw = json.dumps({**body, "stream": True}).encode()
         _, _, stream = await bench.send("POST", "/v1/completions", raw)
-        chunks = [json.loads(line[6:]) for line in stream.decode().split("\n\n") if line.startswith("data: {")]
+        chunks = [
+            json.loads(line[6:]) for line in stream.decode().split("\n\n") if line.startswith("data: {")
+        ]
         pieces = [each["choices"][0] for each in chunks]
         assert [token for piece in pieces for token in piece["token_ids"]] == choice["token_ids"]
         assert [piece["prompt_token_ids"] for piece in pieces] == [[5, 6, 7], None, None, None]
@@ -146,7 +148,9 @@ async def test_usage_in_every_chunk_on_request() -> None:
         options = {"include_usage": True, "continuous_usage_stats": True}
         raw = json.dumps({**CHAT, "stream": True, "stream_options": options}).encode()
         _, _, stream = await bench.send("POST", "/v1/chat/completions", raw)
-        chunks = [json.loads(line[6:]) for line in stream.decode().split("\n\n") if line.startswith("data: {")]
+        chunks = [
+            json.loads(line[6:]) for line in stream.decode().split("\n\n") if line.startswith("data: {")
+        ]
         assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, 1, 2, 3, 3]
 
 
@@ -156,9 +160,7 @@ async def test_anthropic_messages_whole_and_streamed_say_the_same() -> None:
         _, whole = await bench.post("/v1/messages", body)
         assert whole["stop_reason"] == "max_tokens"
         assert whole["usage"]["output_tokens"] == 5
-        _, _, stream = await bench.send(
-            "POST", "/v1/messages", json.dumps({**body, "stream": True}).encode()
-        )
+        _, _, stream = await bench.send("POST", "/v1/messages", json.dumps({**body, "stream": True}).encode())
         events = [each.partition("\ndata: ") for each in stream.decode().strip().split("\n\n")]
         data = [json.loads(each[2]) for each in events]
         assert [each[0].removeprefix("event: ") for each in events] == [each["type"] for each in data]
@@ -268,7 +270,10 @@ async def test_what_a_router_asks_besides() -> None:
             "vllm:nixl_num_kv_expired_reqs_total",
         } <= names
         text = raw.decode()
-        assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="demo/tiny"} 1.0' in text
+        assert (
+            'vllm:request_success_total{engine="0",finished_reason="length",model_name="demo/tiny"} 1.0'
+            in text
+        )
         assert 'vllm:time_to_first_token_seconds_count{engine="0",model_name="demo/tiny"} 1.0' in text
         assert 'vllm:inter_token_latency_seconds_count{engine="0",model_name="demo/tiny"} 2.0' in text
 

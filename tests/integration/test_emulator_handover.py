@@ -267,7 +267,9 @@ async def test_a_client_that_leaves_during_an_answer_frees_the_engine() -> None:
 
 
 @asynccontextmanager
-async def in_a_process(tmp_path: Path, engine: dict[str, Any]) -> AsyncIterator[tuple[HostPort, Callable[[], None]]]:
+async def in_a_process(
+    tmp_path: Path, engine: dict[str, Any]
+) -> AsyncIterator[tuple[HostPort, Callable[[], None]]]:
     """An engine in a process of its own: its address and how to kill it."""
     fleet = fleet_of(engine)
     path = tmp_path / "fleet.yaml"

@@ -86,7 +86,9 @@ async def post(client: Client, engine: EmulatedEngine, path: str, body: dict[str
         assert response.status == 200
 
 
-async def subscribe(engine: EmulatedEngine, context: zmq.asyncio.Context, client: Client) -> zmq.asyncio.Socket:
+async def subscribe(
+    engine: EmulatedEngine, context: zmq.asyncio.Context, client: Client
+) -> zmq.asyncio.Socket:
     """A subscriber that is known to hear: a PUB drops what comes before it knows of a subscriber."""
     publisher = engine.host.publisher
     assert publisher is not None

@@ -594,13 +594,13 @@ async def test_whatever_engines_do_every_call_ends_once_and_the_ledger_is_even(
         "error-400",
         "hang",
     ]
-    async with gateway(tmp_path, 3, head_timeout_s=1.0, answer_timeout_s=1.0) as made:
+    async with gateway(tmp_path, 3, head_timeout_s=0.5, answer_timeout_s=0.5) as made:
 
         async def one(number: int) -> None:
             user = rng.choice(users)
             raw = request(CALL | {"user": user, "stream": "sse" in user}, path="/v1/completions")
             raw = raw[: rng.choice([len(raw), len(raw), len(raw), len(raw) - 3])]
-            leaves_after_s = rng.random() * 0.05 if number % 5 == 0 else 3.0
+            leaves_after_s = rng.random() * 0.05 if number % 5 == 0 else 2.0
             async with made.connect() as (reader, writer):
                 writer.write(raw)
                 with suppress(TimeoutError):  # It left, or its body was never sent whole.

@@ -169,7 +169,7 @@ async def test_a_reset_of_a_kept_connection_is_retried_on_a_fresh_one() -> None:
 
 @pytest.mark.parametrize("is_clean", [True, False])
 @on_uvloop
-async def test_a_fresh_connection_lost_before_any_byte_is_retried_once(is_clean: bool) -> None:  # noqa: FBT001  # a parameter
+async def test_a_fresh_connection_lost_before_any_byte_is_retried_once(is_clean: bool) -> None:  # a parameter
     async def script(visit: Visit) -> None:
         await visit.request()
         if visit.number == 1:
@@ -302,7 +302,7 @@ async def test_garbage_is_a_stream_error_and_not_retried(raw: bytes) -> None:
 @pytest.mark.parametrize("head", [CHUNKED_HEAD + b"ff\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n"])
 @pytest.mark.parametrize("is_clean", [True, False])
 @on_uvloop
-async def test_a_body_that_breaks_off_is_a_stream_error_after_what_came(head: bytes, is_clean: bool) -> None:  # noqa: FBT001
+async def test_a_body_that_breaks_off_is_a_stream_error_after_what_came(head: bytes, is_clean: bool) -> None:
     gate = asyncio.Event()
 
     async def script(visit: Visit) -> None:
@@ -323,7 +323,7 @@ async def test_a_body_that_breaks_off_is_a_stream_error_after_what_came(head: by
 
 @pytest.mark.parametrize("is_pumped", [True, False])
 @on_uvloop
-async def test_a_body_that_falls_silent_fails_and_the_peer_sees_it_end(is_pumped: bool) -> None:  # noqa: FBT001
+async def test_a_body_that_falls_silent_fails_and_the_peer_sees_it_end(is_pumped: bool) -> None:
     async def script(visit: Visit) -> None:
         await visit.request()
         await visit.send(CHUNKED_HEAD + b"1\r\nx\r\n")

@@ -1,7 +1,6 @@
 """What a request costs each endpoint, against the formulas written out."""
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import pytest
@@ -46,10 +45,16 @@ def state(ordinal: int, of: Pool) -> EndpointState:
     return EndpointState(endpoint, ordinal, Health.READY)
 
 
+def maker(
+    cached: Mapping[int, int], troubled: Container[EndpointId] = (), room: int = 4, request: Request = REQUEST
+) -> LegMaker:
+    return LegMaker(request, cached, SeededSpeed(), room=room, troubled=troubled, now_s=NOW_S)
+
+
 def leg(role: Role, load: Load, others: int = 0, cached: int = 0, request: Request = REQUEST) -> Leg:
     of = pool(role)
     fit = PoolFit(of, [(state(0, of), load, others)])
-    (made,) = LegMaker(request, {0: cached}, SeededSpeed(), NOW_S).legs(fit, (), 4).legs
+    (made,) = maker({0: cached}, request=request).legs(fit).legs
     return made
 
 
@@ -82,7 +87,7 @@ def test_a_busy_decode_endpoint_steps_slower_and_is_stalled_by_a_prefill() -> No
     assert made.step_s == SPEED.step_s(8, 10_000)
     assert made.stall_s == pytest.approx(made.prefill_s * 5)
     assert made.queue_s == 0.0
-    assert made.output_price == pytest.approx(100 * 0.001 * made.step_s / 8)
+    assert made.output_price == pytest.approx(100 * 0.001 * made.step_s / 256)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,7 @@ def test_a_busy_decode_endpoint_steps_slower_and_is_stalled_by_a_prefill() -> No
 )
 def test_the_price_counts_output_within_bounds(tokens_max: int | None, counted: int) -> None:
     made = leg(Role.DECODE, Load(), request=replace(REQUEST, output_tokens_max=tokens_max))
-    assert made.output_price == pytest.approx(counted * 0.001 * made.step_s)
+    assert made.output_price == pytest.approx(counted * 0.001 * made.step_s / 256)
 
 
 def test_what_generates_nothing_prefills_nothing() -> None:
@@ -113,24 +118,29 @@ loads = st.builds(
     st.sets(st.integers(0, 29)),
     st.integers(1, 6),
 )
-def test_of_idle_twins_those_whose_turn_it_is_stay_and_all_others_stay(
-    endpoints: list[tuple[Load, int, int]], troubled: set[int], twins_max: int
+def test_of_idle_twins_those_whose_turn_it_is_stay_and_only_what_they_beat_is_left_out(
+    endpoints: list[tuple[Load, int, int]], troubled: set[int], room: int
 ) -> None:
     of = pool(Role.BOTH)
     fits = [(state(index, of), load, others) for index, (load, others, _) in enumerate(endpoints)]
-    cached: Mapping[int, int] = {index: tokens for index, (_, _, tokens) in enumerate(endpoints) if tokens}
+    cached = [tokens for _, _, tokens in endpoints]
     troubled_ids = {EndpointId(f"e{index}") for index in troubled}
-    made = LegMaker(REQUEST, cached, SeededSpeed(), NOW_S).legs(PoolFit(of, fits), troubled_ids, twins_max)
+    made = maker(dict(enumerate(cached)), troubled_ids, room).legs(PoolFit(of, fits))
     kept = {found.endpoint.id for found in made.legs}
     assert made.endpoint_count == len(endpoints)
     assert len(kept) == len(made.legs)
 
-    idle = [
-        (cached.get(s.ordinal, 0), load.begun_ordinal, s.ordinal)
+    idle = {
+        s.ordinal: load.begun_ordinal
         for s, load, others in fits
         if not others and not load.request_count and s.ordinal not in troubled
-    ]
-    for _, twins in itertools.groupby(sorted(idle), key=lambda twin: twin[0]):
-        for place, (_, _, ordinal) in enumerate(twins):
-            assert (f"e{ordinal}" in kept) == (place < twins_max)
-    assert len(kept) >= len(endpoints) - len(idle)
+    }
+    for ordinal in range(len(endpoints)):
+        name = f"e{ordinal}"
+        if ordinal in idle:
+            place = sorted((turn, twin) for twin, turn in idle.items() if cached[twin] == cached[ordinal])
+            assert (name in kept) == (place.index((idle[ordinal], ordinal)) < room)
+        else:
+            depths = [cached[twin] for twin in idle if cached[twin] >= cached[ordinal]]
+            is_beaten = any(depths.count(depth) >= room for depth in depths)
+            assert (name in kept) == (not is_beaten)

@@ -1,6 +1,7 @@
 """The choice against all pairs weighed one by one on random fleets: the short lists lose nothing."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -201,10 +202,10 @@ class Reference:
             streams += others
         elif request.is_generative:
             queue_s += others * pool.speed.prefill_s(request.prompt_tokens)
-        batch = load.decode_count + others + 1
+        batch, limit = load.decode_count + others + 1, pool.limits.in_flight_max
         step_s = pool.speed.step_s(batch, load.context_tokens + request.prompt_tokens)
         output = min(256 if request.output_tokens_max is None else request.output_tokens_max, 1_024)
-        cost = pool.cost_per_hour / 3600.0 * (prefill_s + output * step_s / batch)
+        cost = pool.cost_per_hour / 3600.0 * (prefill_s + output * step_s / limit)
         excess = self.excess(queue_s + prefill_s + step_s, step_s)
         uncached = request.prompt_tokens - cached
         stall_s = prefill_s * streams
@@ -429,3 +430,22 @@ def test_choosing_changes_nothing() -> None:
     for seed in range(20):
         world = random_world(seed)
         assert world.choose() == world.choose()
+
+
+def test_endpoints_of_a_pool_fill_evenly_though_a_price_is_set() -> None:
+    world = small_world(SplitMode.AUTO, decode_count=4)
+    priced = tuple(replace(pool, cost_per_hour=2.5) for pool in world.model.pools)
+    world.model = replace(world.model, pools=priced)
+    for state in list(world.fleet.states()):
+        pool = next(pool for pool in priced if pool.name == state.endpoint.pool.name)
+        world.fleet.handle(EndpointSeen(replace(state.endpoint, pool=pool)))
+    counts = Counter[EndpointId]()
+    for index in range(40):
+        found = choose(world)
+        decode, worker = found.best.decode.id, (found.best.prefill or found.best.decode).id
+        request_id = RequestId(f"r{index}")
+        world.ledger.begin(Entry(request_id, decode, worker, 1_000, 4_000, 0), 1.0)
+        world.ledger.finish_prefill(request_id, 1.0)
+        counts[decode] += 1
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert len(counts) == 4

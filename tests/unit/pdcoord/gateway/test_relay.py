@@ -369,7 +369,11 @@ async def test_a_stream_that_breaks_off_ends_with_an_error_event_and_no_end(stag
 
 @pytest.mark.parametrize(
     ("headers", "chunk"),
-    [(SSE, b"data: 1\n\ndata: {"), ([(b"content-type", b"application/json")], b'{"a":1}\n\n')],
+    [
+        (SSE, b"data: 1\n\ndata: {"),
+        ([*SSE, (b"content-encoding", b"gzip")], b"\x1f\x8b\n\n"),
+        ([(b"content-type", b"application/json")], b'{"a":1}\n\n'),
+    ],
 )
 async def test_inside_an_event_or_outside_a_stream_nothing_is_added(
     stage: Any, reply: Any, headers: Any, chunk: bytes

@@ -20,12 +20,11 @@ def test_no_more_than_the_capacity_is_kept(make_bench: Any) -> None:
 
 
 def test_an_id_used_again_shows_its_later_call(bench: Any) -> None:
-    for tokens in (4_000, 5_000):
-        plan = bench.arrive("r", tokens)
+    for request_id, tokens in (("r", 4_000), ("other", 4_000), ("r", 5_000)):
+        plan = bench.arrive(request_id, tokens)
         bench.loop.handle(RequestEnded(plan.request_id, Outcome.OK))
-    bench.arrive("other")
     assert bench.loop.decision_view("r").prompt_tokens == 5_000
-    assert [row.id for row in bench.loop.decisions_view(10).decisions] == ["other", "r"]
+    assert [row.id for row in bench.loop.decisions_view(10).decisions] == ["r", "other"]
 
 
 def test_events_of_forgotten_requests_are_ignored() -> None:

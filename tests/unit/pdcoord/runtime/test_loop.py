@@ -152,6 +152,14 @@ def test_an_open_breaker_is_counted(bench: Any) -> None:
     assert bench.metric('pdcoord_gateway_path_breakers{state="open"}') == 1.0
 
 
+def test_paths_that_are_not_closed_are_shown_first(bench: Any) -> None:
+    last = bench.loop.paths_view(limit=4).paths[-1]
+    path = (last.prefill, last.decode)
+    bench.coordinator.paths.fail(path, RungReason.PREFILL_UNREACHABLE, "r", bench.now_s)
+    (row,) = bench.loop.paths_view(limit=1).paths
+    assert (row.prefill, row.decode, row.breaker) == (last.prefill, last.decode, "open")
+
+
 def test_failed_scrapes_are_counted_by_pool(bench: Any) -> None:
     bench.loop.handle(SampleFailed(EndpointId("wide/d0"), ScrapeFailure.TIMEOUT))
     bench.loop.handle(SampleFailed(EndpointId("gone/x"), ScrapeFailure.TIMEOUT))

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pdcoord.runtime.settings import SettingsError, load_settings
+from pdcoord.runtime.settings import ENV_PREFIX, GatewaySettings, SettingsError, load_settings
+
+PAGE = Path(__file__).parents[4] / "docs" / "gateway.md"
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +54,12 @@ def test_other_processes_variables_do_not_matter(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PDCOORD_SIDECAR_PORT", "x")
     monkeypatch.setenv("PDCOORD_SERVICE_HOST", "10.96.0.1")
     load_settings(policy=Path("p"))
+
+
+def test_the_page_has_every_setting_with_its_default() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name, field in GatewaySettings.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f"`{field.default}`"
+        row = f"| `{ENV_PREFIX}{name.upper()}` | {default} |".replace("|  |", "| |")
+        assert row in page, f"docs/gateway.md has no row that begins with {row}"
+    assert page.count(f"\n| `{ENV_PREFIX}") == len(GatewaySettings.model_fields)

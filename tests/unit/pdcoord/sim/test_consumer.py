@@ -49,9 +49,7 @@ def colocated(bench: Any, prompt: Any, count: int) -> list[int]:
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 128, 129, 1_000])
 @pytest.mark.parametrize(("produced", "consumed"), [(16, 16), (128, 16), (16, 128)])
-def test_a_split_answer_equals_a_colocated_one(
-    bench: Any, length: int, produced: int, consumed: int
-) -> None:
+def test_a_split_answer_equals_a_colocated_one(bench: Any, length: int, produced: int, consumed: int) -> None:
     producer = bench.start("p", block_tokens=produced)
     consumer = bench.start("d", block_tokens=consumed)
     ticket = bench.prefill("p", "leg", range(length))
@@ -93,7 +91,9 @@ def test_concurrent_pulls_share_the_producers_nic(bench: Any) -> None:
         warm = bench.prefill("p", f"warm-{name}", range(10))
         bench.submit(name, f"first-{name}", range(10), ticket=warm, output_tokens_max=1)
         bench.run(5.0)
-    tickets = {name: bench.prefill("p", f"leg-{name}", range(n, n + 160)) for n, name in enumerate(["d1", "d2"])}
+    tickets = {
+        name: bench.prefill("p", f"leg-{name}", range(n, n + 160)) for n, name in enumerate(["d1", "d2"])
+    }
     before = len(bench.of(TransferDone))
     for n, name in enumerate(tickets):
         bench.submit(name, name, range(n, n + 160), ticket=tickets[name], output_tokens_max=1)

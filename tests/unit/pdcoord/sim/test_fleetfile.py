@@ -94,7 +94,11 @@ def test_engines_are_chosen_by_name(tmp_path: Path) -> None:
     ("engine", "key", "message"),
     [
         ("{name: a, profile: tpu, port: 1}", "profile", "expected one of nvidia-h100-8b"),
-        ("{name: a, profile: amd-mi300x-8b, port: 1, sidechannel_port: 2}", "sidechannel_port", "did you mean"),
+        (
+            "{name: a, profile: amd-mi300x-8b, port: 1, sidechannel_port: 2}",
+            "sidechannel_port",
+            "did you mean",
+        ),
         ("{name: a, profile: amd-mi300x-8b}", "port", "is missing"),
         ("{name: a, profile: amd-mi300x-8b, port: 70000}", "port", "from 0 to 65535"),
         ("{name: a, profile: amd-mi300x-8b, port: '1'}", "port", "whole number"),

@@ -73,9 +73,7 @@ def test_completion_is_found_after_weeks_of_uptime() -> None:
     assert nic.advance(at_s) == ["a"]
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 10), st.floats(1, 1000)), min_size=1, max_size=8), st.floats(1, 500)
-)
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(1, 1000)), min_size=1, max_size=8), st.floats(1, 500))
 def test_a_link_carries_what_it_can_and_no_more(flows: list[tuple[float, float]], rate: float) -> None:
     nic = Nic(rate)
     ends: dict[str, float] = {}

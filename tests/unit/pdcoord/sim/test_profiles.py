@@ -53,9 +53,11 @@ def test_the_speed_block_of_a_policy_says_what_the_engine_does(name: str) -> Non
 @pytest.mark.parametrize("name", PROFILES)
 def test_the_layout_block_of_a_policy_is_one(name: str) -> None:
     layout = PROFILES[name].layout
-    spec = LayoutSpec.model_validate_json(LayoutSpec(**{
-        **policy_layout(layout), "order": layout.order, "dtype": layout.dtype
-    }).model_dump_json())
+    spec = LayoutSpec.model_validate_json(
+        LayoutSpec(
+            **{**policy_layout(layout), "order": layout.order, "dtype": layout.dtype}
+        ).model_dump_json()
+    )
     assert spec.block_tokens == layout.block_tokens
     assert policy_layout(layout)["order"] in {"HND", "NHD"}
 

@@ -174,15 +174,19 @@ async def test_pumping_hands_on_every_read_at_once_in_order_and_ends() -> None:
     rig.arrive(b"early")
     async with asyncio.TaskGroup() as group:
         group.create_task(rig.response.pump(got.append, idle_timeout_s=5.0))
+        assert rig.response.last == b""
         await settle()
         assert got == [b"early"]
+        assert rig.response.last == b"early"
         rig.arrive(b"a")
+        assert rig.response.last == b"a"
         assert got == [b"early", b"a"], "no task is needed to hand it on"
         rig.response.chunks.extend([b"b", b"c"])
         rig.response.fed(2)
         rig.response.chunks.append(b"last")
         rig.response.end()
     assert got == [b"early", b"a", b"bc", b"last"]
+    assert (rig.response.last, rig.response.part_count) == (b"last", 4)
 
 
 async def test_pumping_gives_nothing_more_until_the_pause_that_the_sink_asked_for_is_over() -> None:
