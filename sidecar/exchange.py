@@ -9,10 +9,11 @@ from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.protocol.headers import SERVED, HostPort
 from pdcoord.protocol.plans import DialectName, encode_served
 from pdcoord.protocol.tickets import ROOM_MAX, decode_prefill_answer
-from pdcoord.wire.asgi import Receive, Send, send_head, send_json, watch_disconnect
+from pdcoord.wire.asgi import Receive, Scope, Send, send_head, send_json, watch_disconnect
 from pdcoord.wire.client import Client, Response
 from pdcoord.wire.errors import BodyTooLargeError, ConnectError, HeadTimeoutError, ResetError, WireError
 from pdcoord.wire.heads import end_to_end
+from pdcoord.wire.relay import Change, relay_body
 from sidecar import dialects
 from sidecar.guard import LEG, Headers, for_client
 from sidecar.handoff import Handoff
@@ -115,12 +116,15 @@ class Exchange:
         status: the status that the client got; None if none was sent.
     """
 
-    def __init__(self, tools: Tools, call: Call, order: Order, *, send: Send, receive: Receive) -> None:
+    def __init__(
+        self, tools: Tools, call: Call, order: Order, *, scope: Scope, send: Send, receive: Receive
+    ) -> None:
         self.handoff = Handoff(order)
         self.status: int | None = None
         self._tools = tools
         self._call = call
         self._order = order
+        self._scope = scope
         self._send = send
         self._receive = receive
         self._events: asyncio.Queue[Event] = asyncio.Queue(_EVENTS_MAX)
@@ -330,28 +334,21 @@ class Exchange:
         self.status = response.status
         await send_head(send, response.status, headers)
         await send({"type": "http.response.body", "body": held, "more_body": True})
-        if not has_ended and rewriter is None:
-            await self._relay_chunks(response)
-        elif not has_ended and rewriter is not None:
-            await self._relay_chunks_rewritten(response, rewriter)
+        if not has_ended:
+            await self._relay_chunks(response, None if rewriter is None else rewriter.feed)
         rest = b"" if rewriter is None else rewriter.finish()
         await send({"type": "http.response.body", "body": rest, "more_body": False})
 
-    async def _relay_chunks(self, response: Response) -> None:
-        # The only code that runs per chunk: read, send, remember when.
-        send, read_chunk, now_s = self._send, response.read_chunk, self._tools.now_s
-        idle_timeout_s = self._order.idle_deadline_s + _BACKSTOP_S
-        while chunk := await read_chunk(idle_timeout_s=idle_timeout_s):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            self._progress_s = now_s()
+    async def _relay_chunks(self, response: Response, change: Change | None) -> None:
+        now_s = self._tools.now_s
 
-    async def _relay_chunks_rewritten(self, response: Response, rewriter: UsageRewriter) -> None:
-        send, read_chunk, now_s = self._send, response.read_chunk, self._tools.now_s
-        idle_timeout_s = self._order.idle_deadline_s + _BACKSTOP_S
-        feed = rewriter.feed
-        while chunk := await read_chunk(idle_timeout_s=idle_timeout_s):
-            await send({"type": "http.response.body", "body": feed(chunk), "more_body": True})
+        def noted(data: bytes) -> bytes:
+            # All that runs here per chunk; relay_body hands the result from socket to socket.
             self._progress_s = now_s()
+            return data if change is None else change(data)
+
+        idle_timeout_s = self._order.idle_deadline_s + _BACKSTOP_S
+        await relay_body(self._scope, self._send, response, idle_timeout_s=idle_timeout_s, change=noted)
 
     async def _relay_rewritten(self, response: Response, held: bytes, rewriter: UsageRewriter) -> None:
         """Send an answer in one piece whose length may change."""

@@ -109,7 +109,11 @@ class Proxy:
             return
         order = self._order(call, asked)
         await self._exchange(
-            Exchange(self._tools, call, order, send=send, receive=receive), call, asked, scope, send
+            Exchange(self._tools, call, order, scope=scope, send=send, receive=receive),
+            call,
+            asked,
+            scope,
+            send,
         )
 
     async def _read(self, scope: Scope, receive: Receive, request_id: bytes) -> tuple[Call, Asked]:

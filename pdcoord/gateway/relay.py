@@ -182,7 +182,7 @@ class _Exchange:
             message = (
                 f"The body had not come whole after {limits.body_timeout_s:g} s; send it without pausing."
             )
-            raise RefusedError(Refusal(RefuseReason.INVALID_FIELD, message)) from error
+            raise RefusedError(Refusal(RefuseReason.BODY_TOO_SLOW, message)) from error
 
     def _decide(self, event: RequestArrived | DecodeFailed) -> Plan:
         """Ask the core.
@@ -263,6 +263,8 @@ class _Exchange:
             reason = wires.failure_of_answer(response.status, response.header(names.REASON))
             if reason is not None:
                 return _Failure(reason, served, await self._hold(response))
+            if response.status >= 400:
+                return await self._relay_error(response, plan, served)
             try:
                 # An engine sends a stream's head at once and may still die in its prefill. The client
                 # has seen nothing until the first byte, so until then another endpoint can take over.
@@ -278,16 +280,35 @@ class _Exchange:
         query = self.scope.get("query_string", b"")
         return f"{self.api.path}?{query.decode('latin-1')}" if query else self.api.path
 
+    async def _relay_error(
+        self, response: Response, plan: Plan, served: ServedHeader | None
+    ) -> _Failure | None:
+        """Pass on what an engine, or a sidecar for it, says is wrong with the call."""
+        answer = await self._read_answer(response)
+        if answer is None:
+            return _Failure(RungReason.DECODE_ERROR, served)
+        self.relay.coordination.handle(ResponseBegan(self.record.id, served))
+        self.record.served = served
+        answer.headers.append((names.DECISION, wires.decision_header(plan, served)))
+        await self._answer(answer)
+        return None
+
     async def _hold(self, response: Response) -> _Answer | None:
         """An engine's own error, whole; a sidecar's is not kept, the core's refusal says more."""
+        return None if response.header(names.REASON) is not None else await self._read_answer(response)
+
+    async def _read_answer(self, response: Response) -> _Answer | None:
+        """An error, whole and in OpenAI's form; None if it broke off."""
         limits = self.relay.limits
-        if response.header(names.REASON) is not None:
-            return None
         try:
             body = await response.read_all(timeout_s=limits.stream_idle_s, bytes_max=limits.held_bytes_max)
         except WireError:
             return None
-        return _Answer(response.status, wires.headers_to_client(response.headers), body)
+        headers = wires.headers_to_client(response.headers)
+        shown = wires.error_body(response.status, body)
+        if shown is not body:
+            headers = [pair for pair in headers if pair[0] != b"content-type"]
+        return _Answer(response.status, headers, shown)
 
     async def _relay(self, response: Response, first: bytes, decision: bytes) -> None:
         """Pass an answer on as it comes; per part there is only what `relay_body` does."""
@@ -337,7 +358,7 @@ class _Exchange:
     async def _answer(self, held: _Answer) -> None:
         self.has_begun = True
         self.record.status = held.status
-        self.record.outcome = Outcome.UPSTREAM_ERROR
+        self.record.outcome = Outcome.UPSTREAM_ERROR if held.status >= 500 else Outcome.CLIENT_ERROR
         headers = [*held.headers, (names.REQUEST_ID, self.shown_id.encode())]
         await send_json(self.send, held.status, held.body, headers)
 

@@ -6,7 +6,7 @@ import msgspec
 
 from pdcoord.core.plan import Plan
 from pdcoord.protocol import headers as names
-from pdcoord.protocol.errors import RefuseReason, RungReason
+from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.plans import (
     Mode,
     PlanHeader,
@@ -28,7 +28,7 @@ _NOT_SENT_BACK = names.HOP_BY_HOP | {names.REQUEST_ID}
 _SIDECAR_FAILURES: dict[str, RungReason] = {
     RefuseReason.DRAINING: RungReason.DECODE_UNREACHABLE,
     RefuseReason.NO_ENDPOINTS: RungReason.DECODE_ERROR,
-    RefuseReason.SATURATED: RungReason.DECODE_ERROR,
+    RefuseReason.SATURATED: RungReason.DECODE_OVERLOADED,
     RefuseReason.LADDER_EXHAUSTED: RungReason.DECODE_ERROR,
     RefuseReason.UPSTREAM_FAILED: RungReason.DECODE_ERROR,
     RefuseReason.UPSTREAM_TIMEOUT: RungReason.DECODE_TIMEOUT,
@@ -112,7 +112,9 @@ def failure_of_answer(status: int, sidecar_reason: bytes | None) -> RungReason |
             return failure
     if status < 500:
         return None
-    return RungReason.DECODE_TIMEOUT if status == 504 else RungReason.DECODE_ERROR
+    return {503: RungReason.DECODE_OVERLOADED, 504: RungReason.DECODE_TIMEOUT}.get(
+        status, RungReason.DECODE_ERROR
+    )
 
 
 def failure_of_error(error: WireError) -> RungReason:
@@ -125,3 +127,19 @@ def failure_of_error(error: WireError) -> RungReason:
             return RungReason.DECODE_TIMEOUT
         case _:
             return RungReason.DECODE_ERROR
+
+
+def error_body(status: int, body: bytes) -> bytes:
+    """An engine's error as OpenAI's clients expect it; one that has an `error` member is left as it is.
+
+    vLLM 0.32 answers an API that its model does not have with FastAPI's own `{"detail": "Not Found"}`.
+    """
+    try:
+        fields = _top_level.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        fields = {}
+    if "error" in fields or bytes(fields.get("object", b"")) == b'"error"':
+        return body
+    reason = RefuseReason.UPSTREAM_FAILED if status >= 500 else RefuseReason.NOT_SERVED
+    message = f"The engine answered {status}; the model it serves may not have this API."
+    return Refusal(reason, message).body()

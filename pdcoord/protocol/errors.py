@@ -12,9 +12,11 @@ class RefuseReason(StrEnum):
     MALFORMED_JSON = "malformed-json"
     INVALID_FIELD = "invalid-field"
     BODY_TOO_LARGE = "body-too-large"
+    BODY_TOO_SLOW = "body-too-slow"
     CONTEXT_TOO_LONG = "context-too-long"
     MODEL_UNKNOWN = "model-unknown"
     PATH_UNKNOWN = "path-unknown"
+    NOT_SERVED = "not-served"
     METHOD_NOT_ALLOWED = "method-not-allowed"
     TARGET_NOT_ALLOWED = "target-not-allowed"
     NO_ENDPOINTS = "no-endpoints"
@@ -39,6 +41,7 @@ class RungReason(StrEnum):
     DECODE_UNREACHABLE = "decode-unreachable"
     DECODE_TIMEOUT = "decode-timeout"
     DECODE_ERROR = "decode-error"
+    DECODE_OVERLOADED = "decode-overloaded"
     TARGET_NOT_ALLOWED = "target-not-allowed"
 
 
@@ -53,9 +56,11 @@ _KINDS: dict[RefuseReason, _Kind] = {
     RefuseReason.MALFORMED_JSON: _Kind(400, "invalid_request_error"),
     RefuseReason.INVALID_FIELD: _Kind(400, "invalid_request_error"),
     RefuseReason.BODY_TOO_LARGE: _Kind(413, "invalid_request_error"),
+    RefuseReason.BODY_TOO_SLOW: _Kind(408, "invalid_request_error"),
     RefuseReason.CONTEXT_TOO_LONG: _Kind(400, "invalid_request_error"),
     RefuseReason.MODEL_UNKNOWN: _Kind(404, "invalid_request_error"),
     RefuseReason.PATH_UNKNOWN: _Kind(404, "invalid_request_error"),
+    RefuseReason.NOT_SERVED: _Kind(404, "invalid_request_error"),
     RefuseReason.METHOD_NOT_ALLOWED: _Kind(405, "invalid_request_error"),
     RefuseReason.TARGET_NOT_ALLOWED: _Kind(403, "invalid_request_error"),
     RefuseReason.NO_ENDPOINTS: _Kind(503, "service_unavailable"),

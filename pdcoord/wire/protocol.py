@@ -72,7 +72,8 @@ class ServerProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
-        self._writer: BodyWriter | None = None
+        # More than one only when requests are pipelined; the first is the one that is being answered.
+        self._writers: list[BodyWriter] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -80,15 +81,22 @@ class ServerProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._is_in_head and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._is_in_head:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES_MAX:
                 self.transport.write(_HEAD_TOO_LARGE)
                 self.transport.close()
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        is_answering = cycle is not None and not cycle.response_complete
+        if self._head_timer is None and self.timeout_keep_alive_task is None and not is_answering:
+            # uvicorn has stopped its keep-alive timer for bytes that begin no request.
+            self._arm_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_head_timer()
-        self._hold_writer()
+        self._hold_writers()
         super().connection_lost(exc)
         self._on_lost(self)
 
@@ -104,23 +112,32 @@ class ServerProtocol(HttpToolsProtocol):
         self._cancel_head_timer()
         super().on_headers_complete()
         # The app's task only starts when this callback has returned.
-        self._writer = BodyWriter(self.cycle)
-        cast("Scope", self.scope)["extensions"] = {BODY_EXTENSION: self._writer}
+        writer = BodyWriter(self.cycle)
+        self._writers.append(writer)
+        cast("Scope", self.scope)["extensions"] = {BODY_EXTENSION: writer}
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._hold_writer()
+        self._hold_writers()
 
     def on_response_complete(self) -> None:
-        self._hold_writer()
+        if self._writers:
+            self._writers.pop(0).hold()
         super().on_response_complete()
 
-    def _hold_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.hold()
+    def _hold_writers(self) -> None:
+        for writer in self._writers:
+            writer.hold()
 
     def _arm_head_timer(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_S_MAX, self.transport.close)
+        self._head_timer = self.loop.call_later(HEAD_S_MAX, self._on_head_timer)
+
+    def _on_head_timer(self) -> None:
+        self._head_timer = None
+        if self.flow.read_paused:
+            self._arm_head_timer()  # The rest of the head waits with us, behind a pipelined request.
+        else:
+            self.transport.close()
 
     def _cancel_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -129,5 +146,6 @@ class ServerProtocol(HttpToolsProtocol):
 
     def silence(self) -> None:
         """Let no stack be logged for the request that is about to be cancelled; the app has its own word."""
-        if self.cycle is not None:
-            self.cycle.logger = _silent
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is not None:
+            cycle.logger = _silent

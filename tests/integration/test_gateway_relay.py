@@ -273,7 +273,7 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10.0):
-        while not condition():  # noqa: ASYNC110  # What the code under test does sets no event.
+        while not condition():  # What the code under test does sets no event.
             await asyncio.sleep(0.005)
 
 
@@ -528,7 +528,7 @@ async def test_draining_lets_calls_end_and_takes_no_new_ones(tmp_path: Path) -> 
                 return True
 
         async with asyncio.timeout(5.0):
-            while not await is_refused():  # noqa: ASYNC110  # The kernel tells nobody.
+            while not await is_refused():  # The kernel tells nobody.
                 await asyncio.sleep(0.01)
         made.engines[0].release.set()
         await reader.readuntil(EVENTS[-1])

@@ -122,7 +122,7 @@ async def read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 async def until(is_true: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not is_true():  # noqa: ASYNC110  # what is waited for has no event of its own
+        while not is_true():  # what is waited for has no event of its own
             await asyncio.sleep(0.005)
 
 

@@ -179,7 +179,7 @@ async def test_sigterm_lets_run_what_runs_and_then_ends() -> None:
     async with engine() as (played, address), running("--engine", address) as s, asyncio.TaskGroup() as group:
         call = group.create_task(s.status("GET", "/v1/models"))
         async with asyncio.timeout(WAIT_S):
-            while played.waiting_count == 0:  # noqa: ASYNC110  # the engine has no event for it
+            while played.waiting_count == 0:  # the engine has no event for it
                 await asyncio.sleep(0.005)
         s.process.send_signal(signal.SIGTERM)
         await s.until_logged("sidecar.draining")
@@ -197,7 +197,7 @@ async def test_a_drain_is_cut_when_its_time_is_up() -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(s.status("GET", "/v1/models"))
                 async with asyncio.timeout(WAIT_S):
-                    while played.waiting_count == 0:  # noqa: ASYNC110  # the engine has no event for it
+                    while played.waiting_count == 0:  # the engine has no event for it
                         await asyncio.sleep(0.005)
                 s.process.send_signal(signal.SIGTERM)
                 await s.until_logged("sidecar.drain_cut")

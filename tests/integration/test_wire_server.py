@@ -47,7 +47,7 @@ def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 
 async def until(is_so: Callable[[], bool]) -> None:
     """Wait for a condition; the test's own time bounds it."""
-    while not is_so():  # noqa: ASYNC110  # what is waited for has no event to offer
+    while not is_so():  # what is waited for has no event to offer
         await asyncio.sleep(0.005)
 
 

@@ -98,7 +98,7 @@ class Recorder:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  # What the code under test does sets no event.
+    while not condition():  # What the code under test does sets no event.
         await asyncio.sleep(0.001)
 
 
@@ -154,10 +154,19 @@ async def test_every_bad_answer_has_its_reason(reply: Reply | Exception | None, 
 
 async def test_a_failing_endpoint_is_asked_less_often_and_a_good_one_is_not() -> None:
     bench = Bench()
-    bench.listed = [endpoint("a", "10.0.0.1:8000"), endpoint("b", "10.0.0.2:8000")]
     bench.client.replies["10.0.0.1:8000"] = ConnectError("refused")
-    await bench.run_until(lambda: bench.client.asked.count("10.0.0.2:8000") >= 12)
-    assert bench.client.asked.count("10.0.0.1:8000") <= 6
+    rounds = 0
+
+    def endpoints() -> list[Endpoint]:
+        # Each round is one interval later, so that the machine's load cannot decide who is due.
+        nonlocal rounds
+        rounds += 1
+        return [endpoint("a", "10.0.0.1:8000"), endpoint("b", "10.0.0.2:8000")]
+
+    bench.feed.endpoints = endpoints
+    bench.feed.clock = lambda: rounds * FAST.interval_s
+    await bench.run_until(lambda: rounds >= 40)
+    assert bench.client.asked.count("10.0.0.2:8000") >= 2 * bench.client.asked.count("10.0.0.1:8000")
 
 
 async def test_no_more_scrapes_at_a_time_than_allowed() -> None:

@@ -320,7 +320,7 @@ def model() -> Model:
 def until() -> Callable[[Callable[[], bool]], Awaitable[None]]:
     async def wait(condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5.0):
-            while not condition():  # noqa: ASYNC110  # What the code under test does sets no event.
+            while not condition():  # What the code under test does sets no event.
                 await asyncio.sleep(0.001)
 
     return wait

@@ -160,7 +160,7 @@ async def test_a_body_that_says_it_is_too_long_is_not_waited_for(stage: Any) -> 
 async def test_a_body_that_does_not_come_is_refused_in_time(stage: Any) -> None:
     stage.limits = replace(stage.limits, body_timeout_s=0.01)
     answer = await stage.call(body=None)
-    assert answer.status == 400
+    assert answer.status == 408
     assert "0.01 s" in error_of(answer)["message"]
 
 

@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pdcoord.core.plan import Plan, Rung
 from pdcoord.gateway.upstream import (
+    error_body,
     failure_of_answer,
     failure_of_error,
     headers_for,
@@ -104,6 +106,8 @@ def test_every_reason_of_a_sidecar_is_either_a_failure_or_relayed(reason: Refuse
         RefuseReason.MODEL_UNKNOWN,
         RefuseReason.PATH_UNKNOWN,
         RefuseReason.METHOD_NOT_ALLOWED,
+        RefuseReason.NOT_SERVED,
+        RefuseReason.BODY_TOO_SLOW,
     }
     assert (failure_of_answer(400, reason.value.encode()) is None) == (reason in relayed)
 
@@ -143,3 +147,14 @@ def test_a_split_report_without_a_prefill_is_not_believed() -> None:
     assert served_of(b"[") is None
     assert served_of(None) is None
     assert served_of(encode_served(ServedHeader(mode=Mode.COLOCATED))) == ServedHeader(mode=Mode.COLOCATED)
+
+
+def test_an_error_that_no_openai_client_can_read_is_put_in_its_form() -> None:
+    shown = msgspec.json.decode(error_body(404, b'{"detail":"Not Found"}'))
+    assert shown["error"]["code"] == "not-served"
+    assert msgspec.json.decode(error_body(500, b"oops"))["error"]["code"] == "upstream-failed"
+
+
+@pytest.mark.parametrize("body", [b'{"error":{"message":"x"}}', b'{"object":"error","message":"x"}'])
+def test_an_engines_own_error_keeps_its_bytes(body: bytes) -> None:
+    assert error_body(400, body) is body

@@ -13,6 +13,8 @@ STATUSES = {
     "context-too-long": 400,
     "model-unknown": 404,
     "path-unknown": 404,
+    "not-served": 404,
+    "body-too-slow": 408,
     "method-not-allowed": 405,
     "target-not-allowed": 403,
     "no-endpoints": 503,

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
+from pdcoord.wire import protocol
 from pdcoord.wire.asgi import Message, Receive, Scope, Send
 from pdcoord.wire.protocol import BodyWriter, ServerProtocol
 from pdcoord.wire.relay import BODY_EXTENSION
@@ -165,4 +166,63 @@ async def test_after_the_last_part_a_write_is_an_error_as_with_send() -> None:
     assert late is not None
     with pytest.raises(RuntimeError, match="already completed"):
         await late
+    await rig.end()
+
+
+async def closed(transport: Transport) -> None:
+    async with asyncio.timeout(5.0):
+        while not transport.is_closed:  # the fake has no event to offer
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("begun", [b"", b"\r\n", b"GET /"], ids=["nothing", "newlines", "half a line"])
+async def test_a_connection_on_which_no_request_comes_is_closed(
+    begun: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_S_MAX", 0.02)
+    rig = Rig()
+    if begun:
+        rig.protocol.data_received(begun)
+    await closed(rig.transport)
+    await rig.end()
+
+
+@pytest.mark.parametrize("begun", [b"\r\n", b"GET /"])
+async def test_so_is_one_on_which_no_other_request_comes(
+    begun: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_S_MAX", 0.02)
+    rig = Rig()
+    await rig.begin()
+    await asyncio.sleep(0.05)  # Longer than the bound: a request that is being answered is under none.
+    assert not rig.transport.is_closed
+    await rig.send(LAST)
+    rig.protocol.data_received(begun)  # Which stops uvicorn's own keep-alive timer.
+    await closed(rig.transport)
+    await rig.end()
+
+
+async def test_a_pipelined_request_does_not_keep_the_first_from_pausing() -> None:
+    rig = Rig()
+    writer = await rig.begin()
+    assert writer.write(b"a") is None
+    rig.protocol.data_received(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    rig.protocol.pause_writing()
+    pause = writer.write(b"b")
+    assert pause is not None
+    rig.protocol.resume_writing()
+    await pause
+    assert rig.transport.written == b"1\r\na\r\n1\r\nb\r\n"
+    await rig.end()
+
+
+async def test_a_head_that_waits_behind_a_pipelined_request_is_not_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_S_MAX", 0.02)
+    rig = Rig()
+    await rig.begin()
+    rig.protocol.data_received(b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET /")
+    await asyncio.sleep(0.05)  # Longer than the bound; the server itself has stopped reading.
+    assert not rig.transport.is_closed
     await rig.end()
