@@ -25,9 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--window-s", type=float, default=3.0, help="measured per round and row (default 3)")
     parser.add_argument("--peers", action="store_true", help=f"other routers too, from {PEER_ENVIRONMENT}")
-    parser.add_argument(
-        "--only", action="append", metavar="ROW", help="only this row and the splice; repeatable"
-    )
+    parser.add_argument("--only", action="append", metavar="ROW", help="only this row; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     options = parser.parse_args()
     if min(options.streams, options.interval_ms, options.rounds, options.window_s) <= 0:
@@ -36,7 +34,7 @@ def parse() -> argparse.Namespace:
 
 
 def chosen(options: argparse.Namespace) -> list[Contender]:
-    """The splice first, then what was asked for.
+    """The rows that were asked for.
 
     Raises:
         SystemExit: naming what is not there.
@@ -53,54 +51,58 @@ def chosen(options: argparse.Namespace) -> list[Contender]:
         raise SystemExit(
             f"not installed: {', '.join(sorted(missing))}; run make venv or choose rows with --only"
         )
-    return [SPLICE, *rows]
+    return rows
 
 
-def measure(
-    contender: Contender, pid: int, port: int, site: Site, options: argparse.Namespace
-) -> dict[str, float]:
-    """One window of one row, by a client process of its own.
+def measure(targets: list[dict[str, object]], options: argparse.Namespace) -> report.Round:
+    """One window over these relays at once, by a client process of its own.
 
     Raises:
         RuntimeError: if a stream was lost, so that what was measured is not what was asked.
     """
-    command = [sys.executable, "-m", "benchmarks.relay.load", "--port", str(port), "--pid", str(pid)]
+    command = [sys.executable, "-m", "benchmarks.relay.load", "--targets", json.dumps(targets)]
     command += ["--streams", str(options.streams), "--window-s", str(options.window_s)]
-    for header in contender.header_of(site):
-        command += ["--header", header]
     done = subprocess.run(
         command, check=False, stdout=subprocess.PIPE, timeout=_LOAD_S_MAX + options.window_s
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{contender.name}: the client failed")
-    result: dict[str, float] = json.loads(done.stdout)
-    if result["streams_lost"]:
-        raise RuntimeError(f"{contender.name}: {result['streams_lost']:g} streams were lost")
+        raise RuntimeError(f"{targets[0]['name']}: the client failed")
+    result: report.Round = json.loads(done.stdout)
+    for name, figures in result.items():
+        if figures["streams_lost"]:
+            raise RuntimeError(f"{name}: {figures['streams_lost']:g} streams were lost")
     return result
 
 
-def run(options: argparse.Namespace, contenders: list[Contender], folder: Path) -> list[report.Round]:
-    """Start everything, then measure each contender once per round, in an order that moves on by one."""
-    rounds: list[report.Round] = []
+def run(options: argparse.Namespace, contenders: list[Contender], folder: Path) -> list[report.Pair]:
+    """Start everything, then measure each contender once per round, the splice beside it.
+
+    Both carry their streams at the same time, since whatever else the machine does changes what an event
+    costs: cold caches and many wake-ups on an idle machine, events in batches on a busy one.
+    """
+    pairs: list[report.Pair] = []
     with ExitStack() as stack:
         engine = python_module("upstream", "--interval-ms", str(options.interval_ms))
         _, engine_port = stack.enter_context(started(engine, folder / "engine.log"))
         _, prefill_port = stack.enter_context(started(engine, folder / "prefill.log"))
         site = Site(engine_port, prefill_port, folder, free_port)
         running = {}
-        for contender in contenders:
+        for contender in (SPLICE, *contenders):
             if contender.process not in running:
                 log_file = folder / f"{contender.process}.log"
                 running[contender.process] = stack.enter_context(started(contender.launch(site), log_file))
+
+        def target(contender: Contender) -> dict[str, object]:
+            process, port = running[contender.process]
+            headers = contender.header_of(site)
+            return {"name": contender.name, "port": port, "pid": process.pid, "headers": headers}
+
         for index in range(options.rounds):
-            shift = index % len(contenders)
-            measured: report.Round = {}
-            for contender in contenders[shift:] + contenders[:shift]:
-                process, port = running[contender.process]
-                measured[contender.name] = measure(contender, process.pid, port, site, options)
-            rounds.append({contender.name: measured[contender.name] for contender in contenders})
+            for contender in contenders:
+                both = measure([target(contender), target(SPLICE)], options)
+                pairs.append(report.Pair(contender.name, both[contender.name], both[SPLICE.name]))
             print(f"round {index + 1} of {options.rounds}", file=sys.stderr, flush=True)
-    return rounds
+    return pairs
 
 
 def main() -> int:
@@ -112,11 +114,11 @@ def main() -> int:
     facts = machine.facts()
     with tempfile.TemporaryDirectory(prefix="pdcoord-relay-") as folder:
         try:
-            rounds = run(options, contenders, Path(folder))
+            pairs = run(options, contenders, Path(folder))
         except (StartError, RuntimeError) as error:
             print(f"relay benchmark: {error}", file=sys.stderr)
             return 1
-    found = report.rows(rounds, SPLICE.name, {each.name for each in contenders if each.is_held_to_bar})
+    found = report.rows(pairs, {each.name for each in contenders if each.is_held_to_bar})
     facts |= {
         "streams": options.streams,
         "interval_ms": options.interval_ms,
@@ -127,7 +129,7 @@ def main() -> int:
     print(report.table(found))
     if options.json is not None:
         options.json.write_text(
-            json.dumps(report.record(found, rounds, facts), indent=1) + "\n", encoding="utf-8"
+            json.dumps(report.record(found, pairs, facts), indent=1) + "\n", encoding="utf-8"
         )
     return 0
 

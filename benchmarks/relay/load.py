@@ -1,4 +1,4 @@
-"""The client side: raw sockets that read many streams at once, and the CPU their proxy spends meanwhile."""
+"""The client: raw sockets that read many streams at once, and the CPU that their relays spend meanwhile."""
 
 import argparse
 import asyncio
@@ -80,34 +80,59 @@ def _request(port: int, index: int, headers: list[str]) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-async def measure(port: int, pid: int, streams: int, window_s: float, headers: list[str]) -> dict[str, float]:
-    """Run the streams; CPU and events are counted over one window in which all of them flow."""
+@dataclass(frozen=True)
+class Target:
+    """A relay to read from; `headers` are lines to add to each request."""
+
+    name: str
+    port: int
+    pid: int
+    headers: list[str]
+
+
+async def open_streams(targets: list[Target], tallies: list[Tally], opened: list[Stream]) -> None:
+    """All streams of all targets, in turn; returns when each has begun."""
     loop = asyncio.get_running_loop()
-    tally = Tally(streams)
+    streams = tallies[0].streams
+    for index in range(streams):
+        for target, tally in zip(targets, tallies, strict=True):
+            make = functools.partial(Stream, tally, _request(target.port, index, target.headers))
+            _, stream = await loop.create_connection(make, "127.0.0.1", target.port)
+            opened.append(stream)
+            await asyncio.sleep(_SPREAD_S / streams / len(targets))
+    for tally in tallies:
+        await tally.all_begun.wait()
+
+
+async def measure(targets: list[Target], streams: int, window_s: float) -> dict[str, dict[str, float]]:
+    """Run the streams of all targets at once; CPU and events of each are counted over the same window."""
+    tallies = [Tally(streams) for _ in targets]
     opened: list[Stream] = []
     async with asyncio.timeout(_START_S_MAX):
-        for index in range(streams):
-            make = functools.partial(Stream, tally, _request(port, index, headers))
-            _, stream = await loop.create_connection(make, "127.0.0.1", port)
-            opened.append(stream)
-            await asyncio.sleep(_SPREAD_S / streams)
-        await tally.all_begun.wait()
+        await open_streams(targets, tallies, opened)
     await asyncio.sleep(_WARM_S)
-    tally.is_measuring = True
-    events, cpu, began_ns = tally.events, cpu_ns(pid), time.monotonic_ns()
+    before = []
+    for target, tally in zip(targets, tallies, strict=True):
+        tally.is_measuring = True
+        before.append((tally.events, cpu_ns(target.pid), time.monotonic_ns()))
     await asyncio.sleep(window_s)
-    events, cpu = tally.events - events, cpu_ns(pid) - cpu
-    elapsed_s = (time.monotonic_ns() - began_ns) / 1e9
-    lost = tally.lost
+    results = {}
+    for target, tally, (events_before, cpu_before_ns, began_ns) in zip(targets, tallies, before, strict=True):
+        spent_ns, elapsed_s = cpu_ns(target.pid) - cpu_before_ns, (time.monotonic_ns() - began_ns) / 1e9
+        results[target.name] = _result(tally, tally.events - events_before, spent_ns, elapsed_s)
     for stream in opened:
         if stream.transport is not None:
             stream.transport.abort()
+    return results
+
+
+def _result(tally: Tally, events: int, spent_ns: int, elapsed_s: float) -> dict[str, float]:
     ages_us = sorted(age / 1e3 for age in tally.ages_ns)
     return {
         "events": events,
-        "cpu_us_per_event": cpu / 1e3 / max(events, 1),
+        "cpu_us_per_event": spent_ns / 1e3 / max(events, 1),
         "events_per_s": events / elapsed_s,
-        "streams_lost": lost,
+        "streams_lost": tally.lost,
         "ttft_ms_p50": statistics.median(tally.ttfts_ns) / 1e6,
         "age_us_p50": statistics.median(ages_us) if ages_us else 0.0,
         "age_us_p99": ages_us[int(len(ages_us) * 0.99)] if ages_us else 0.0,
@@ -116,11 +141,9 @@ async def measure(port: int, pid: int, streams: int, window_s: float, headers: l
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--port", type=int, required=True)
-    arguments.add_argument("--pid", type=int, required=True)
+    arguments.add_argument("--targets", required=True, help="JSON list of {name, port, pid, headers}")
     arguments.add_argument("--streams", type=int, required=True)
     arguments.add_argument("--window-s", type=float, required=True)
-    arguments.add_argument("--header", action="append", default=[])
     options = arguments.parse_args()
-    result = uvloop.run(measure(options.port, options.pid, options.streams, options.window_s, options.header))
-    print(json.dumps(result), flush=True)
+    asked = [Target(**each) for each in json.loads(options.targets)]
+    print(json.dumps(uvloop.run(measure(asked, options.streams, options.window_s))), flush=True)

@@ -1,4 +1,4 @@
-"""Rounds to figures: medians, spreads, ratios to the splice of the same round, and a table of them."""
+"""Windows to figures: medians, spreads, ratios to the splice beside, and a table of them."""
 
 import statistics
 from dataclasses import asdict, dataclass
@@ -8,7 +8,16 @@ BAR = 1.6
 """The most that gateway and sidecar may spend per event, in splices."""
 
 Round = dict[str, dict[str, float]]
-"""What `load` measured, by contender."""
+"""What `load` measured in one window, by contender."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One contender and the splice beside it, over the same window."""
+
+    name: str
+    figures: dict[str, float]
+    splice: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +39,8 @@ class Row:
     """One contender over all rounds.
 
     Attributes:
-        ratio: CPU per event over that of the splice in the same round.
-        added_us: median age of an event at the client, less that of the splice in the same round.
+        ratio: CPU per event over that of the splice beside it.
+        added_us: median age of an event at the client, less that by way of the splice.
         is_within_bar: None for what no bar is set for.
     """
 
@@ -43,25 +52,27 @@ class Row:
     is_within_bar: bool | None
 
 
-def rows(rounds: list[Round], reference: str, held_to_bar: set[str]) -> list[Row]:
-    """One row per contender, in the order of the first round."""
-    found = []
-    for name in rounds[0]:
-        mine = [each[name] for each in rounds]
-        floor = [each[reference] for each in rounds]
-        pairs = list(zip(mine, floor, strict=True))
-        ratio = Spread.of([a["cpu_us_per_event"] / b["cpu_us_per_event"] for a, b in pairs])
-        found.append(
-            Row(
-                name=name,
-                cpu_us_per_event=Spread.of([each["cpu_us_per_event"] for each in mine]),
-                ratio=ratio,
-                added_us=Spread.of([a["age_us_p50"] - b["age_us_p50"] for a, b in pairs]),
-                events_per_s=Spread.of([each["events_per_s"] for each in mine]),
-                is_within_bar=ratio.median <= BAR if name in held_to_bar else None,
-            )
-        )
-    return found
+def rows(pairs: list[Pair], held_to_bar: set[str]) -> list[Row]:
+    """The splice, then one row per contender in the order of the first round."""
+    splices = [Pair("splice", pair.splice, pair.splice) for pair in pairs]
+    names = list(dict.fromkeys(pair.name for pair in pairs))
+    found = [_row("splice", splices, is_held=False)]
+    return found + [
+        _row(name, [p for p in pairs if p.name == name], is_held=name in held_to_bar) for name in names
+    ]
+
+
+def _row(name: str, pairs: list[Pair], *, is_held: bool) -> Row:
+    key = "cpu_us_per_event"
+    ratio = Spread.of([pair.figures[key] / pair.splice[key] for pair in pairs])
+    return Row(
+        name=name,
+        cpu_us_per_event=Spread.of([pair.figures[key] for pair in pairs]),
+        ratio=ratio,
+        added_us=Spread.of([pair.figures["age_us_p50"] - pair.splice["age_us_p50"] for pair in pairs]),
+        events_per_s=Spread.of([pair.figures["events_per_s"] for pair in pairs]),
+        is_within_bar=ratio.median <= BAR if is_held else None,
+    )
 
 
 def table(found: list[Row]) -> str:
@@ -86,6 +97,11 @@ def table(found: list[Row]) -> str:
     )
 
 
-def record(found: list[Row], rounds: list[Round], facts: dict[str, Any]) -> dict[str, Any]:
+def record(found: list[Row], pairs: list[Pair], facts: dict[str, Any]) -> dict[str, Any]:
     """Everything, for a file."""
-    return {"machine": facts, "bar": BAR, "rows": [asdict(row) for row in found], "rounds": rounds}
+    return {
+        "machine": facts,
+        "bar": BAR,
+        "rows": [asdict(row) for row in found],
+        "pairs": [asdict(pair) for pair in pairs],
+    }

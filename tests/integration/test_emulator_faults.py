@@ -95,7 +95,7 @@ async def test_an_error_with_a_probability_befalls_some() -> None:
         await bench.switch({"kind": "error", "probability": 0.5})
         statuses = {(await bench.complete(max_tokens=1))[0] for _ in range(40)}
         assert statuses == {200, 500}
-        status, answer = await bench.send("GET", "/emulator/faults")
+        _, answer = await bench.send("GET", "/emulator/faults")
         assert 0 < answer["faults"][0]["befallen"] < 40
 
 

@@ -274,7 +274,10 @@ async def in_a_process(
     fleet = fleet_of(engine)
     path = tmp_path / "fleet.yaml"
     path.write_text(fleet.model_dump_json(by_alias=True, exclude_none=True))
-    code = "import sys, pathlib; from pdcoord.sim.emulator import run; sys.exit(run(pathlib.Path(sys.argv[1]), []))"
+    code = (
+        "import sys, pathlib; from pdcoord.sim.emulator import run; "
+        "sys.exit(run(pathlib.Path(sys.argv[1]), []))"
+    )
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, str(path), stdout=asyncio.subprocess.PIPE
     )

@@ -99,7 +99,7 @@ def random_model(rng: random.Random, pools: tuple[Pool, ...]) -> Model:
         disaggregation=Disaggregation(
             mode=rng.choice([*[SplitMode.AUTO] * 7, SplitMode.ALWAYS, SplitMode.ALWAYS, SplitMode.NEVER]),
             uncached_tokens_min=rng.choice([0, 256, 1_500]),
-            saving_s_min=rng.choice([0.0, 0.005, 0.05, 1.0]),
+            saving_s_min=rng.choice([0.0, 0.005, 0.05, 3.0]),
             bandwidth_bytes_per_s_min=rng.choice([0.0, 5e9]),
         ),
         fallback=Fallback(other_prefill_max=rng.choice([0, 1, 2, 3, 5])),
@@ -344,14 +344,14 @@ def check(world: World) -> str:
     return str(found.why)
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(st.integers(0, 1 << 48))
 def test_the_choice_is_the_best_of_all_pairs_and_all_alone(seed: int) -> None:
     check(random_world(seed))
 
 
 def test_random_worlds_reach_every_reason() -> None:
-    reasons = {check(random_world(seed)) for seed in range(700)}
+    reasons = {check(random_world(seed)) for seed in range(300)}
     assert reasons == {"nobody", *map(str, Why)}
 
 

@@ -15,7 +15,7 @@ values = st.recursive(
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
+    max_leaves=6,
 )
 tickets = st.dictionaries(st.text(max_size=8), values, min_size=1, max_size=5)
 separators = st.sampled_from([(",", ":"), (", ", ": "), (" ,\n ", "\t:  ")])

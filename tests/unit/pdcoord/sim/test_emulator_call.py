@@ -128,7 +128,13 @@ def test_any_junk_for_a_ticket_is_read_without_an_error(params: dict[str, Any]) 
 @given(
     st.fixed_dictionaries(
         {},
-        optional=dict.fromkeys(("prompt", "messages", "input", "max_tokens", "n", "stop", "stream", "stream_options", "kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "cache_salt"), junk),
+        optional=dict.fromkeys(
+            (
+                *("prompt", "messages", "input", "max_tokens", "n", "stop", "stream", "stream_options"),
+                *("kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "cache_salt"),
+            ),
+            junk,
+        ),
     ),
     st.sampled_from(["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"]),
     st.sampled_from([EngineKind.VLLM, EngineKind.SGLANG]),

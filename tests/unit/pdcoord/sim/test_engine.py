@@ -1,5 +1,6 @@
 """One emulated engine alone: latency, limits, aborts, determinism."""
 
+import itertools
 from random import Random
 from typing import Any
 
@@ -22,7 +23,7 @@ from pdcoord.sim.tokens import DRAWN_TOKENS_MAX, DRAWN_TOKENS_MIN
 
 
 def gaps(times: list[float]) -> list[float]:
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def test_a_lone_request_takes_what_the_figures_say(bench: Any) -> None:

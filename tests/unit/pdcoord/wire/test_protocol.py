@@ -226,3 +226,26 @@ async def test_a_head_that_waits_behind_a_pipelined_request_is_not_late(
     await asyncio.sleep(0.05)  # Longer than the bound; the server itself has stopped reading.
     assert not rig.transport.is_closed
     await rig.end()
+
+
+@pytest.mark.parametrize("step", [1_000, 60_000, 250_000])
+async def test_a_head_without_end_is_refused_once_it_is_too_long(step: int) -> None:
+    rig = Rig()
+    rig.protocol.data_received(b"GET / HTTP/1.1\r\nx: ")
+    sent = 0
+    while not rig.transport.is_closed:
+        rig.protocol.data_received(b"y" * step)
+        sent += step
+        assert sent <= protocol.HEAD_BYTES_MAX + step
+    assert rig.transport.written.startswith(b"HTTP/1.1 431 ")
+    await rig.end()
+
+
+async def test_a_long_body_is_not_a_long_head() -> None:
+    rig = Rig()
+    length = 4 * protocol.HEAD_BYTES_MAX
+    rig.protocol.data_received(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % length)
+    for _ in range(8):
+        rig.protocol.data_received(b"y" * (length // 8))
+    assert not rig.transport.is_closed
+    await rig.end()
