@@ -85,8 +85,11 @@ def emulate(
     engine: Annotated[list[str] | None, typer.Option(help="Run only this engine; may be repeated.")] = None,
 ) -> None:
     """Run emulated engines until stopped."""
-    from pdcoord.sim.emulator import run
-
+    try:
+        from pdcoord.sim.emulator import run
+    except ModuleNotFoundError as error:
+        typer.echo(f"pdcoord emulate needs {error.name}: pip install 'pdcoord[emulator]'", err=True)
+        raise typer.Exit(2) from None
     raise typer.Exit(run(fleet, engine or []))
 
 
