@@ -18,10 +18,11 @@ from pdcoord.protocol.headers import (
     PREFIX,
     REASON,
     REQUEST_ID,
+    REQUEST_ID_BYTES_MAX,
     SERVED,
 )
 from sidecar import handoff
-from sidecar.guard import LEG, PREFILLS_MAX, REQUEST_ID_BYTES_MAX
+from sidecar.guard import LEG, PREFILLS_MAX
 from sidecar.observe import metric_table
 from sidecar.settings import FLAGS
 from sidecar.vocabulary import STATE_MEANINGS, State

@@ -13,18 +13,19 @@ from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
 from pdcoord.protocol.headers import parse_host_port
 from pdcoord.protocol.openai import Api
 from pdcoord.protocol.plans import DialectName, PrefillTarget
-from pdcoord.protocol.tickets import PREFILL_TICKET, TICKET_FIELD, Ticket
+from pdcoord.protocol.tickets import (
+    NESTED_DEPTH_MAX,
+    NESTED_FIELDS,
+    PREFILL_TICKET,
+    TICKET_FIELD,
+    Ticket,
+    is_steering,
+)
 
 Fields = dict[str, msgspec.Raw]
 """The members of a JSON object, by name, each value as the raw bytes that were sent."""
 
-# Members by which a client could make an engine talk to a host of its choosing: vLLM's and SGLang's.
-_FORBIDDEN_FIELDS = frozenset({TICKET_FIELD, "ec_transfer_params"})
-_FORBIDDEN_PREFIX = "bootstrap_"
 _MARKERS = (b"_transfer_params", b"bootstrap_")
-# vLLM 0.32 also takes them from vllm_xargs and, in /inference/v1/generate, from sampling_params.extra_args.
-_NESTED_FIELDS = ("vllm_xargs", "sampling_params", "extra_args")
-_NESTED_DEPTH_MAX = 2
 
 # SGLang 0.5.23 has the bootstrap members on these two calls only.
 _SGLANG_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -172,25 +173,21 @@ def _may_hold_forbidden(raw: bytes) -> bool:
     return any(marker in raw for marker in _MARKERS) or b"\\u" in raw or b"\0" in raw
 
 
-def _is_forbidden(name: str) -> bool:
-    return name in _FORBIDDEN_FIELDS or name.startswith(_FORBIDDEN_PREFIX)
-
-
 def _without_forbidden(fields: Fields, raw: bytes, depth: int = 0) -> Fields:
     """The same object if there is nothing to take out, else another."""
     if not _may_hold_forbidden(raw):
         return fields
     changed: Fields = {}
-    if depth < _NESTED_DEPTH_MAX:
-        for name in _NESTED_FIELDS:
+    if depth < NESTED_DEPTH_MAX:
+        for name in NESTED_FIELDS:
             value = bytes(fields.get(name, b""))
             inner = _inner(value)
             kept = _without_forbidden(inner, value, depth + 1)
             if kept is not inner:
                 changed[name] = msgspec.Raw(_encode(kept))
-    if not changed and not any(map(_is_forbidden, fields)):
+    if not changed and not any(map(is_steering, fields)):
         return fields
-    return {name: changed.get(name, value) for name, value in fields.items() if not _is_forbidden(name)}
+    return {name: changed.get(name, value) for name, value in fields.items() if not is_steering(name)}
 
 
 def _inner(value: bytes) -> Fields:

@@ -50,6 +50,7 @@ from sidecar.vocabulary import (
 
 # The machine's deadlines come first; the wire's own are there in case this module fails to cancel.
 _BACKSTOP_S = 5.0
+_LOOKS_PER_IDLE = 4
 # For the head and body of an answer of our own, or for an error event, to a client that may not be reading.
 _LAST_WORDS_S = 10.0
 _EVENTS_MAX = 64
@@ -134,6 +135,9 @@ class Exchange:
         self._committed = asyncio.Event()
         self._is_event_stream = False
         self._progress_s = 0.0
+        self._held = b""
+        self._relayed: Response | None = None
+        self._seen_count = 0
 
     async def run(self) -> None:
         """Serve the request to its end; the client has its answer, or what there was of it."""
@@ -158,16 +162,29 @@ class Exchange:
 
     async def _next_event(self) -> Event:
         handoff = self.handoff
-        deadline_s = handoff.deadline_s
-        try:
-            async with asyncio.timeout(deadline_s and deadline_s - self._tools.now_s()):
-                return await self._events.get()
-        except TimeoutError:
+        while True:
+            deadline_s = handoff.deadline_s
+            until_s = deadline_s
             if handoff.state is State.RELAYING and deadline_s is not None:
+                # Progress is looked at from time to time, so that nothing has to be noted per chunk.
+                until_s = min(deadline_s, self._tools.now_s() + self._order.idle_deadline_s / _LOOKS_PER_IDLE)
+            try:
+                async with asyncio.timeout(until_s and until_s - self._tools.now_s()):
+                    return await self._events.get()
+            except TimeoutError:
+                self._look_at_progress()
+                if until_s != deadline_s or deadline_s is None:
+                    continue
                 progress_s = self._progress_s
-                if progress_s + self._order.idle_deadline_s > deadline_s:
-                    return Progressed(progress_s)
-            return DeadlinePassed()
+                is_silent = progress_s + self._order.idle_deadline_s <= deadline_s
+                if handoff.state is not State.RELAYING or is_silent:
+                    return DeadlinePassed()
+                return Progressed(progress_s)
+
+    def _look_at_progress(self) -> None:
+        if self._relayed is not None and self._relayed.part_count != self._seen_count:
+            self._seen_count = self._relayed.part_count
+            self._progress_s = self._tools.now_s()
 
     async def _watch_client(self) -> None:
         await watch_disconnect(self._receive)
@@ -230,7 +247,9 @@ class Exchange:
     async def _break_off(self, reason: RefuseReason) -> None:
         # The response stays unfinished on purpose: the server closes the connection, and no client and no
         # gateway can take what it has for the whole.
-        if self._is_event_stream:
+        last = (self._relayed.last if self._relayed is not None else b"") or self._held
+        if self._is_event_stream and last.endswith((b"\n\n", b"\r\n\r\n")):
+            # Inside an event another would be garbage.
             event = self._refusal(reason).event()
             await self._send({"type": "http.response.body", "body": event, "more_body": True})
 
@@ -334,21 +353,17 @@ class Exchange:
         self.status = response.status
         await send_head(send, response.status, headers)
         await send({"type": "http.response.body", "body": held, "more_body": True})
+        self._held = held
         if not has_ended:
             await self._relay_chunks(response, None if rewriter is None else rewriter.feed)
         rest = b"" if rewriter is None else rewriter.finish()
         await send({"type": "http.response.body", "body": rest, "more_body": False})
 
     async def _relay_chunks(self, response: Response, change: Change | None) -> None:
-        now_s = self._tools.now_s
-
-        def noted(data: bytes) -> bytes:
-            # All that runs here per chunk; relay_body hands the result from socket to socket.
-            self._progress_s = now_s()
-            return data if change is None else change(data)
-
-        idle_timeout_s = self._order.idle_deadline_s + _BACKSTOP_S
-        await relay_body(self._scope, self._send, response, idle_timeout_s=idle_timeout_s, change=noted)
+        self._relayed = response
+        self._seen_count = response.part_count
+        idle_timeout_s = self._order.idle_deadline_s * 2 + _BACKSTOP_S
+        await relay_body(self._scope, self._send, response, idle_timeout_s=idle_timeout_s, change=change)
 
     async def _relay_rewritten(self, response: Response, held: bytes, rewriter: UsageRewriter) -> None:
         """Send an answer in one piece whose length may change."""

@@ -12,6 +12,7 @@ from pdcoord.protocol.headers import (
     REQUEST_ID,
     HostPort,
     format_host_port,
+    is_request_id,
     is_routing,
     parse_host_port,
 )
@@ -25,7 +26,6 @@ a ticket. A routing header: stripped from clients by the gateway."""
 # Past these a header is not a plan but an attack on the ladder's bound or on our memory.
 PREFILLS_MAX = 8
 DEADLINE_MS_MAX = 3_600_000.0
-REQUEST_ID_BYTES_MAX = 128
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -33,7 +33,6 @@ Headers = list[tuple[bytes, bytes]]
 _BOOTSTRAP_PREFIX = b"x-override-bootstrap-"
 # Ours to set. Compressed answers could not be read for their first output nor for their usage.
 _REPLACED = frozenset({REQUEST_ID, b"host", b"content-length", b"accept-encoding"})
-_VISIBLE = frozenset(range(0x21, 0x7F))
 
 
 def normal_address(text: str) -> HostPort:
@@ -168,7 +167,7 @@ class Guard:
     def request_id(self, headers: Headers) -> bytes:
         """The client's own id if it is fit to be passed on and logged, else a fresh one."""
         for name, value in headers:
-            if name == REQUEST_ID and 0 < len(value) <= REQUEST_ID_BYTES_MAX and set(value) <= _VISIBLE:
+            if name == REQUEST_ID and is_request_id(value):
                 return value
         return self.make_request_id().encode("ascii")
 

@@ -103,9 +103,12 @@ class Proxy:
             await self._refuse(error.refusal, scope, request_id, send)
             return
         except BodyTimeoutError:
-            await _answer_late_body(request_id, send)
+            message = f"The body had not come whole after {BODY_S_MAX:g} s; send it without pausing."
+            await self._refuse(Refusal(RefuseReason.BODY_TOO_SLOW, message), scope, request_id, send)
             return
         except ClientGoneError:
+            # Left before the request was whole: nothing was sent to an engine.
+            _log.info("request.abandoned", id=request_id.decode("ascii"), path=scope["path"])
             return
         order = self._order(call, asked)
         await self._exchange(
@@ -129,7 +132,8 @@ class Proxy:
             raise RefusedError(
                 Refusal(RefuseReason.METHOD_NOT_ALLOWED, f"Method {method} is not served here.")
             )
-        if self._health.is_draining and method not in _SAFE_METHODS:
+        # A router that scrapes /metrics here must not take a pod that goes away for a ready one.
+        if self._health.is_draining and (method not in _SAFE_METHODS or scope["path"] == "/metrics"):
             message = "This pod is going away; send the request to another."
             raise RefusedError(Refusal(RefuseReason.DRAINING, message, retry_after_s=RETRY_AFTER_S))
         api = APIS.get(scope["path"]) if method == "POST" else None
@@ -216,7 +220,7 @@ class Proxy:
     async def _refuse(self, refusal: Refusal, scope: Scope, request_id: bytes, send: Send) -> None:
         self._tools.metrics.count("refusals", refusal.reason)
         headers = [*refusal.headers(), (REQUEST_ID, request_id)]
-        if refusal.reason is RefuseReason.BODY_TOO_LARGE:
+        if refusal.reason in {RefuseReason.BODY_TOO_LARGE, RefuseReason.BODY_TOO_SLOW}:
             headers.append((b"connection", b"close"))  # What is left of the body is not read.
         await send_json(send, refusal.status, refusal.body(), headers)
         _log.info(
@@ -244,13 +248,6 @@ def _content_type(headers: Headers) -> bytes:
 
 def _internal() -> Refusal:
     return Refusal(RefuseReason.INTERNAL, "The sidecar failed to serve this request; try again.")
-
-
-async def _answer_late_body(request_id: bytes, send: Send) -> None:
-    message = f"The body did not come whole within {BODY_S_MAX:g} s; send it faster."
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "body-timeout"}
-    headers = [(REQUEST_ID, request_id), (b"connection", b"close")]
-    await send_json(send, 408, msgspec.json.encode({"error": error}), headers)
 
 
 async def answer_probe(path: str, health: Health, send: Send) -> None:

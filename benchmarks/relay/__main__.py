@@ -94,8 +94,13 @@ def run(options: argparse.Namespace, contenders: list[Contender], folder: Path) 
 
         def target(contender: Contender) -> dict[str, object]:
             process, port = running[contender.process]
-            headers = contender.header_of(site)
-            return {"name": contender.name, "port": port, "pid": process.pid, "headers": headers}
+            return {
+                "name": contender.name,
+                "port": port,
+                "pid": process.pid,
+                "headers": contender.header_of(site),
+                "expected": contender.expected,
+            }
 
         for index in range(options.rounds):
             for contender in contenders:

@@ -77,6 +77,7 @@ class Contender:
     Attributes:
         process: rows of the same process share one that runs.
         header_of: adds a request header, as "name: value", that asks for what the row is about.
+        expected: what the head of an answer holds if it was served as the row says.
         is_held_to_bar: whether the row must stay below the bar.
         needs: files without which it cannot run.
     """
@@ -85,6 +86,7 @@ class Contender:
     process: str
     launch: Callable[[Site], Launch]
     header_of: Callable[[Site], list[str]] = lambda _site: []
+    expected: str = "200 OK"
     is_held_to_bar: bool = False
     needs: tuple[Path, ...] = ()
 
@@ -141,18 +143,25 @@ def _split(site: Site) -> list[str]:
 
 
 SPLICE = Contender("splice", "splice", _module("splice"))
+_SIDECAR = (BINARIES / "pdcoord-sidecar",)
+_GATEWAY = (BINARIES / "pdcoord",)
 OURS = (
     Contender("wire", "wire", _module("bare")),
-    Contender("sidecar", "sidecar", _sidecar, is_held_to_bar=True, needs=(BINARIES / "pdcoord-sidecar",)),
     Contender(
-        "sidecar, split",
+        "sidecar", "sidecar", _sidecar, expected='"mode":"colocated"', is_held_to_bar=True, needs=_SIDECAR
+    ),
+    Contender(
+        "sidecar-split",
         "sidecar",
         _sidecar,
         _split,
+        expected='"mode":"split"',
         is_held_to_bar=True,
-        needs=(BINARIES / "pdcoord-sidecar",),
+        needs=_SIDECAR,
     ),
-    Contender("gateway", "gateway", _gateway, is_held_to_bar=True, needs=(BINARIES / "pdcoord",)),
+    Contender(
+        "gateway", "gateway", _gateway, expected="x-pdcoord-decision: ", is_held_to_bar=True, needs=_GATEWAY
+    ),
 )
 PEERS = (
     Contender(
@@ -160,7 +169,7 @@ PEERS = (
     ),
     Contender("vllm-router", "vllm-router", _router("vllm-router", "--worker-urls", "ENGINE")),
     Contender(
-        "vllm-router, P/D",
+        "vllm-router-pd",
         "vllm-router-pd",
         _router("vllm-router", "--vllm-pd-disaggregation", "--prefill", "PREFILL", "--decode", "ENGINE"),
     ),

@@ -27,6 +27,7 @@ class Tally:
     events: int = 0
     begun: int = 0
     lost: int = 0
+    expected: bytes = b""
     is_measuring: bool = False
     ages_ns: list[int] = field(default_factory=list)
     ttfts_ns: list[int] = field(default_factory=list)
@@ -41,6 +42,8 @@ class Stream(asyncio.Protocol):
         self._request = request
         self._sent_ns = 0
         self._has_begun = False
+        self._has_head = False
+        self._head = b""
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -50,6 +53,11 @@ class Stream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         tally = self._tally
+        if not self._has_head:
+            self._head += data
+            self._has_head = b"\r\n\r\n" in self._head
+            if self._has_head and tally.expected not in self._head.partition(b"\r\n\r\n")[0]:
+                raise ValueError(f"{tally.expected!r} is not in the response's head: {self._head[:500]!r}")
         events = sse.count(data)
         tally.events += events
         if events and tally.is_measuring:
@@ -65,6 +73,7 @@ class Stream(asyncio.Protocol):
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self._tally.lost += 1
+        self._tally.all_begun.set()  # Whoever waits for it need not wait in vain.
 
 
 def _request(port: int, index: int, headers: list[str]) -> bytes:
@@ -82,12 +91,18 @@ def _request(port: int, index: int, headers: list[str]) -> bytes:
 
 @dataclass(frozen=True)
 class Target:
-    """A relay to read from; `headers` are lines to add to each request."""
+    """A relay to read from.
+
+    Attributes:
+        headers: lines to add to each request.
+        expected: what the head of each answer must hold.
+    """
 
     name: str
     port: int
     pid: int
     headers: list[str]
+    expected: str
 
 
 async def open_streams(targets: list[Target], tallies: list[Tally], opened: list[Stream]) -> None:
@@ -100,13 +115,15 @@ async def open_streams(targets: list[Target], tallies: list[Tally], opened: list
             _, stream = await loop.create_connection(make, "127.0.0.1", target.port)
             opened.append(stream)
             await asyncio.sleep(_SPREAD_S / streams / len(targets))
-    for tally in tallies:
+    for target, tally in zip(targets, tallies, strict=True):
         await tally.all_begun.wait()
+        if tally.lost:
+            raise SystemExit(f"{target.name}: {tally.lost} streams were lost before all had begun")
 
 
 async def measure(targets: list[Target], streams: int, window_s: float) -> dict[str, dict[str, float]]:
     """Run the streams of all targets at once; CPU and events of each are counted over the same window."""
-    tallies = [Tally(streams) for _ in targets]
+    tallies = [Tally(streams, expected=each.expected.encode()) for each in targets]
     opened: list[Stream] = []
     async with asyncio.timeout(_START_S_MAX):
         await open_streams(targets, tallies, opened)
@@ -141,7 +158,9 @@ def _result(tally: Tally, events: int, spent_ns: int, elapsed_s: float) -> dict[
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--targets", required=True, help="JSON list of {name, port, pid, headers}")
+    arguments.add_argument(
+        "--targets", required=True, help="JSON list of {name, port, pid, headers, expected}"
+    )
     arguments.add_argument("--streams", type=int, required=True)
     arguments.add_argument("--window-s", type=float, required=True)
     options = arguments.parse_args()

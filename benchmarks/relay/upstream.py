@@ -28,7 +28,8 @@ _MODELS = b'{"object":"list","data":[{"id":"bench/llama","object":"model","max_m
 _PREFILL_ANSWER = (
     b'{"id":"cmpl-bench","object":"text_completion","model":"bench/llama",'
     b'"choices":[{"index":0,"text":"x","finish_reason":"length"}],'
-    b'"usage":{"prompt_tokens":100,"completion_tokens":1,"total_tokens":101},'
+    b'"usage":{"prompt_tokens":100,"completion_tokens":1,"total_tokens":101,'
+    b'"prompt_tokens_details":{"cached_tokens":64}},'
     b'"kv_transfer_params":{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":[[1,2]],'
     b'"remote_engine_id":"bench","remote_request_id":"cmpl-bench","remote_host":"127.0.0.1","remote_port":5601,'
     b'"tp_size":1}}'

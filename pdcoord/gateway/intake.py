@@ -1,19 +1,16 @@
 """From a client's call to the core's request: identity, size, checks and block keys; pure."""
 
 import math
-import re
 from collections.abc import Iterable
 
 from pdcoord.core.blocks import block_keys
 from pdcoord.core.model import Model
 from pdcoord.core.request import BlockKey, Request, RequestId
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
-from pdcoord.protocol.headers import REQUEST_ID
-from pdcoord.protocol.openai import Call
-from pdcoord.protocol.tickets import TICKET_FIELD
+from pdcoord.protocol.headers import REQUEST_ID, is_request_id
+from pdcoord.protocol.openai import Body, Call
+from pdcoord.protocol.tickets import NESTED_DEPTH_MAX, NESTED_FIELDS, TICKET_FIELD, is_steering
 
-REQUEST_ID_BYTES_MAX = 128
-_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,%d}" % REQUEST_ID_BYTES_MAX)
 _TOKEN_ID_BYTES = 4
 _MODEL_SHOWN_MAX = 128
 
@@ -24,14 +21,13 @@ RESERVED_FIELDS = (
     "bootstrap_port",
     "bootstrap_room",
 )
-"""Body fields that tell an engine where to fetch KV from. From a client they could make it connect
-anywhere, or read another request's KV, so only a sidecar may set them."""
+"""The steering fields that engines have today; `tickets.is_steering` says which names are."""
 
 
 def client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The client's own x-request-id if it is printable ASCII of at most 128 bytes; else None."""
+    """The client's own x-request-id if it is fit to be passed on and logged; else None."""
     for name, value in headers:
-        if name == REQUEST_ID and _REQUEST_ID.fullmatch(value):
+        if name == REQUEST_ID and is_request_id(value):
             return value.decode("ascii")
     return None
 
@@ -42,10 +38,21 @@ def check_reserved(call: Call) -> None:
     Raises:
         RefusedError: 400 naming the field.
     """
-    for name in RESERVED_FIELDS:
-        if call.body.get(name) is not None:
-            message = f"'{name}' is reserved for transfers inside the fleet; remove it."
-            raise RefusedError(Refusal(RefuseReason.INVALID_FIELD, message, name))
+    name = _steering_field(call.body, 0)
+    if name is not None:
+        message = f"'{name}' is reserved for transfers inside the fleet; remove it."
+        raise RefusedError(Refusal(RefuseReason.INVALID_FIELD, message, name))
+
+
+def _steering_field(body: Body, depth: int) -> str | None:
+    for name, value in body.items():
+        if value is not None and is_steering(name):
+            return name
+        if name in NESTED_FIELDS and depth < NESTED_DEPTH_MAX and isinstance(value, dict):
+            inner = _steering_field(value, depth + 1)
+            if inner is not None:
+                return f"{name}.{inner}"
+    return None
 
 
 def model_unknown(name: str) -> Refusal:

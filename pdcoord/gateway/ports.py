@@ -33,7 +33,8 @@ class Limits:
     Attributes:
         body_bytes_max: longest request body.
         body_timeout_s: longest wait for a request body to arrive whole.
-        head_timeout_s: longest wait for the first byte of a stream's answer, queueing included.
+        head_timeout_s: longest wait for a stream's head, and again for its first byte, queueing and the
+            sidecar's ladder included: more than the sidecar's own wait for an answer (600 s).
         answer_timeout_s: the same for an answer that comes whole, which is all of the generation.
         stream_idle_s: longest silence inside an answer; more than the sidecar's own, which knows more.
         request_deadline_s: longest life of a call.
@@ -43,7 +44,7 @@ class Limits:
 
     body_bytes_max: int = 32 << 20
     body_timeout_s: float = 60.0
-    head_timeout_s: float = 300.0
+    head_timeout_s: float = 900.0
     answer_timeout_s: float = 1_800.0
     stream_idle_s: float = 90.0
     request_deadline_s: float = 3_600.0

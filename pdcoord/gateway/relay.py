@@ -40,6 +40,9 @@ from pdcoord.wire.heads import Headers
 from pdcoord.wire.relay import relay_body
 
 _EVENT_STREAM = b"text/event-stream"
+_ERROR_EVENT = b'data: {"error"'
+_OWN_ID_CUT = 80
+"""What is kept of an id that needs a suffix, so that sidecars still take it over (128 bytes at most)."""
 _UPSTREAM_REASONS = frozenset(
     {RefuseReason.UPSTREAM_FAILED, RefuseReason.UPSTREAM_TIMEOUT, RefuseReason.LADDER_EXHAUSTED}
 )
@@ -94,7 +97,7 @@ class Relay:
         client_id = client_request_id(scope["headers"])
         shown_id = client_id if client_id is not None else self.new_id()
         # The core keeps an account per id, so two live calls under one id need two accounts.
-        own_id = shown_id if shown_id not in self._live else f"{shown_id}-{self.new_id()}"
+        own_id = shown_id if shown_id not in self._live else f"{shown_id[:_OWN_ID_CUT]}-{self.new_id()}"
         self._live.add(own_id)
         record = CallRecord(id=RequestId(own_id), path=api.path, began_s=self.clock())
         self.observer.call_began()
@@ -116,7 +119,6 @@ class _Exchange:
         record: what is known of the call so far; its id is the core's.
         shown_id: the request id that the client is told.
         body: what goes upstream; let go of once an answer has begun.
-        last: the last part of the answer that was relayed.
         is_dispatched: the core keeps an account of this call and must hear of its end.
         has_begun: the head of the answer has been sent, so nothing can be taken back.
     """
@@ -129,7 +131,6 @@ class _Exchange:
     record: CallRecord
     shown_id: str
     body: bytes = b""
-    last: bytes = b""
     is_stream: bool = False
     is_dispatched: bool = False
     has_begun: bool = False
@@ -305,7 +306,8 @@ class _Exchange:
         except WireError:
             return None
         headers = wires.headers_to_client(response.headers)
-        shown = wires.error_body(response.status, body)
+        is_plain = response.header(b"content-encoding") is None
+        shown = wires.error_body(response.status, body) if is_plain else body
         if shown is not body:
             headers = [pair for pair in headers if pair[0] != b"content-type"]
         return _Answer(response.status, headers, shown)
@@ -314,7 +316,6 @@ class _Exchange:
         """Pass an answer on as it comes; per part there is only what `relay_body` does."""
         self.body = b""
         self.has_begun = True
-        self.last = first
         self.record.status = response.status
         self.record.first_byte_s = self.relay.clock()
         headers = wires.headers_to_client(response.headers)
@@ -323,33 +324,25 @@ class _Exchange:
         try:
             if first:
                 await self.send({"type": "http.response.body", "body": first, "more_body": True})
-                await relay_body(
-                    self.scope,
-                    self.send,
-                    response,
-                    idle_timeout_s=self.relay.limits.stream_idle_s,
-                    change=self._remember,
-                )
+                idle_timeout_s = self.relay.limits.stream_idle_s
+                await relay_body(self.scope, self.send, response, idle_timeout_s=idle_timeout_s)
         except StreamError:
             self.record.outcome = Outcome.UPSTREAM_ERROR
-            await self._break_off(response)
+            await self._break_off(response, response.last or first)
             return
         self.record.outcome = Outcome.OK if response.status < 400 else Outcome.CLIENT_ERROR
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _remember(self, part: bytes) -> bytes:
-        self.last = part
-        return part
-
-    async def _break_off(self, response: Response) -> None:
+    async def _break_off(self, response: Response, last: bytes) -> None:
         """End a broken answer so that it cannot pass for a whole one: its last chunk is never sent.
 
         The error goes out as an event only where an event may stand: behind a whole one, in a stream
-        that is not compressed. Elsewhere it would be garbage.
+        that is not compressed, and that the sidecar has not ended so already. Elsewhere it would be garbage.
         """
         is_stream = (response.header(b"content-type") or b"").startswith(_EVENT_STREAM)
         is_plain = response.header(b"content-encoding") is None
-        if is_stream and is_plain and self.last.endswith((b"\n\n", b"\r\n\r\n")):
+        has_said_so = last.rstrip().rpartition(b"\n\n")[2].startswith(_ERROR_EVENT)
+        if is_stream and is_plain and last.endswith((b"\n\n", b"\r\n\r\n")) and not has_said_so:
             event = Refusal(
                 RefuseReason.UPSTREAM_FAILED, "The engine's stream broke off; what came before is incomplete."
             ).event()

@@ -36,6 +36,10 @@ _SIDECAR_FAILURES: dict[str, RungReason] = {
     RefuseReason.INTERNAL: RungReason.DECODE_ERROR,
 }
 
+_NOT_SERVED = frozenset({404, 405})
+_DETAIL_MAX = 2_000
+"""Characters of an engine's own explanation that are carried over."""
+
 _top_level = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -136,10 +140,14 @@ def error_body(status: int, body: bytes) -> bytes:
     """
     try:
         fields = _top_level.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         fields = {}
     if "error" in fields or bytes(fields.get("object", b"")) == b'"error"':
         return body
-    reason = RefuseReason.UPSTREAM_FAILED if status >= 500 else RefuseReason.NOT_SERVED
-    message = f"The engine answered {status}; the model it serves may not have this API."
+    if status in _NOT_SERVED:
+        message = f"The engine answered {status}: the model it serves does not have this API."
+        return Refusal(RefuseReason.NOT_SERVED, message).body()
+    detail = bytes(fields.get("detail", b"")).decode("utf-8", "replace")[:_DETAIL_MAX]
+    message = f"The engine answered {status}{': ' if detail else '.'}{detail}"
+    reason = RefuseReason.UPSTREAM_FAILED if status >= 500 else RefuseReason.INVALID_FIELD
     return Refusal(reason, message).body()

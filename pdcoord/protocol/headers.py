@@ -27,6 +27,15 @@ REASON = b"x-pdcoord-reason"
 """Gateway and sidecar to caller, on a refusal: a value of `errors.RefuseReason`."""
 CACHE_SALT_FIELD = "cache_salt"
 
+REQUEST_ID_BYTES_MAX = 128
+_VISIBLE_BYTES = frozenset(range(0x21, 0x7F))
+
+
+def is_request_id(value: bytes) -> bool:
+    """Whether a client's x-request-id is taken over: visible ASCII, 1..128 bytes."""
+    return 0 < len(value) <= REQUEST_ID_BYTES_MAX and _VISIBLE_BYTES.issuperset(value)
+
+
 PREFIX = b"x-pdcoord-"
 
 ROUTING_FROM_OUTSIDE = frozenset(

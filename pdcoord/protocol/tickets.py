@@ -23,6 +23,23 @@ PREFILL_TICKET: dict[str, Any] = {
 }
 """What a nixlv2 prefill leg carries in place of a ticket."""
 
+_STEERING_FIELDS = frozenset({TICKET_FIELD, "ec_transfer_params"})
+_STEERING_PREFIX = "bootstrap_"
+
+NESTED_FIELDS = ("vllm_xargs", "sampling_params", "extra_args")
+"""Members in which vLLM 0.32 looks for further parameters; the last two of /inference/v1/generate."""
+NESTED_DEPTH_MAX = 2
+
+
+def is_steering(field: str) -> bool:
+    """Whether a body field tells an engine where to fetch KV from.
+
+    From a client it could make an engine connect anywhere, read another request's KV, or end: vLLM 0.32
+    dies of some malformed tickets. Only a sidecar may set one.
+    """
+    return field in _STEERING_FIELDS or field.startswith(_STEERING_PREFIX)
+
+
 ROOM_MAX = 2**63 - 1
 """SGLang keeps `bootstrap_room` in a signed 64-bit integer."""
 

@@ -47,7 +47,7 @@ class GatewaySettings(BaseSettings):
 
     body_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 30)] = 32 << 20
     body_timeout_s: Seconds = 60.0
-    head_timeout_s: Seconds = 300.0
+    head_timeout_s: Seconds = 900.0
     answer_timeout_s: Seconds = 1_800.0
     stream_idle_s: Seconds = 90.0
     request_deadline_s: Seconds = 3_600.0

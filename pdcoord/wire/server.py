@@ -90,7 +90,9 @@ class _Service:
                 task.cancel()
             await self._wait_until_quiet(CANCEL_S_MAX if self._state.tasks else 0.0)
             for connection in list(self._connections):
-                connection.transport.abort()
+                # One that has just been accepted, or is just going, has no transport.
+                if connection.transport is not None:
+                    connection.transport.abort()
 
     async def _wait_until_quiet(self, wait_s: float) -> None:
         """Wait until every request has ended and what it sent has left, but for wait_s at most."""

@@ -536,10 +536,10 @@ async def test_draining_lets_calls_end_and_takes_no_new_ones(tmp_path: Path) -> 
 
 async def test_a_decision_can_be_asked_for(tmp_path: Path) -> None:
     async with gateway(tmp_path) as made:
-        await made.call(CALL, headers=["x-request-id: a/b c"])
-        shown = await made.admin("/decisions/a%2Fb%20c")
+        await made.call(CALL, headers=["x-request-id: a/b?c"])
+        shown = await made.admin("/decisions/a%2Fb%3Fc")
         assert (shown["outcome"], shown["attempts"][0]["mode"]) == ("ok", "colocated")
-        assert (await made.admin("/decisions?limit=1"))["decisions"][0]["id"] == "a/b c"
+        assert (await made.admin("/decisions?limit=1"))["decisions"][0]["id"] == "a/b?c"
         assert (await made.admin("/decisions/other"))["error"]["code"] == "path-unknown"
         assert (await made.admin("/decisions?limit=0"))["error"]["code"] == "invalid-field"
         assert [e["health"] for e in (await made.admin("/fleet"))["endpoints"]] == ["ready"]

@@ -588,6 +588,17 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_a_closed_connec
         assert await s.metric(f'requests_total{{mode="{mode}",outcome="broken-off"}}') == 1
 
 
+async def test_a_stream_that_breaks_inside_an_event_gets_no_event_behind_it() -> None:
+    async def break_inside(seen: Seen) -> None:
+        seen.write(SSE_HEAD)
+        seen.events(ROLE, TOKEN, TOKEN[:9])
+        await seen.writer.drain()
+        seen.writer.close()
+
+    async with engine(break_inside) as d, sidecar(d) as s:
+        assert await read_to_break(s, request(stream=True)) == ROLE + TOKEN + TOKEN[:9]
+
+
 async def test_a_stream_that_falls_silent_is_broken_off() -> None:
     played: list[Engine] = []
 
@@ -882,6 +893,8 @@ async def test_a_drain_refuses_what_is_new_and_lets_run_what_runs() -> None:
         assert (await s.call(b"", method="GET", path="/readyz")).status == 503
         answer = await s.call(request())
         assert (answer.status, answer.reason, answer.header(b"retry-after")) == (503, "draining", b"1")
+        # What routers scrape must not say that the pod is there for them.
+        assert (await s.call(b"", method="GET", path="/metrics")).status == 503
         assert not await s.proxy.wait_idle(0.05)
         is_free.set()
         assert (await running).status == 200

@@ -142,9 +142,12 @@ async def test_an_address_in_use_is_named_and_nothing_is_left_open() -> None:
 
 
 @on_uvloop
-async def test_draining_finishes_streams_accepts_nobody_and_closes_what_is_idle() -> None:
+async def test_draining_finishes_streams_accepts_nobody_and_closes_what_is_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wire_server, "KEEP_ALIVE_S", 3_600)
     app = Gated()
-    async with Client() as client, running(app, answering(b"x"), drain_s=WAIT_S) as here:
+    async with Client(idle_s_max=3_600.0) as client, running(app, answering(b"x"), drain_s=WAIT_S) as here:
         assert await get(client, here.addresses[1]) == (200, b"x")
         async with await client.request("GET", here.addresses[0], "/", head_timeout_s=WAIT_S) as response:
             assert await response.read_chunk(idle_timeout_s=WAIT_S) == b"first "

@@ -1,5 +1,6 @@
 """What the demo shows: a live line while traffic runs, and tables at the end."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -16,7 +17,7 @@ def quantile(values: Sequence[float], q: float) -> float:
     if not values:
         return float("nan")
     ranked = sorted(values)
-    return ranked[min(len(ranked) - 1, int(q * len(ranked)))]
+    return ranked[max(0, math.ceil(q * len(ranked)) - 1)]
 
 
 class Progressed:
@@ -79,12 +80,13 @@ def served_table(answers: Sequence[Answer]) -> Table:
 
 
 def comparison_table(runs: dict[str, Sequence[Answer]]) -> Table:
-    """The same traffic, served in each way; the last column is round robin over the others."""
-    table = Table(title="The same traffic over the same pods")
+    """The same traffic, served in each way; the ratio is that of the second run to the first."""
+    table = Table(title="The same traffic in each run")
     table.add_column("")
     for name in runs:
         table.add_column(name, justify="right")
-    table.add_column("ratio", justify="right")
+    first_name, second_name, *_ = runs
+    table.add_column(f"{second_name} / {first_name}", justify="right")
     rows: dict[str, tuple[Callable[[Sequence[Answer]], float], str]] = {
         "requests": (lambda a: float(len(a)), "{:.0f}"),
         "failed": (lambda a: float(sum(bool(x.error) for x in a)), "{:.0f}"),
@@ -95,8 +97,8 @@ def comparison_table(runs: dict[str, Sequence[Answer]]) -> Table:
     }
     for name, (figure, form) in rows.items():
         values = [figure(answers) for answers in runs.values()]
-        first, last = values[0], values[-1]
-        ratio = f"{last / first:.2f}x" if "ms" in name and first > 0 else ""
+        first, second = values[:2]
+        ratio = f"{second / first:.2f}x" if "ms" in name and first > 0 else ""
         table.add_row(name, *(form.format(value) for value in values), ratio)
     return table
 

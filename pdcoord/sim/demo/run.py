@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvloop
@@ -22,19 +22,25 @@ from pdcoord.wire.client import Client
 
 RATE_PER_S = 5.0
 RUN_S = 12.0
+INTERRUPTED = 130
 
 
 def run(*, keep: bool, seed: int) -> int:
     """Run the demo; 0 if everything that it claims to show was seen."""
     console = Console(width=None if Console().is_terminal else 110)
     folder = Path(tempfile.mkdtemp(prefix="pdcoord-demo-"))
+    seen = _Seen()
     try:
-        failures = uvloop.run(_demo(console, folder, keep=keep, seed=seed))
+        uvloop.run(_demo(console, folder, seen, keep=keep, seed=seed))
+        failures = seen.failures
     except DemoError as error:
         failures = [str(error)]
     except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("stopped")
-        failures = []
+        if not seen.is_complete:
+            shutil.rmtree(folder)
+            return INTERRUPTED
+        failures = seen.failures
     for failure in failures:
         console.print("not as it should be:", failure, markup=False, soft_wrap=True)
     if failures:
@@ -44,7 +50,19 @@ def run(*, keep: bool, seed: int) -> int:
     return 0
 
 
-async def _demo(console: Console, folder: Path, *, keep: bool, seed: int) -> list[str]:
+@dataclass(slots=True)
+class _Seen:
+    """What the demo has found so far, whoever stops it.
+
+    Attributes:
+        is_complete: every scene and run was played to its end.
+    """
+
+    failures: list[str] = field(default_factory=list)
+    is_complete: bool = False
+
+
+async def _demo(console: Console, folder: Path, seen: _Seen, *, keep: bool, seed: int) -> None:
     rng = random.Random(seed)  # noqa: S311 - the traffic is to be the same for the same seed
     deployment = lay_out(folder, seed)
     task = asyncio.current_task()
@@ -55,13 +73,13 @@ async def _demo(console: Console, folder: Path, *, keep: bool, seed: int) -> lis
         console.print(deployment.table())
         await _start(console, deployment, processes, client)
         stage = _Stage(console, deployment, processes, client)
-        failures = await stage.scenes(rng)
-        failures += await stage.runs(rng)
-        if not failures:
+        seen.failures += await stage.scenes(rng)
+        seen.failures += await stage.runs(rng)
+        seen.is_complete = True
+        if not seen.failures:
             console.print("[green]Every request was answered, and everything above was checked.[/]")
         if keep:
             await _keep(console, deployment)
-    return failures
 
 
 async def _start(console: Console, deployment: Deployment, processes: Processes, client: Client) -> None:
@@ -133,7 +151,7 @@ class _Stage:
         self.console.print(served_table([*by_pdcoord, *with_kill.result()]))
         self.console.print(
             comparison_table(
-                {"pod killed": with_kill.result(), "pdcoord": by_pdcoord, "round robin": by_turns}
+                {"pdcoord": by_pdcoord, "round robin": by_turns, "pdcoord, pod killed": with_kill.result()}
             )
         )
         return _problems({"pdcoord": by_pdcoord, "round robin": by_turns, "pod killed": with_kill.result()})

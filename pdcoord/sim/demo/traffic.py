@@ -16,6 +16,8 @@ from pdcoord.wire.errors import WireError
 ANSWER_S_MAX = 60.0
 _EVENT = b"data: "
 _DONE = b"data: [DONE]"
+_CONTENT = b'"content":"'
+_EMPTY = b'"content":""'
 _WORDS = (
     "fleet",
     "decode",
@@ -67,8 +69,8 @@ class Answer:
 
     Attributes:
         decision: `mode; reason` as the gateway said; empty from an engine asked directly.
-        ttft_s: to the first event with text.
-        tpot_s: mean time between events after the first; None for a single event.
+        ttft_s: to the first token with text.
+        tpot_s: mean time between tokens after the first; None for a single token.
         error: empty if the answer is whole.
     """
 
@@ -180,7 +182,7 @@ class _Reader:
         self._begun_s = time.perf_counter()
         self._first_s = 0.0
         self._last_s = 0.0
-        self._event_count = 0
+        self._token_count = 0
         self._status = 0
         self._buffer = bytearray()
         self._request_id = ""
@@ -195,10 +197,13 @@ class _Reader:
     def note_chunk(self, chunk: bytes) -> None:
         now_s = time.perf_counter()
         self._buffer += chunk
-        count = chunk.count(_EVENT)
-        if count and not self._event_count:
+        # Tokens carry a content that is not empty; the role, the usage and the end do not.
+        count = chunk.count(_CONTENT) - chunk.count(_EMPTY)
+        if count <= 0:
+            return
+        if not self._token_count:
             self._first_s = now_s
-        self._event_count += count
+        self._token_count += count
         self._last_s = now_s
 
     def answer(self) -> Answer:
@@ -220,7 +225,7 @@ class _Reader:
             self.error = f"HTTP {self._status}: {bytes(self._buffer[:300])!r}"
         if not self.error and not (is_finished and self._buffer.rstrip().endswith(_DONE)):
             self.error = "the stream ended early"
-        gaps = self._event_count - 1
+        gaps = self._token_count - 1
         return Answer(
             prompt=self._prompt,
             request_id=self._request_id,

@@ -313,15 +313,17 @@ def test_a_probe_that_tells_nothing_lets_the_next_one_go(how: str) -> None:
     assert story.plan("next", block_keys=()).mode is Mode.SPLIT
 
 
-def test_late_news_of_an_endpoint_that_is_gone_leaves_no_trace() -> None:
+@pytest.mark.parametrize("gone", ["prefill", "decode"])
+def test_late_news_of_an_endpoint_that_is_gone_leaves_no_trace(gone: str) -> None:
     story = Story()
     plan = story.plan()
     assert plan.prefill is not None
-    story.tell(EndpointGone(plan.prefill.id))
+    story.tell(EndpointGone(plan.prefill.id if gone == "prefill" else plan.decode.id))
     story.begin(served=colocated(gave_up(plan.prefill.address, RungReason.PREFILL_UNREACHABLE)))
     assert story.coordinator.paths.breaker_count == 0
     story.end()
-    assert plan.prefill.id not in dict(story.coordinator.ledger.loads())
+    known = {state.endpoint.id for state in story.coordinator.fleet.states()}
+    assert set(dict(story.coordinator.ledger.loads())) <= known
 
 
 def test_an_account_of_an_endpoint_that_left_ends_with_its_last_request() -> None:
@@ -344,6 +346,17 @@ def test_another_process_under_the_same_name_is_not_blamed_for_the_old_one() -> 
     state = story.coordinator.fleet.get(plan.prefill.id)
     assert state is not None
     assert state.ordinal not in story.coordinator.prefix.match(KEYS)
+
+
+def test_another_process_under_the_same_name_is_not_praised_for_the_old_one() -> None:
+    story = Story(prefills=1, decodes=1)
+    plan = story.plan()
+    assert plan.prefill is not None
+    story.ready(endpoint(P, 0, port=81))
+    path = (plan.prefill.id, plan.decode.id)
+    story.coordinator.paths.fail(path, RungReason.PREFILL_UNREACHABLE, RequestId("x"), 0.0)
+    story.begin(served=split_by(plan.prefill.address))
+    assert story.coordinator.paths.state(*path, 0.0) is BreakerState.OPEN
 
 
 def test_a_removed_model_is_refused_and_its_live_requests_end_well() -> None:
@@ -597,6 +610,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             state, lets_pass = before.get((prefill.id, plan.decode.id), (BreakerState.CLOSED, True))
             assert lets_pass
             assert state is BreakerState.CLOSED or prefill is plan.prefill
+        assert (plan.mode is Mode.SPLIT) == plan.why.startswith("split-")
         if plan.mode is Mode.SPLIT:
             assert request.choice_count == 1
             assert request.is_generative

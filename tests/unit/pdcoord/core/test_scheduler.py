@@ -325,6 +325,7 @@ def check(world: World) -> str:
     split, alone = found.best, found.runner_up
     if found.best.prefill is None:
         split, alone = alone, found.best
+    assert (found.best.prefill is not None) == found.why.startswith("split-")
     check_alone(world, reference, alone)
     if together_why is not None and alone is not None:
         assert found.why is together_why

@@ -131,6 +131,7 @@ class Reply:
         self.status = status
         self.headers = list(headers)
         self.chunks = list(chunks)
+        self.last = b""
         self.is_closed = False
         self.reading = asyncio.Event()
 
@@ -152,6 +153,7 @@ class Reply:
 
     async def pump(self, sink: Callable[[bytes], Awaitable[None] | None], *, idle_timeout_s: float) -> None:
         while part := await self.read_chunk(idle_timeout_s=idle_timeout_s):
+            self.last = part
             pause = sink(part)
             if pause is not None:
                 await pause

@@ -9,7 +9,8 @@ import pytest
 from pdcoord.core.blocks import block_keys
 from pdcoord.core.model import Model
 from pdcoord.core.request import RequestId
-from pdcoord.gateway.intake import build_request, model_unknown
+from pdcoord.gateway.intake import build_request, check_reserved, model_unknown
+from pdcoord.protocol.errors import RefusedError
 from pdcoord.protocol.openai import APIS, parse_call
 
 ID = RequestId("r")
@@ -60,3 +61,17 @@ def test_choices_and_limits_are_passed_on(model: Model) -> None:
 
 def test_a_long_name_is_cut_in_the_message() -> None:
     assert len(model_unknown("x" * 1_000_000).message) < 300
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"bootstrap_addr": "http://10.0.0.1:1"},
+        {"vllm_xargs": {"kv_transfer_params": {"do_remote_prefill": True}}},
+        {"sampling_params": {"extra_args": {"kv_transfer_params": {}}}},
+    ],
+)
+def test_no_steering_field_passes_at_any_depth(field: dict[str, Any]) -> None:
+    raw = json.dumps({"model": "m", "prompt": "x", **field}).encode()
+    with pytest.raises(RefusedError, match="reserved"):
+        check_reserved(parse_call(APIS["/v1/completions"], raw))

@@ -176,7 +176,8 @@ async def test_a_client_that_leaves_within_its_body_gets_nothing(stage: Any) -> 
     ("given", "echoed"),
     [
         (b"abc-1", "abc-1"),
-        (b"a b/c~", "a b/c~"),
+        (b"a/b?c~", "a/b?c~"),
+        (b"a b", "made-1"),
         (b"x" * 128, "x" * 128),
         (b"x" * 129, "made-1"),
         (b"", "made-1"),
@@ -354,6 +355,14 @@ async def test_an_empty_answer_is_whole(stage: Any, reply: Any) -> None:
     stage.upstream.script = [reply(chunks=[])]
     answer = await stage.call()
     assert (answer.status, answer.body, answer.is_complete) == (200, b"", True)
+
+
+async def test_an_error_event_of_the_sidecar_is_the_only_one(stage: Any, reply: Any) -> None:
+    said = b'data: 1\n\ndata: {"error": {}}\n\n'
+    stage.upstream.script = [reply(headers=SSE, chunks=[said, StreamError("gone")])]
+    answer = await stage.call()
+    assert answer.body == said
+    assert not answer.is_complete
 
 
 async def test_a_stream_that_breaks_off_ends_with_an_error_event_and_no_end(stage: Any, reply: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -19,7 +20,7 @@ from pdcoord.gateway.upstream import (
     served_of,
     with_model,
 )
-from pdcoord.protocol.errors import RefuseReason, RungReason
+from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import ROUTING_FROM_OUTSIDE
 from pdcoord.protocol.plans import Mode, PlanHeader, RungKind, ServedHeader, decode_plan, encode_served
 from pdcoord.wire.errors import ConnectError, HeadTimeoutError, ResetError, StreamError, WireError
@@ -158,3 +159,17 @@ def test_an_error_that_no_openai_client_can_read_is_put_in_its_form() -> None:
 @pytest.mark.parametrize("body", [b'{"error":{"message":"x"}}', b'{"object":"error","message":"x"}'])
 def test_an_engines_own_error_keeps_its_bytes(body: bytes) -> None:
     assert error_body(400, body) is body
+
+
+def test_the_page_lists_every_reason_under_its_status() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "gateway.md").read_text()
+    for reason in RefuseReason:
+        status = Refusal(reason, "").status
+        row = next((line for line in page.splitlines() if line.startswith(f"| {status} |")), "")
+        assert f"`{reason}`" in row, f"docs/gateway.md: {reason} is missing under {status}"
+
+
+def test_an_engines_own_explanation_is_carried_over() -> None:
+    shown = msgspec.json.decode(error_body(422, b'{"detail":[{"loc":["body","n"],"msg":"too many"}]}'))
+    assert (shown["error"]["code"], "too many" in shown["error"]["message"]) == ("invalid-field", True)
+    assert msgspec.json.decode(error_body(500, b'{"a":' * 5_000))["error"]["code"] == "upstream-failed"

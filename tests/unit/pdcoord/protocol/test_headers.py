@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdcoord.protocol import headers
-from pdcoord.protocol.headers import format_host_port, is_routing, parse_host_port
+from pdcoord.protocol.headers import (
+    REQUEST_ID_BYTES_MAX,
+    format_host_port,
+    is_request_id,
+    is_routing,
+    parse_host_port,
+)
 
 names = st.from_regex(
     r"[a-zA-Z0-9]([a-zA-Z0-9_-]{0,10}[a-zA-Z0-9])?(\.[a-zA-Z0-9]{1,8}){0,3}", fullmatch=True
@@ -113,3 +119,25 @@ def test_headers_that_steer_routing_are_known(name: bytes, *, expected: bool) ->
 def test_names_are_lower_case_as_asgi_gives_them() -> None:
     for name in [*headers.ROUTING_FROM_OUTSIDE, *headers.HOP_BY_HOP, headers.PLAN, headers.REQUEST_ID]:
         assert name == name.lower()
+
+
+@pytest.mark.parametrize("value", [b"a", b"req-1/2:3~", b"x" * REQUEST_ID_BYTES_MAX])
+def test_a_visible_request_id_is_taken_over(value: bytes) -> None:
+    assert is_request_id(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b" ",
+        b"a b",
+        b"a\r\nx-evil: 1",
+        b"a\x00",
+        b"a\x7f",
+        b"\xc3\xa9",
+        b"x" * (REQUEST_ID_BYTES_MAX + 1),
+    ],
+)
+def test_any_other_request_id_is_not(value: bytes) -> None:
+    assert not is_request_id(value)

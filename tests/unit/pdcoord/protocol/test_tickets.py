@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdcoord.protocol.tickets import PREFILL_TICKET, ROOM_MAX, decode_prefill_answer
+from pdcoord.protocol.tickets import (
+    PREFILL_TICKET,
+    ROOM_MAX,
+    TICKET_FIELD,
+    decode_prefill_answer,
+    is_steering,
+)
 
 values = st.recursive(
     st.none()
@@ -98,3 +104,15 @@ def test_what_a_prefill_leg_carries_asks_for_a_remote_decode_and_names_nobody() 
 
 def test_rooms_fit_a_signed_64_bit_integer() -> None:
     assert ROOM_MAX.bit_length() == 63
+
+
+@pytest.mark.parametrize(
+    "field", [TICKET_FIELD, "ec_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room"]
+)
+def test_fields_that_tell_an_engine_where_to_fetch_kv_are_known(field: str) -> None:
+    assert is_steering(field)
+
+
+@pytest.mark.parametrize("field", ["", "model", "prompt", "bootstrap", "kv_transfer", "cache_salt"])
+def test_other_fields_are_the_clients_own(field: str) -> None:
+    assert not is_steering(field)

@@ -166,6 +166,7 @@ async def test_after_the_last_part_a_write_is_an_error_as_with_send() -> None:
     assert late is not None
     with pytest.raises(RuntimeError, match="already completed"):
         await late
+    assert rig.protocol._writers == [], "a kept connection must not keep what served it"
     await rig.end()
 
 
