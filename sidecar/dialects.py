@@ -11,7 +11,7 @@ import msgspec
 
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
 from pdcoord.protocol.headers import parse_host_port
-from pdcoord.protocol.openai import Api
+from pdcoord.protocol.openai import ONE_ENGINE_COUNTS, ONE_ENGINE_FLAGS, ROOM_PATHS, Api
 from pdcoord.protocol.plans import DialectName, PrefillTarget
 from pdcoord.protocol.tickets import (
     NESTED_DEPTH_MAX,
@@ -26,9 +26,6 @@ Fields = dict[str, msgspec.Raw]
 """The members of a JSON object, by name, each value as the raw bytes that were sent."""
 
 _MARKERS = (b"_transfer_params", b"bootstrap_")
-
-# SGLang 0.5.23 has the bootstrap members on these two calls only.
-_SGLANG_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 _fields_decoder = msgspec.json.Decoder(Fields)
 _ONE = msgspec.Raw(b"1")
@@ -55,7 +52,7 @@ class ClientBody:
     def splittable_in(self, dialect: DialectName) -> bool:
         if self.unsplittable:
             return False
-        return dialect is not DialectName.SGLANG or self.api.path in _SGLANG_PATHS
+        return dialect is not DialectName.SGLANG or self.api.path in ROOM_PATHS
 
 
 def read_body(api: Api, raw: bytes, *, is_prefill_leg: bool = False) -> ClientBody:
@@ -216,19 +213,12 @@ def _is_set(fields: Fields, name: str) -> bool:
 
 
 def _unsplittable(api: Api, fields: Fields) -> str:
-    """Why a call must stay on one engine.
-
-    A ticket stands for one prompt and one answer, and is good only where the prefill leg computes what
-    the decode leg would: nothing that is returned for prompt tokens, no state of an engine's own.
-    """
-    for name in ("n", "best_of"):
+    """The field that keeps a call on one engine; empty if none does."""
+    for name in ONE_ENGINE_COUNTS:
         count = fields.get(name)
         if count is not None and bytes(count) not in {b"null", b"1"}:
             return name
-    for name in ("use_beam_search", "prompt_logprobs", "echo", "prompt_embeds", "background"):
-        if _is_set(fields, name):
-            return name
-    for name in ("previous_response_id", "previous_input_messages"):
+    for name in ONE_ENGINE_FLAGS:
         if _is_set(fields, name):
             return name
     if api.path == "/v1/completions" and _has_many_prompts(fields):

@@ -185,6 +185,13 @@ class Proxy:
         unknown = str(Outcome.BROKEN_OFF)  # Cancelled from outside: the drain has run out.
         try:
             await exchange.run()
+        except asyncio.CancelledError:
+            # The drain has run out. Whoever asked is still there and is told so.
+            if exchange.status is None:
+                message = "This pod is going away and could not wait for the answer; send the request again."
+                refusal = Refusal(RefuseReason.DRAINING, message, retry_after_s=RETRY_AFTER_S)
+                await self._refuse(refusal, scope, call.request_id, send)
+            raise
         except Exception:  # noqa: BLE001  # the edge: whatever it was, the client gets an answer
             # A bug of ours. The client gets no detail; the log gets the stack, which holds no body.
             unknown = "error"

@@ -270,6 +270,9 @@ def _value(flag: Flag, given: argparse.Namespace, environment: Mapping[str, str]
         text = ",".join(text)
     if text is None:
         source, text = flag.variable, environment.get(flag.variable)
+        if text is not None and text.startswith("tcp://"):
+            # Kubernetes gives pods beside a Service named pdcoord-sidecar such a ..._PORT.
+            text = None
     if text is None:
         source, text = flag.name, flag.default
     try:

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from pdcoord.core.disagg import MUST_STAY_TOGETHER, why_together
 from pdcoord.core.events import (
     Action,
     DecodeFailed,
@@ -358,6 +359,12 @@ def _refusal(request: Request, model: Model, drops: Mapping[DropReason, int]) ->
         return Refusal(
             RefuseReason.CONTEXT_TOO_LONG,
             f"The prompt has {request.prompt_tokens} tokens, more than any endpoint of this model takes.",
+        )
+    is_alone_only = why_together(request, model) in MUST_STAY_TOGETHER
+    if is_alone_only and not any(pool.can_serve_alone for pool in model.pools):
+        return Refusal(
+            RefuseReason.NOT_SERVED,
+            "This kind of call must be served by one endpoint alone, and no pool of this model can do that.",
         )
     if drops.get(DropReason.AT_LIMIT):
         return _saturated()

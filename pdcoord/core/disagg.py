@@ -5,7 +5,7 @@ from pdcoord.core.objective import SLO_EXCESS_EQUAL
 from pdcoord.core.plan import Candidate, Why
 from pdcoord.core.request import Request
 
-MUST_STAY_TOGETHER = frozenset({Why.NOT_GENERATIVE, Why.MANY_CHOICES, Why.MODE_NEVER})
+MUST_STAY_TOGETHER = frozenset({Why.NOT_GENERATIVE, Why.MANY_CHOICES, Why.ONE_ENGINE_CALL, Why.MODE_NEVER})
 """Reasons that hold even where nobody can serve the request alone; the others are of speed only."""
 
 
@@ -17,6 +17,8 @@ def why_together(request: Request, model: Model) -> Why | None:
     if request.choice_count > 1:
         # One ticket is pulled once: a second answer would find its KV gone (vLLM issue 43509).
         return Why.MANY_CHOICES
+    if not request.is_splittable:
+        return Why.ONE_ENGINE_CALL
     if rules.mode is SplitMode.NEVER:
         return Why.MODE_NEVER
     if request.prompt_tokens < model.block_tokens_max:

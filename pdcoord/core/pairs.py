@@ -135,13 +135,8 @@ class Pairs:
         state = self._paths.state(worker.endpoint.id, decode.endpoint.id, self._now_s)
         return state is BreakerState.CLOSED
 
-    def _transfer(self, worker: Leg, decode: Leg, link: PathFigures) -> tuple[int, float]:
-        transfer_bytes = decode.uncached_tokens * worker.endpoint.pool.kv_bytes_per_token
-        in_flight = max(worker.load.bytes_in_flight, decode.load.bytes_in_flight)
-        return transfer_bytes, link.transfer_s(transfer_bytes, in_flight)
-
     def _rank(self, worker: Leg, decode: Leg, link: PathFigures) -> Rank:
-        _, transfer_s = self._transfer(worker, decode, link)
+        transfer_s = link.transfer_s(_transfer_bytes(worker, decode), _bytes_ahead(worker, decode))
         return self._objective.rank(
             worker.queue_s + worker.prefill_s + transfer_s + decode.step_s,
             decode.step_s,
@@ -151,7 +146,8 @@ class Pairs:
         )
 
     def _candidate(self, worker: Leg, decode: Leg, link: PathFigures) -> Candidate:
-        transfer_bytes, transfer_s = self._transfer(worker, decode, link)
+        transfer_bytes = _transfer_bytes(worker, decode)
+        transfer_s = link.transfer_s(transfer_bytes, _bytes_ahead(worker, decode))
         ttft_s = worker.queue_s + worker.prefill_s + transfer_s + decode.step_s
         figures = Figures(
             queue_s=worker.queue_s,
@@ -182,6 +178,15 @@ class Pairs:
         if figures.bandwidth_bytes_per_s < self._model.disaggregation.bandwidth_bytes_per_s_min:
             return DropReason.BANDWIDTH_TOO_LOW
         return figures
+
+
+def _transfer_bytes(worker: Leg, decode: Leg) -> int:
+    return decode.uncached_tokens * worker.endpoint.pool.kv_bytes_per_token
+
+
+def _bytes_ahead(worker: Leg, decode: Leg) -> int:
+    """What is already under way on the fuller of the two links."""
+    return max(worker.load.bytes_in_flight, decode.load.bytes_in_flight)
 
 
 def has_way_to_split(model: Model, paths: PathTable) -> bool:

@@ -20,6 +20,7 @@ class Why(StrEnum):
     MODE_NEVER = "mode-never"
     NOT_GENERATIVE = "not-generative"
     MANY_CHOICES = "many-choices"
+    ONE_ENGINE_CALL = "one-engine-call"
     PROMPT_BELOW_BLOCK = "prompt-below-block"
     PROMPT_BELOW_THRESHOLD = "prompt-below-threshold"
     PREFIX_CACHED = "prefix-cached"

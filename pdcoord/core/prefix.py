@@ -40,7 +40,7 @@ class PrefixIndex:
 
     def record(self, ordinal: int, keys: Sequence[BlockKey], blocks_max: int) -> None:
         """Note that an endpoint holds these blocks, and forget its oldest past `blocks_max`."""
-        held = self._held.setdefault(ordinal, OrderedDict())
+        held, holders = self._held.setdefault(ordinal, OrderedDict()), self._holders
         bit = 1 << ordinal
         # Last block first, so that the front of a prefix, without which the rest is worth nothing,
         # is always the youngest and goes last.
@@ -49,7 +49,7 @@ class PrefixIndex:
                 held.move_to_end(key)
             else:
                 held[key] = None
-                self._holders[key] = self._holders.get(key, 0) | bit
+                holders[key] = holders.get(key, 0) | bit
         while len(held) > blocks_max:
             key, _ = held.popitem(last=False)
             self._release(key, bit)

@@ -21,6 +21,7 @@ class Request:
         block_keys: keys of the prompt's full blocks in order; a partial last block has none.
         block_tokens: prompt tokens that one key stands for.
         choice_count: answers asked for; more than one is never split.
+        is_splittable: whether the engines' hand-over can carry this kind of call at all.
         is_generative: whether there is a decode phase at all.
     """
 
@@ -32,4 +33,5 @@ class Request:
     output_tokens_max: int | None = None
     is_prompt_counted: bool = False
     choice_count: int = 1
+    is_splittable: bool = True
     is_generative: bool = True

@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterable
 
 from pdcoord.core.blocks import block_keys
+from pdcoord.core.fleet import EngineKind
 from pdcoord.core.model import Model
 from pdcoord.core.request import BlockKey, Request, RequestId
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
 from pdcoord.protocol.headers import REQUEST_ID, is_request_id
-from pdcoord.protocol.openai import Body, Call
+from pdcoord.protocol.openai import ROOM_PATHS, Body, Call
 from pdcoord.protocol.tickets import NESTED_DEPTH_MAX, NESTED_FIELDS, TICKET_FIELD, is_steering
 
 _TOKEN_ID_BYTES = 4
@@ -72,6 +73,8 @@ def build_request(request_id: RequestId, call: Call, model: Model) -> Request:
     keys: tuple[BlockKey, ...] = ()
     if call.api.is_generative:
         keys = block_keys(call.prompt, model=model.name, cache_salt=call.cache_salt, block_bytes=block_bytes)
+    has_rooms = any(pool.engine is EngineKind.SGLANG for pool in model.pools)
+    is_carried = call.api.path in ROOM_PATHS or not has_rooms
     return Request(
         id=request_id,
         model=model.name,
@@ -84,6 +87,7 @@ def build_request(request_id: RequestId, call: Call, model: Model) -> Request:
         block_tokens=model.prefix_block_tokens,
         output_tokens_max=call.output_tokens_max,
         choice_count=call.choice_count,
+        is_splittable=is_carried and not call.one_engine_field,
         is_generative=call.api.is_generative,
         is_prompt_counted=is_exact,
     )

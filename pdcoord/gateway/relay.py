@@ -146,6 +146,10 @@ class _Exchange:
             pass  # The record says so from the start.
         except TimeoutError:
             await self._time_out()
+        except asyncio.CancelledError:
+            # The drain has run out. The client is still there and is told so.
+            await self._cut()
+            raise
         except Exception as error:  # noqa: BLE001  # A defect must not reach the client as a stack trace.
             await self._crash(error)
         finally:
@@ -371,6 +375,13 @@ class _Exchange:
             f"No answer within {self.relay.limits.request_deadline_s:g} s; ask for less output at a time."
         )
         await self._refuse(Refusal(RefuseReason.UPSTREAM_TIMEOUT, message))
+
+    async def _cut(self) -> None:
+        if self.has_begun:
+            self.record.outcome = Outcome.UPSTREAM_ERROR  # Left without its end, as in _break_off.
+            return
+        message = "The gateway is stopping and could not wait for this answer; send the call again."
+        await self._refuse(Refusal(RefuseReason.DRAINING, message, retry_after_s=1))
 
     async def _crash(self, error: Exception) -> None:
         self.relay.observer.crashed(error, self.record.id)

@@ -142,8 +142,11 @@ def error_body(status: int, body: bytes) -> bytes:
         fields = _top_level.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         fields = {}
-    if "error" in fields or bytes(fields.get("object", b"")) == b'"error"':
+    if "error" in fields:
         return body
+    if bytes(fields.get("object", b"")) == b'"error"':
+        # SGLang 0.5.23 and vLLM before 0.10 write the members of `error` at the top.
+        return msgspec.json.encode({"error": {"param": None, **fields}})
     if status in _NOT_SERVED:
         message = f"The engine answered {status}: the model it serves does not have this API."
         return Refusal(RefuseReason.NOT_SERVED, message).body()

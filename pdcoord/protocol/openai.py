@@ -17,6 +17,24 @@ Body = dict[str, Any]
 T = TypeVar("T")
 TOKEN_ID_MAX = 2**31 - 1
 CHOICE_COUNT_MAX = 1_024
+TOKEN_IDS_MAX = 1 << 20
+"""Token ids in one call: past it reading them would hold up every stream, and no engine takes as many."""
+
+ONE_ENGINE_COUNTS = ("n", "best_of")
+ONE_ENGINE_FLAGS = (
+    "use_beam_search",
+    "prompt_logprobs",
+    "echo",
+    "prompt_embeds",
+    "background",
+    "previous_response_id",
+    "previous_input_messages",
+)
+"""Fields that keep a call on one engine: more than one answer, something returned for prompt tokens, or
+state of an engine's own. A ticket stands for one prompt and one answer."""
+
+ROOM_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""Calls on which SGLang 0.5.23 takes a bootstrap room; all others stay on one engine there."""
 SHOWN_CHARS_MAX = 32
 """A longer number is described, not repeated: JSON bounds no number's length."""
 
@@ -66,6 +84,7 @@ class Call:
     Attributes:
         prompt: the rendered prompt bytes, for prefix hashing and size only.
         choice_count: `n`, or the number of prompts of a completions call with a list of them.
+        one_engine_field: the field that keeps this call on one engine; empty if none does.
         output_tokens_max: the client's own limit, if it gave one.
         prompt_token_count: exact count when the prompt was given as token ids, else None.
     """
@@ -75,6 +94,7 @@ class Call:
     model: str
     is_stream: bool
     choice_count: int
+    one_engine_field: str
     output_tokens_max: int | None
     cache_salt: str
     prompt: bytes
@@ -134,11 +154,19 @@ def parse_call(api: Api, raw: bytes) -> Call:
         model=model,
         is_stream=_field(body, "stream", bool, False, "true or false"),
         choice_count=choice_count * prompt_count,
+        one_engine_field=_one_engine_field(body),
         output_tokens_max=_output_tokens_max(api, body),
         cache_salt=_field(body, CACHE_SALT_FIELD, str, "", "a string"),
         prompt=prompt,
         prompt_token_count=token_count,
     )
+
+
+def _one_engine_field(body: Body) -> str:
+    for name in ONE_ENGINE_COUNTS:
+        if body.get(name) not in (None, 1):
+            return name
+    return next((name for name in ONE_ENGINE_FLAGS if body.get(name) not in (None, False)), "")
 
 
 def _decode_object(raw: bytes) -> Body:
@@ -233,6 +261,12 @@ def _render_completion(prompt: Any) -> tuple[bytes, int | None, int]:
 
 
 def _token_ids(items: list[Any]) -> list[int]:
+    if len(items) > TOKEN_IDS_MAX:
+        raise _refuse(
+            RefuseReason.CONTEXT_TOO_LONG,
+            f"'prompt' holds {len(items)} token ids, expected at most {TOKEN_IDS_MAX}.",
+            "prompt",
+        )
     for item in items:
         if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= TOKEN_ID_MAX:
             raise _refuse(

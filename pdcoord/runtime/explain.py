@@ -36,6 +36,7 @@ REASONS: dict[Why, str] = {
     Why.SAVING_BELOW_NOISE: "splitting would save less than disaggregation.saving_ms_min",
     Why.MODE_NEVER: "the policy's mode is never",
     Why.NOT_GENERATIVE: "the call has no decode phase",
+    Why.ONE_ENGINE_CALL: "its kind of call cannot be handed over between engines",
     Why.MANY_CHOICES: "it asks for more than one choice, which is never split",
     Why.PROMPT_BELOW_BLOCK: "the prompt is shorter than one KV block, so there is nothing to move",
     Why.PROMPT_BELOW_THRESHOLD: "the prompt is below disaggregation.uncached_tokens_min",

@@ -47,6 +47,12 @@ _REJECTED: dict[RejectReason, tuple[int, str]] = {
 }
 
 
+def refusal(refused: Rejected) -> CallError:
+    """The error that an engine's refusal is answered with."""
+    status, kind = _REJECTED[refused.reason]
+    return CallError(status, kind, f"The request was not taken: {refused.message}.")
+
+
 class AnswerFailedError(Exception):
     """The engine gave up on a request that it had taken."""
 
@@ -108,11 +114,9 @@ class Run:
             part = _Part(Choice(len(self._parts)), request)
             self._parts[request.id] = part
             self._open.add(request.id)
-            self.host.submit(request, self._mailbox)
-            refused = self._mailbox.peek()
-            if isinstance(refused, Rejected):
-                status, kind = _REJECTED[refused.reason]
-                raise CallError(status, kind, f"The request was not taken: {refused.message}.")
+            refused = self.host.submit(request, self._mailbox)
+            if refused is not None:
+                raise refusal(refused)
 
     def _requests(self) -> list[EngineRequest]:
         generation = self.generation

@@ -37,7 +37,7 @@ from pdcoord.sim.messages import (
 from pdcoord.sim.settings import EngineSettings
 from pdcoord.wire.client import Client
 
-Answer = TokenOut | RequestDone | RequestFailed | Rejected
+Answer = TokenOut | RequestDone | RequestFailed
 ProducerWord = GrantPull | TellShare | DenyPull | None
 """What a producer tells along a pull; None once the pull is over."""
 
@@ -100,6 +100,7 @@ class EngineHost:
         self._wall_s = dt.datetime.now(tz=dt.UTC).timestamp() - self._loop.time()
         self.publisher = publisher
         self._answers: dict[str, Mailbox[Answer]] = {}
+        self._refusal: Rejected | None = None
         self._words: dict[str, Mailbox[ProducerWord]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s: float | None = None
@@ -152,11 +153,17 @@ class EngineHost:
 
     # Requests.
 
-    def submit(self, request: EngineRequest, mailbox: Mailbox[Answer]) -> None:
-        """Hand a request to the engine; it ends with anything but a TokenOut in the mailbox."""
+    def submit(self, request: EngineRequest, mailbox: Mailbox[Answer]) -> Rejected | None:
+        """Hand a request to the engine; it ends with anything but a TokenOut in the mailbox.
+
+        Returns:
+            The refusal of an engine that does not take it; then nothing comes into the mailbox.
+        """
         self._answers[request.id] = mailbox
+        self._refusal = None
         self.metrics.arrived(request.id, self.now_s)
         self.post(Submit(request))
+        return self._refusal
 
     def abort(self, request_id: str) -> None:
         """Nobody reads this mailbox any more; a request that has ended is passed over."""
@@ -211,8 +218,13 @@ class EngineHost:
 
     def _do(self, effect: EngineEffect) -> None:
         match effect:
-            case TokenOut() | RequestDone() | RequestFailed() | Rejected():
+            case TokenOut() | RequestDone() | RequestFailed():
                 self._answer(effect)
+            case Rejected():
+                # Of the request that is being submitted: the engine refuses at once or never.
+                self._refusal = effect
+                del self._answers[effect.request_id]
+                self.metrics.left(effect.request_id)
             case KvChanged():
                 if self.publisher is not None:
                     self.publisher.publish(effect.events, self.wall_s(effect.at_s))

@@ -7,7 +7,7 @@ from typing import Any
 
 import xxhash
 
-from pdcoord.protocol.openai import Body, Call
+from pdcoord.protocol.openai import TOKEN_ID_MAX, Body, Call
 from pdcoord.sim import text
 from pdcoord.sim.emulator_call import bad_request, render
 
@@ -99,7 +99,9 @@ def _inputs(call: Call) -> list[Any]:
     if items and isinstance(items[0], int):
         items = [items]
     for item in items:
-        is_ids = isinstance(item, list) and all(isinstance(each, int) and each >= 0 for each in item)
+        is_ids = isinstance(item, list) and all(
+            isinstance(each, int) and 0 <= each <= TOKEN_ID_MAX for each in item
+        )
         if not isinstance(item, str) and not is_ids:
             raise bad_request("'input' is not a string, token ids, or a list of either.", "input")
     return items

@@ -5,6 +5,7 @@ import itertools
 import random
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ async def _keep(console: Console, deployment: Deployment) -> None:
         markup=False,
         soft_wrap=True,
     )
-    console.print(f"  pdcoord explain --admin-url http://{deployment.admin}", soft_wrap=True)
+    console.print(f"  {sys.argv[0]} explain --admin-url http://{deployment.admin}", soft_wrap=True)
     await asyncio.Event().wait()
 
 

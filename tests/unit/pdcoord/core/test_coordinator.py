@@ -453,7 +453,8 @@ def test_sglang_pairs_speak_their_dialect_and_never_fall_back_to_a_worker_that_c
     plan = story.plan(tokens=5)
     assert (plan.mode, plan.dialect, plan.why) == (Mode.SPLIT, DialectName.SGLANG, Why.SPLIT_ONLY_WAY)
     assert [rung.kind for rung in plan.rungs] == [RungKind.OTHER_PREFILL]
-    assert story.refusal("many", choice_count=2) is RefuseReason.NO_ENDPOINTS
+    assert story.refusal("many", choice_count=2) is RefuseReason.NOT_SERVED
+    assert story.refusal("one engine", is_splittable=False) is RefuseReason.NOT_SERVED
 
 
 def test_paths_are_shown_with_verdict_breaker_and_bandwidth() -> None:
@@ -540,6 +541,7 @@ asks = st.builds(
     st.sampled_from(["empty", "short", "long", "long", "other", "other"]),
     model=st.sampled_from([M, M, M, M, N]),
     choice_count=st.sampled_from([1, 1, 1, 1, 1, 2]),
+    is_splittable=st.sampled_from([True, True, True, True, True, False]),
     is_generative=st.sampled_from([True, True, True, True, True, False]),
     is_prompt_counted=st.booleans(),
 )
@@ -614,6 +616,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         if plan.mode is Mode.SPLIT:
             assert request.choice_count == 1
             assert request.is_generative
+            assert request.is_splittable
             assert model.disaggregation.mode is not SplitMode.NEVER
         else:
             assert plan.rungs == ()

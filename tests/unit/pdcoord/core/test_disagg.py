@@ -44,6 +44,7 @@ def with_mode(mode: SplitMode) -> Model:
         ({}, SplitMode.NEVER, Why.MODE_NEVER),
         ({"is_generative": False}, SplitMode.ALWAYS, Why.NOT_GENERATIVE),
         ({"choice_count": 2}, SplitMode.ALWAYS, Why.MANY_CHOICES),
+        ({"is_splittable": False}, SplitMode.ALWAYS, Why.ONE_ENGINE_CALL),
         ({"choice_count": 2, "is_generative": False}, SplitMode.NEVER, Why.NOT_GENERATIVE),
         ({"prompt_tokens": 127}, SplitMode.AUTO, Why.PROMPT_BELOW_BLOCK),
         ({"prompt_tokens": 127}, SplitMode.ALWAYS, Why.PROMPT_BELOW_BLOCK),
@@ -61,7 +62,7 @@ def test_what_stays_together_whatever_the_load(
 
 
 def test_reasons_of_speed_yield_where_nobody_serves_alone_and_the_others_do_not() -> None:
-    assert {Why.NOT_GENERATIVE, Why.MANY_CHOICES, Why.MODE_NEVER} == MUST_STAY_TOGETHER
+    assert {Why.NOT_GENERATIVE, Why.MANY_CHOICES, Why.ONE_ENGINE_CALL, Why.MODE_NEVER} == MUST_STAY_TOGETHER
 
 
 def candidate(time_s: float, excess: float = 0.0, step_s: float = 0.0) -> Candidate:

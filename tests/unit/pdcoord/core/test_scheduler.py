@@ -137,6 +137,7 @@ def random_world(seed: int) -> World:
         block_keys=rng.choice([(), KEYS]),
         output_tokens_max=rng.choice([None, 1, 5_000]),
         choice_count=2 if rng.random() < 0.05 else 1,
+        is_splittable=rng.random() < 0.95,
         is_generative=rng.random() < 0.95,
     )
     excluded = frozenset(e.id for e in endpoints if rng.random() < 0.05)

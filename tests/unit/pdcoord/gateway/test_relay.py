@@ -336,9 +336,9 @@ async def test_attempts_are_bounded_whatever_the_core_says(stage: Any) -> None:
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 429])
 async def test_an_engines_own_4xx_is_relayed_as_it_is(stage: Any, reply: Any, status: int) -> None:
-    stage.upstream.script = [reply(status=status, chunks=[b'{"object":"error"}'])]
+    stage.upstream.script = [reply(status=status, chunks=[b'{"error":{"code":1}}'])]
     answer = await stage.call()
-    assert (answer.status, answer.body, answer.is_complete) == (status, b'{"object":"error"}', True)
+    assert (answer.status, answer.body, answer.is_complete) == (status, b'{"error":{"code":1}}', True)
     assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.CLIENT_ERROR)
 
 

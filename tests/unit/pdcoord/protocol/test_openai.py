@@ -15,6 +15,7 @@ from pdcoord.protocol.openai import (
     CHOICE_COUNT_MAX,
     SHOWN_CHARS_MAX,
     TOKEN_ID_MAX,
+    TOKEN_IDS_MAX,
     Api,
     Call,
     parse_call,
@@ -291,3 +292,28 @@ def test_what_is_not_json_is_refused_as_such(raw: bytes) -> None:
 def test_json_that_is_no_object_is_refused(raw: bytes) -> None:
     with pytest.raises(RefusedError, match="expected a JSON object"):
         parse_call(COMPLETIONS, raw)
+
+
+@pytest.mark.parametrize(
+    ("extra", "field"),
+    [
+        ({}, ""),
+        ({"n": 1, "best_of": 1, "echo": False, "prompt_logprobs": None, "use_beam_search": False}, ""),
+        ({"n": 2}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"prompt_logprobs": 5}, "prompt_logprobs"),
+        ({"echo": True}, "echo"),
+        ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+        ({"background": True}, "background"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+    ],
+)
+def test_the_field_that_keeps_a_call_on_one_engine_is_named(extra: dict[str, Any], field: str) -> None:
+    assert parse("/v1/completions", {"model": "m", "prompt": "hi"} | extra).one_engine_field == field
+
+
+def test_more_token_ids_than_any_engine_takes_are_refused_before_they_are_read() -> None:
+    error = refused("/v1/completions", {"model": "m", "prompt": [1] * (TOKEN_IDS_MAX + 1)})
+    assert error.refusal.reason is RefuseReason.CONTEXT_TOO_LONG
+    assert error.refusal.param == "prompt"
