@@ -34,8 +34,8 @@ def _unused(parts: Parts) -> Iterator[Fault]:
 def _alone(parts: Parts) -> Iterator[Fault]:
     if not any(part.pool.can_serve_alone for part in parts.pools):
         message = (
-            "no pool can serve a request alone, so requests that are never split (n > 1, embeddings, "
-            "prompts below a block) are refused; add a pool with role both"
+            "no pool can serve a request alone, so requests that cannot be split (n > 1, embeddings) "
+            "are refused; add a pool with role both"
         )
         yield ("pools",), message
 

@@ -12,7 +12,7 @@ from pdcoord.protocol.headers import REQUEST_ID
 from pdcoord.protocol.openai import APIS, Call
 from pdcoord.sim.emulator_call import CallError, Generation, read_call, read_generation
 from pdcoord.sim.emulator_edge import close_idle_as_vllm_does, run_while_connected
-from pdcoord.sim.emulator_generate import ANSWER_S_MAX, SERVED_BY, Mishaps, Run
+from pdcoord.sim.emulator_generate import ANSWER_S_MAX, SERVED_BY, Mishaps, Run, refusal
 from pdcoord.sim.emulator_host import Answer, EngineHost, Mailbox
 from pdcoord.sim.emulator_metrics import CONTENT_TYPE
 from pdcoord.sim.emulator_pooling import detokenize, pooling_answer, pooling_prompts, tokenize
@@ -20,7 +20,7 @@ from pdcoord.sim.emulator_shapes import Answering, ChatShape, CompletionShape, S
 from pdcoord.sim.emulator_shapes_other import MessagesShape, ResponsesShape
 from pdcoord.sim.emulator_state import state_of
 from pdcoord.sim.faults import FaultKind, FaultsBody, FaultsBodyError, FaultSet, parse_faults
-from pdcoord.sim.messages import CacheCleared, EngineRequest, Rejected
+from pdcoord.sim.messages import CacheCleared, EngineRequest
 from pdcoord.wire.asgi import (
     ClientGoneError,
     Receive,
@@ -193,13 +193,12 @@ class Api:
         open_ids = {f"pool-{request_id}-{i}-{secrets.token_hex(4)}": ids for i, ids in enumerate(prompts)}
         try:
             for engine_id, ids in open_ids.items():
-                host.submit(EngineRequest(engine_id, ids, is_pooling=True), mailbox)
-            for _ in prompts:
-                ended = await mailbox.get(timeout_s=ANSWER_S_MAX)
-                if isinstance(ended, Rejected):
-                    message = f"The input was not taken: {ended.message}."
-                    await self._send_error(send, CallError(400, "BadRequestError", message))
+                refused = host.submit(EngineRequest(engine_id, ids, is_pooling=True), mailbox)
+                if refused is not None:
+                    await self._send_error(send, refusal(refused))
                     return
+            for _ in prompts:
+                await mailbox.get(timeout_s=ANSWER_S_MAX)
             body = pooling_answer(call, prompts, request_id, int(host.wall_s(host.now_s)))
             await send_json(send, 200, msgspec.json.encode(body), self._served_by())
         finally:

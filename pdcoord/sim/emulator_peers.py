@@ -144,7 +144,7 @@ class Peers:
                 self._post(HandshakeFailed(address))
                 return
             info = _info_decoder.decode(body)
-        except (WireError, msgspec.DecodeError, TransferError):
+        except (WireError, ValueError, TransferError):
             self._post(HandshakeFailed(address))
         else:
             self._post(HandshakeAnswered(address, info))
@@ -167,8 +167,8 @@ class Peers:
             is_over = True  # By `_close`, or with the host: the model knows, or hears nothing any more.
             self._post(PullCancelled(asked.pull_id))
             raise
-        except (WireError, msgspec.DecodeError):
-            pass
+        except (WireError, ValueError):
+            pass  # Gone, or no producer of ours: a decode error is a ValueError.
         finally:
             self._pulls.pop(asked.pull_id, None)
             if not is_over:
