@@ -63,8 +63,8 @@ def test_a_fleet_that_can_only_split_is_warned_of(good: str) -> None:
     text = text.replace("{block_tokens: 64, order: NHD}", "{block_tokens: 16, order: HND}")
     assert warnings_of(text) == [
         (
-            "p:7: pools: no pool can serve a request alone, so requests that are never split (n > 1, "
-            "embeddings, prompts below a block) are refused; add a pool with role both"
+            "p:7: pools: no pool can serve a request alone, so requests that cannot be split (n > 1, "
+            "embeddings) are refused; add a pool with role both"
         )
     ]
 
