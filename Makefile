@@ -40,8 +40,8 @@ e2e-vllm: $(VENV)/.installed ## Two real vLLM servers on CPU behind the sidecar 
 	tests/e2e/setup.sh
 	$(BIN)/pytest -v -m e2e -p no:randomly tests/e2e $(PYTEST_ARGS)
 
-bench-relay: $(VENV)/.installed ## CPU per relayed event of gateway and sidecar, beside a plain splice
-	$(BIN)/python -m benchmarks.relay $(BENCH_ARGS)
+bench-relay: $(VENV)/.installed ## CPU per relayed event of gateway and sidecar, beside a plain splice and two other routers; BENCH_ARGS
+	$(BIN)/python -m benchmarks.relay --peers $(BENCH_ARGS)
 
 bench-decide: $(VENV)/.installed ## Cost of one routing decision, by part
 	$(BIN)/python -m benchmarks.decide $(BENCH_ARGS)

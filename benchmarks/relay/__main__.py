@@ -136,7 +136,7 @@ def main() -> int:
         options.json.write_text(
             json.dumps(report.record(found, pairs, facts), indent=1) + "\n", encoding="utf-8"
         )
-    return 0
+    return 1 if any(row.is_within_bar is False for row in found) else 0
 
 
 if __name__ == "__main__":

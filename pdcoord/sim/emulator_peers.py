@@ -210,7 +210,7 @@ class Peers:
             ) as answer:
                 await answer.read_all(timeout_s=_CALL_S_MAX, bytes_max=_ANSWER_BYTES_MAX)
                 is_heard = answer.status == 200
-        except WireError:
+        except (WireError, ValueError):
             is_heard = False
         if not is_heard:
             self._counters.failed_notifications += 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import cast
 
@@ -61,6 +62,20 @@ class BodyWriter:
         self._is_direct = False
 
 
+_UPGRADE_LINE = re.compile(rb"^upgrade:[^\r\n]*\r\n", re.IGNORECASE | re.MULTILINE)
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The bytes of a head without an offer to upgrade, which a server may ignore (RFC 9110 section 7.8).
+
+    The parser would take everything behind such a head for another protocol, and a client that offers
+    h2c with its POST (curl --http2) would lose its body.
+    """
+    end = data.find(b"\r\n\r\n")
+    head, rest = (data[: end + 2], data[end + 2 :]) if end >= 0 else (data, b"")
+    return _UPGRADE_LINE.sub(b"", head) + rest
+
+
 class ServerProtocol(HttpToolsProtocol):
     """uvicorn's protocol with the two bounds that it lacks: on the size of a head and on its time."""
 
@@ -80,6 +95,8 @@ class ServerProtocol(HttpToolsProtocol):
         self._arm_head_timer()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_in_head and b"pgrade" in data:
+            data = _without_upgrade(data)
         super().data_received(data)
         if self.transport.is_closing():
             return

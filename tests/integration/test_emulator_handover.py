@@ -16,6 +16,7 @@ from pdcoord.protocol.headers import HostPort
 from pdcoord.sim.emulator import EmulatedEngine, running
 from pdcoord.sim.fleetfile import EmulatedFleet
 from pdcoord.wire.client import Client
+from pdcoord.wire.errors import StreamError
 
 MODEL = "demo/tiny"
 PROMPT = list(range(1_000, 2_000))
@@ -266,11 +267,65 @@ async def test_a_client_that_leaves_during_an_answer_frees_the_engine() -> None:
         assert (await fleet.state("d"))["counters"]["aborted"] == 2
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"remote_host": "ä"},
+        {"remote_host": "a\r\nb"},
+        {"remote_host": "x" * 300},
+        {"remote_host": "::1"},
+        {"remote_port": 2**40},
+        {"remote_block_ids": [[10**30]]},
+        {"remote_engine_id": "\r\n"},
+        {"remote_num_tokens": -5},
+    ],
+)
+async def test_an_absurd_ticket_harms_nobody(changes: dict[str, Any]) -> None:
+    async with started({"name": "d"}) as fleet:
+        ticket = {
+            "do_remote_prefill": True,
+            "remote_block_ids": [[1]],
+            "remote_engine_id": "p",
+            "remote_request_id": "r",
+            "remote_host": "127.0.0.1",
+            "remote_port": 1,
+            **changes,
+        }
+        answer = await fleet.complete("d", kv_transfer_params=ticket)
+        assert answer.status in {200, 500}
+        assert (await fleet.complete("d")).status == 200
+        await fleet.wait_idle("d")
+
+
+async def test_a_choice_that_finds_no_place_takes_the_others_along() -> None:
+    async with started({"name": "d", "running_max": 1, "queued_max": 1}) as fleet:
+        answer = await fleet.complete("d", n=8)
+        assert answer.status == 503
+        assert answer.body["error"]["type"] == "ServiceUnavailableError"
+        await fleet.wait_idle("d")
+
+
+async def test_a_process_that_is_told_to_stop_drops_what_runs_without_a_word(tmp_path: Path) -> None:
+    async with Client() as client, in_a_process(tmp_path, {"name": "p"}) as (address, process):
+        body = {"prompt": PROMPT, "max_tokens": 3_000, "stream": True}
+        async with await client.request(
+            "POST", address, "/v1/completions", body=json.dumps(body).encode(), head_timeout_s=10.0
+        ) as response:
+            await response.read_chunk(idle_timeout_s=10.0)
+            process.terminate()
+            with pytest.raises(StreamError):
+                await response.read_all(timeout_s=20.0)
+        assert process.stdout is not None
+        async with asyncio.timeout(20.0):
+            assert await process.stdout.read() == b""
+            assert await process.wait() == 0
+
+
 @asynccontextmanager
 async def in_a_process(
     tmp_path: Path, engine: dict[str, Any]
-) -> AsyncIterator[tuple[HostPort, Callable[[], None]]]:
-    """An engine in a process of its own: its address and how to kill it."""
+) -> AsyncIterator[tuple[HostPort, asyncio.subprocess.Process]]:
+    """An engine in a process of its own, and its address; what it writes to stderr is in stdout too."""
     fleet = fleet_of(engine)
     path = tmp_path / "fleet.yaml"
     path.write_text(fleet.model_dump_json(by_alias=True, exclude_none=True))
@@ -279,14 +334,19 @@ async def in_a_process(
         "sys.exit(run(pathlib.Path(sys.argv[1]), []))"
     )
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, str(path), stdout=asyncio.subprocess.PIPE
+        sys.executable,
+        "-c",
+        code,
+        str(path),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
     try:
         assert process.stdout is not None
         async with asyncio.timeout(30.0):
             line = (await process.stdout.readline()).decode()
         assert " ready http://" in line
-        yield HostPort(line.split()[2].removeprefix("http://")), process.kill
+        yield HostPort(line.split()[2].removeprefix("http://")), process
     finally:
         if process.returncode is None:
             process.terminate()
@@ -298,7 +358,7 @@ async def in_a_process(
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
 async def test_a_producer_that_is_killed_during_a_pull(tmp_path: Path, policy: str) -> None:
     async with (
-        in_a_process(tmp_path, {"name": "p", **SLOW_LINK}) as (address, kill),
+        in_a_process(tmp_path, {"name": "p", **SLOW_LINK}) as (address, process),
         started({"name": "d", "kv_load_failure_policy": policy}, {"name": "other"}) as fleet,
     ):
         body = {"prompt": PROMPT, "max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}}
@@ -309,7 +369,8 @@ async def test_a_producer_that_is_killed_during_a_pull(tmp_path: Path, policy: s
         async with asyncio.TaskGroup() as group:
             call = group.create_task(fleet.complete("d", kv_transfer_params=ticket))
             await fleet.wait_for("d", is_moving)
-            kill()
+            process.kill()
+            await process.wait()
         answer = call.result()
         if policy == "fail":
             assert (answer.status, answer.failure) == (500, "pull-broken")
