@@ -39,6 +39,7 @@ class Limits:
         stream_idle_s: longest silence inside an answer; more than the sidecar's own, which knows more.
         request_deadline_s: longest life of a call.
         attempts_max: decode endpoints tried for one call, whatever the policy says.
+        live_max: calls being read or served at a time; one more is refused before its body is read.
         held_bytes_max: longest answer of a failed attempt that is kept to be relayed if nothing is left.
     """
 
@@ -50,6 +51,7 @@ class Limits:
     request_deadline_s: float = 3_600.0
     attempts_max: int = 8
     held_bytes_max: int = 1 << 20
+    live_max: int = 16_384
 
 
 @dataclass(slots=True)

@@ -92,6 +92,11 @@ class Relay:
         self.new_id = new_id
         self._live: set[str] = set()
 
+    @property
+    def live_count(self) -> int:
+        """Calls being read or served."""
+        return len(self._live)
+
     async def serve(self, api: Api, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one POST of `api` from its head to the end of its answer."""
         client_id = client_request_id(scope["headers"])
@@ -157,6 +162,9 @@ class _Exchange:
 
     async def _prepare(self) -> Plan:
         """Read and check the call, and have it planned; the parsed body is gone when this returns."""
+        if self.relay.live_count > self.relay.limits.live_max:
+            message = "The gateway is serving as many calls as it may; retry after the time in Retry-After."
+            raise RefusedError(Refusal(RefuseReason.SATURATED, message, retry_after_s=1))
         raw = await self._read()
         call = parse_call(self.api, raw)
         check_reserved(call)

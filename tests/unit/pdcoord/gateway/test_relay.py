@@ -164,6 +164,13 @@ async def test_a_body_that_does_not_come_is_refused_in_time(stage: Any) -> None:
     assert "0.01 s" in error_of(answer)["message"]
 
 
+async def test_one_call_too_many_is_refused_before_its_body_is_read(stage: Any) -> None:
+    stage.limits = replace(stage.limits, live_max=0)
+    answer = await stage.call(body=None)
+    assert (answer.status, answer.header("retry-after")) == (429, "1")
+    assert stage.coordination.events == []
+
+
 async def test_a_client_that_leaves_within_its_body_gets_nothing(stage: Any) -> None:
     stage.gone.set()
     answer = await stage.call(body=None)
