@@ -228,6 +228,23 @@ def test_a_restarted_producer_is_noticed_and_works_again(bench: Any) -> None:
     assert bench.tokens("fresh") == colocated(bench, range(300, 400), 3)
 
 
+def test_a_stale_ticket_does_not_cost_the_pair_another_handshake(bench: Any) -> None:
+    bench.start("p")
+    consumer = bench.start("d", handshake_s=0.5)
+    tickets = {name: bench.prefill("p", name, range(n * 100, n * 100 + 50)) for n, name in enumerate("abc")}
+    bench.submit("d", "first", range(50), ticket=tickets["a"], output_tokens_max=1)
+    bench.run(5.0)
+    stale = replace(tickets["b"], engine_id="p-0")
+    began_s = bench.now_s
+    bench.submit("d", "stale", range(100, 150), ticket=stale, output_tokens_max=1)
+    bench.submit("d", "good", range(200, 250), ticket=tickets["c"], output_tokens_max=1)
+    bench.run(5.0)
+    assert [out.request_id for out in bench.of(RequestFailed)] == ["stale"]
+    transfer_s = 64 * 1_000 / consumer.settings.link_bytes_per_s
+    expected_s = 0.001 + transfer_s + consumer.settings.speed.step_s(1, 49)
+    assert bench.done("good").at_s - began_s == pytest.approx(expected_s)
+
+
 @pytest.mark.parametrize("policy", list(LoadFailurePolicy))
 def test_a_producer_killed_during_a_pull(bench: Any, policy: LoadFailurePolicy) -> None:
     bench.start("p", link_bytes_per_s=1e4)

@@ -80,6 +80,17 @@ def test_the_youngest_is_preempted_when_the_pool_is_full_and_answers_the_same(be
     assert engine.pool.usage == 0.0
 
 
+def test_a_preempted_request_comes_before_those_that_never_ran(bench: Any) -> None:
+    engine = bench.start("e", block_total=16, context_tokens_max=256)
+    bench.submit("e", "a", range(100), output_tokens_max=100)
+    bench.submit("e", "b", range(500, 600), output_tokens_max=100)
+    bench.run(0.1)
+    bench.submit("e", "c", range(900, 1_000), output_tokens_max=100)
+    bench.run(20.0)
+    assert engine.counters.preemptions >= 1
+    assert bench.done("b").at_s < bench.times("c")[0]
+
+
 def test_a_request_that_nobody_can_preempt_for_waits_for_pinned_blocks(bench: Any) -> None:
     engine = bench.start("e", block_total=16, context_tokens_max=256, lease_s=5.0)
     bench.prefill("e", "pinned", range(200))

@@ -66,6 +66,7 @@ def test_answers_differ_by_prompt_choice_and_seed() -> None:
 
     answers = [answer(1, [1, 2], 0), answer(2, [1, 2], 0), answer(1, [1, 3], 0), answer(1, [1, 2], 1)]
     assert len({tuple(each) for each in answers}) == 4
+    assert all(len(set(each)) > 15 for each in answers)
 
 
 @given(ids, st.integers(0, 8))
