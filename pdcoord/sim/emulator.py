@@ -110,6 +110,8 @@ class EmulatedEngine:
                 self.host.side_address = format_host_port(self.spec.host, self.side.port)
                 tasks.append(group.create_task(self.api.run()))
                 await self.api.opened.wait()
+                if publisher is not None and self.spec.kv_events_topic is None:
+                    publisher.topic = f"kv@{self.address}@{self._settings.model}"
                 self.started.set()
                 try:
                     await self._crashed.wait()
@@ -134,12 +136,11 @@ class EmulatedEngine:
         spec = self.spec
         if spec.kv_events_port is None:
             return None
-        topic = f"kv@{format_host_port(spec.host, self.api.port)}@{self._settings.model}"
         form = KvEventForm(is_map=spec.kv_events_form == "map", has_int_hashes=spec.kv_events_hash == "int")
         publisher = KvEventPublisher(
             spec.host,
             self._kv_ports[0],
-            topic=topic if spec.kv_events_topic is None else spec.kv_events_topic,
+            topic=spec.kv_events_topic or "",
             form=form,
             replay_port=None if spec.kv_events_replay_port is None else self._kv_ports[1],
         )

@@ -74,6 +74,7 @@ class KvEventPublisher:
 
     Attributes:
         address, replay_address: with the port that the kernel picked in place of 0.
+        topic: first frame of what is published from now on.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class KvEventPublisher:
     ) -> None:
         self.address = _zmq_address(host, port)
         self.replay_address = None if replay_port is None else _zmq_address(host, replay_port)
-        self._topic = topic.encode()
+        self.topic = topic
         self._form = form
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=BATCHES_KEPT)
         self._sequence = 0
@@ -124,7 +125,7 @@ class KvEventPublisher:
         sequence, self._sequence = self._sequence, self._sequence + 1
         self._kept.append((sequence, payload))
         if self._publisher is not None:
-            frames = [self._topic, sequence.to_bytes(8, "big"), payload]
+            frames = [self.topic.encode(), sequence.to_bytes(8, "big"), payload]
             self._publisher.send_multipart(frames, zmq.NOBLOCK)
 
     async def serve_replay(self) -> None:
@@ -137,8 +138,10 @@ class KvEventPublisher:
             client, _, first = frames
             begin = int.from_bytes(first, "big")
             for sequence, payload in [each for each in self._kept if each[0] >= begin]:
-                await router.send_multipart([client, b"", self._topic, sequence.to_bytes(8, "big"), payload])
-            await router.send_multipart([client, b"", self._topic, END_OF_REPLAY, b""])
+                await router.send_multipart(
+                    [client, b"", self.topic.encode(), sequence.to_bytes(8, "big"), payload]
+                )
+            await router.send_multipart([client, b"", self.topic.encode(), END_OF_REPLAY, b""])
 
 
 def _endpoint(socket: zmq.Socket[bytes] | zmq.asyncio.Socket) -> str:

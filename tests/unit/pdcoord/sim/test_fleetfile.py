@@ -6,7 +6,9 @@ import pytest
 
 from pdcoord.core.fleet import EngineKind, Role
 from pdcoord.policy.errors import PolicyError
-from pdcoord.sim.fleetfile import load_fleet
+from pdcoord.policy.values import Spec
+from pdcoord.sim.faults import FaultSpec
+from pdcoord.sim.fleetfile import EngineSpec, load_fleet
 from pdcoord.sim.profiles import PROFILES
 from pdcoord.sim.settings import LoadFailurePolicy
 from transfer.layout import KvDtype, KvLayout, Order
@@ -174,6 +176,24 @@ def test_the_examples_are_fleets(path: Path) -> None:
     loaded = load_fleet(path)
     for engine in loaded.fleet.engines:
         engine.settings(loaded.fleet.model, loaded.fleet.seed)
+
+
+def rows_of(spec: type[Spec]) -> list[str]:
+    """The rows that docs/emulator.md has of a class."""
+    rows = []
+    for name, info in spec.model_fields.items():
+        default = getattr(info.default, "value", info.default)
+        text = str(default).lower() if isinstance(default, bool) else str(default)
+        shown = "none" if default is None else f"`{text}`"
+        rows.append(f"| `{name}` | {'required' if info.is_required() else shown} | {info.description} |")
+    return rows
+
+
+@pytest.mark.parametrize("spec", [EngineSpec, FaultSpec])
+def test_the_page_has_every_key_with_its_default_and_meaning(spec: type[Spec]) -> None:
+    page = (EXAMPLES.parents[1] / "docs" / "emulator.md").read_text().splitlines()
+    missing = [row for row in rows_of(spec) if row not in page]
+    assert missing == [], "docs/emulator.md lacks these rows"
 
 
 def test_there_are_examples() -> None:

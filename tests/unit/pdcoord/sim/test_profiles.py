@@ -1,5 +1,7 @@
 """Vendor profiles: every figure has a source, and the vendors are good at different things."""
 
+from pathlib import Path
+
 import pytest
 
 from pdcoord.core.costs import SpeedFigures
@@ -60,6 +62,29 @@ def test_the_layout_block_of_a_policy_is_one(name: str) -> None:
     )
     assert spec.block_tokens == layout.block_tokens
     assert policy_layout(layout)["order"] in {"HND", "NHD"}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_page_shows_the_figures(name: str) -> None:
+    profile = PROFILES[name]
+    figures = profile.figures()
+    cells = [
+        f"`{name}`",
+        *(
+            f"{figures[key].value:.4g}"
+            for key in (
+                "prefill_ms_per_token",
+                "step_base_ms",
+                "step_us_per_sequence",
+                "step_ns_per_context_token",
+            )
+        ),
+        f"{int(figures['kv_pool_tokens'].value):,}",
+        f"{profile.layout.block_tokens} {profile.layout.order.value}",
+        profile.strength,
+    ]
+    page = Path(__file__).resolve().parents[4] / "docs" / "emulator.md"
+    assert f"| {' | '.join(cells)} |" in page.read_text().splitlines()
 
 
 def test_figures_are_the_published_ones() -> None:
