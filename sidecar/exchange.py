@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
 from pdcoord.protocol.headers import SERVED, HostPort
 from pdcoord.protocol.plans import DialectName, encode_served
 from pdcoord.protocol.tickets import ROOM_MAX, decode_prefill_answer
@@ -56,7 +56,6 @@ _LAST_WORDS_S = 10.0
 _EVENTS_MAX = 64
 _ERROR_BODY_BYTES_MAX = 8 << 20
 _ANSWER_BYTES_MAX = 64 << 20
-_RETRY_AFTER_S = 1
 
 _MESSAGES = {
     RefuseReason.LADDER_EXHAUSTED: "No prefill target could be used and the engine may not prefill itself",
@@ -256,7 +255,7 @@ class Exchange:
     def _refusal(self, reason: RefuseReason) -> Refusal:
         rungs = self.handoff.rungs
         why = f" ({rungs[-1].reason})" if rungs else ""
-        retry_after_s = _RETRY_AFTER_S if reason is RefuseReason.LADDER_EXHAUSTED else None
+        retry_after_s = RETRY_AFTER_S if reason is RefuseReason.LADDER_EXHAUSTED else None
         return Refusal(reason, f"{_MESSAGES[reason]}{why}; try again.", retry_after_s=retry_after_s)
 
     def _our_headers(self, headers: Headers) -> Headers:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 import structlog
 
-from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
+from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason
 from pdcoord.protocol.headers import REQUEST_ID
 from pdcoord.protocol.openai import APIS
 from pdcoord.protocol.plans import PlanHeader, PrefillTarget
@@ -30,7 +30,6 @@ from sidecar.observe import CONTENT_TYPE, MODE_UNREAD, Metrics, log_fields
 from sidecar.vocabulary import Order, Outcome
 
 BODY_S_MAX = 60.0
-RETRY_AFTER_S = 1
 
 _METHOD = re.compile(r"[A-Z]+")
 _TARGET = re.compile(rb"/[\x21-\x7e]*")

@@ -48,12 +48,9 @@ from pdcoord.core.prefix import PrefixIndex
 from pdcoord.core.request import Request, RequestId
 from pdcoord.core.scheduler import NoChoice, Scheduler
 from pdcoord.core.speed import SeededSpeed
-from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
+from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import DialectName, Mode, RungKind, ServedHeader
-
-RETRY_AFTER_S = 1
-"""What a saturated or empty fleet tells clients: one scrape period and one prefill are over by then."""
 
 LIVE_REQUESTS_MAX = 65_536
 """Requests in all that one coordinator keeps account of; past it the next is refused."""

@@ -20,7 +20,7 @@ from pdcoord.gateway.intake import build_request, check_reserved, client_request
 from pdcoord.gateway.pages import internal_error
 from pdcoord.gateway.ports import CallRecord, Coordination, Limits, Observer
 from pdcoord.protocol import headers as names
-from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason, RungReason
+from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason, RungReason
 from pdcoord.protocol.openai import Api, parse_call
 from pdcoord.protocol.plans import ServedHeader
 from pdcoord.wire.asgi import (
@@ -164,7 +164,7 @@ class _Exchange:
         """Read and check the call, and have it planned; the parsed body is gone when this returns."""
         if self.relay.live_count > self.relay.limits.live_max:
             message = "The gateway is serving as many calls as it may; retry after the time in Retry-After."
-            raise RefusedError(Refusal(RefuseReason.SATURATED, message, retry_after_s=1))
+            raise RefusedError(Refusal(RefuseReason.SATURATED, message, retry_after_s=RETRY_AFTER_S))
         raw = await self._read()
         call = parse_call(self.api, raw)
         check_reserved(call)
@@ -389,7 +389,7 @@ class _Exchange:
             self.record.outcome = Outcome.UPSTREAM_ERROR  # Left without its end, as in _break_off.
             return
         message = "The gateway is stopping and could not wait for this answer; send the call again."
-        await self._refuse(Refusal(RefuseReason.DRAINING, message, retry_after_s=1))
+        await self._refuse(Refusal(RefuseReason.DRAINING, message, retry_after_s=RETRY_AFTER_S))
 
     async def _crash(self, error: Exception) -> None:
         self.relay.observer.crashed(error, self.record.id)

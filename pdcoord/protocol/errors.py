@@ -45,6 +45,10 @@ class RungReason(StrEnum):
     TARGET_NOT_ALLOWED = "target-not-allowed"
 
 
+RETRY_AFTER_S = 1
+"""What whoever cannot serve now tells callers: one scrape period and one prefill are over by then."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     status: int

@@ -37,14 +37,12 @@ from pdcoord.gateway.views import (
     model_document,
     path_row,
 )
-from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
 from pdcoord.protocol.plans import RungKind
 from pdcoord.runtime import catalog
 from pdcoord.runtime.catalog import MetricSpec
 from pdcoord.runtime.decisions import DecisionLog
 from pdcoord.runtime.observe import GaugeSample, Metrics
-
-RETRY_AFTER_S = 1
 
 
 class CoordinatorLoop:

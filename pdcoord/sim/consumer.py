@@ -102,10 +102,6 @@ class Consumer:
         self._fetch_of: dict[str, str] = {}
         self._peers: OrderedDict[HostPort, _Peer] = OrderedDict()
 
-    @property
-    def fetch_count(self) -> int:
-        return len(self._fetches)
-
     def fetches(self) -> tuple[Fetch, ...]:
         return tuple(self._fetches.values())
 

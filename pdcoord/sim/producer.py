@@ -66,10 +66,6 @@ class Producer:
         self._lease_of_pull: dict[str, str] = {}
 
     @property
-    def lease_count(self) -> int:
-        return len(self._leases)
-
-    @property
     def room_count(self) -> int:
         return len(self._rooms)
 

@@ -11,7 +11,6 @@ _PAIR_FIRST = 1 << 16
 _QUAD_FIRST = 1 << 24
 """Four ASCII bytes as one little-endian word; the last is not NUL, hence at least this."""
 TOKEN_ID_LIMIT = 1 << 31
-VOCABULARY_SIZE = TOKEN_ID_LIMIT
 
 _HEADS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "y", "z")
 _TAILS = ("a", "e", "i", "o")
