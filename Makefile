@@ -43,6 +43,9 @@ e2e-vllm: $(VENV)/.installed ## Two real vLLM servers on CPU behind the sidecar 
 bench-relay: $(VENV)/.installed ## CPU per relayed event of gateway and sidecar, beside a plain splice and two other routers; BENCH_ARGS
 	$(BIN)/python -m benchmarks.relay --peers $(BENCH_ARGS)
 
+bench-transfer: $(VENV)/.installed ## GB/s of KV between unlike layouts, by backend, beside raw NIXL and a plain copy
+	@$(BIN)/python -m benchmarks.transfer $(BENCH_ARGS)
+
 bench-decide: $(VENV)/.installed ## Cost of one routing decision, by part
 	$(BIN)/python -m benchmarks.decide $(BENCH_ARGS)
 
@@ -54,6 +57,7 @@ docs: $(VENV)/.installed ## Regenerate what is generated in docs/ and deploy/
 
 constraints: ## Pin what pyproject.toml allows today
 	rm -rf .venv-pin && $(PYTHON) -m venv .venv-pin && .venv-pin/bin/pip install --quiet -e '.[dev]'
+	.venv-pin/bin/pip install --quiet --no-deps nixl nixl-cu12
 	{ head -n 2 constraints.txt; .venv-pin/bin/pip freeze --exclude-editable | sort -f; } > .venv-pin/new
 	mv .venv-pin/new constraints.txt && rm -rf .venv-pin
 
