@@ -140,7 +140,7 @@ class Consumer:
     @staticmethod
     def _is_engine_meant(fetch: Fetch, info: PeerInfo) -> bool:
         ticket = fetch.live.request.ticket
-        return ticket is None or ticket.engine_id == info.engine_id
+        return ticket is None or ticket.engine_id in {"", info.engine_id}
 
     # Greeting.
 
@@ -236,7 +236,7 @@ class Consumer:
         fetch.stage = Stage.MOVING
         fetch.moving_since_s = self._shared.now_s
         # Whole blocks move, the producer's.
-        missing = min(fetch.missing_tokens, grant.token_count)
+        missing = max(0, min(fetch.missing_tokens, grant.token_count - grant.sent_tokens))
         block_count = -(-missing // grant.block_tokens)
         fetch.transfer_bytes = block_count * grant.block_tokens * grant.kv_bytes_per_token
         self.nic.begin(pull_id, self._shared.now_s, fetch.transfer_bytes, grant.share_bytes_per_s)

@@ -1,5 +1,6 @@
 """What a client asks of an emulated engine: read as vLLM 0.32 and SGLang 0.5.23 read it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from pdcoord.sim.settings import EngineSettings
 from transfer.verdict import Connector
 
 STOP_STRINGS_MAX = 16
+_TRANSFER = re.compile("[0-9a-f]{32}")
 
 
 class CallError(Exception):
@@ -51,7 +53,7 @@ class Generation:
 
     Attributes:
         choices_each: answers wanted for each prompt.
-        is_prefill_leg, ticket: of the first choice of the first prompt only; the others compute alone.
+        is_prefill_leg, ticket, transfer: of the first choice of the first prompt; the others compute alone.
         wants_ids: return_token_ids.
         wants_usage: a last chunk with the usage; wants_usage_always: usage in every chunk.
     """
@@ -64,6 +66,7 @@ class Generation:
     stops: tuple[str, ...]
     is_prefill_leg: bool
     ticket: RemoteTicket | None
+    transfer: str
     wants_ids: bool
     wants_usage: bool
     wants_usage_always: bool
@@ -109,6 +112,8 @@ def read_generation(
     body = call.body
     params = body.get(TICKET_FIELD)
     params = params if isinstance(params, dict) and settings.connector is not Connector.NONE else {}
+    if settings.connector is not Connector.PDCOORD:
+        params = {name: value for name, value in params.items() if name != "pdcoord"}
     prompts = _prompts(call, params)
     rooms = _rooms(body, dict(headers), len(prompts), settings)
     limit = _limit(call)
@@ -125,6 +130,7 @@ def read_generation(
         stops=_stops(body),
         is_prefill_leg=settings.engine is EngineKind.VLLM and params.get("do_remote_decode") is True,
         ticket=read_ticket(params) if settings.engine is EngineKind.VLLM else None,
+        transfer=read_transfer(params),
         wants_ids=body.get("return_token_ids") is True,
         wants_usage=options.get("include_usage") is True,
         wants_usage_always=options.get("continuous_usage_stats") is True,
@@ -229,6 +235,9 @@ def read_ticket(params: dict[str, Any]) -> RemoteTicket | None:
     blocks, count = params.get("remote_block_ids"), params.get("remote_num_tokens")
     engine_id, request_id = params.get("remote_engine_id"), params.get("remote_request_id")
     address = _address(params.get("remote_host"), params.get("remote_port"))
+    transfer = read_transfer(params)
+    if address is not None and transfer and engine_id is None:
+        return RemoteTicket("", transfer, (), address)
     if address is None or not isinstance(engine_id, str) or not isinstance(request_id, str):
         return None
     if not isinstance(blocks, list) or not blocks:
@@ -244,6 +253,13 @@ def read_ticket(params: dict[str, Any]) -> RemoteTicket | None:
         address=address,
         token_count=count if isinstance(count, int) and count > 0 else None,
     )
+
+
+def read_transfer(params: dict[str, Any]) -> str:
+    """The transfer that a leg of connector pdcoord names; empty if it names none."""
+    ours = params.get("pdcoord")
+    transfer = ours.get("transfer") if isinstance(ours, dict) else None
+    return transfer if isinstance(transfer, str) and _TRANSFER.fullmatch(transfer) else ""
 
 
 def _address(host: Any, port: Any) -> HostPort | None:

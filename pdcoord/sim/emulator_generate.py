@@ -134,6 +134,7 @@ class Run:
                         choice_index=choice_index,
                         is_prefill_leg=generation.is_prefill_leg and is_first,
                         ticket=generation.ticket if is_first else None,
+                        transfer=generation.transfer if is_first and generation.is_prefill_leg else "",
                         room=prompt.room,
                         lease_s=0.0 if self.mishaps.expires_lease else None,
                     )

@@ -280,6 +280,8 @@ class EngineModel:
         self._shared.timers.clear(("room", live.id))
         if self.settings.is_room_worker and self.settings.role is Role.PREFILL and live.request.room:
             self._producer.leave_room(live.request.room.room)
+        if live.request.transfer:
+            self._producer.give_up(live.request.transfer)
         self._shared.pool.release(live.blocks)
         live.blocks = []
 

@@ -28,11 +28,11 @@ class PeerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PullAsk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A consumer's request for KV, by ticket or by room.
+    """A consumer's request for KV, by ticket, by transfer or by room.
 
     Attributes:
-        engine_id: the producer's, from the ticket; empty with a room.
-        request_id: the producer's own id of the prefill; empty with a room.
+        engine_id: the producer's, from the ticket; empty with a transfer and with a room.
+        request_id: the producer's own id of the prefill, or the transfer's id; empty with a room.
         block_ids: the producer's blocks, a list for each KV group.
         room: SGLang's bootstrap room.
     """
@@ -50,6 +50,8 @@ class PullGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         digest: of the tokens whose KV the blocks hold, see `tokens.prompt_digest`.
         taint: 0 if that KV is right.
         first_token: SGLang hands the prefill's token over with the KV; None with a ticket.
+        sent_tokens: leading tokens whose KV left while later ones were computed (connector pdcoord, where
+            the consumer asked before the prefill was done).
     """
 
     token_count: int
@@ -60,6 +62,7 @@ class PullGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     taint: int = 0
     cached_tokens: int = 0
     first_token: int | None = None
+    sent_tokens: int = 0
 
 
 # What a request is.
@@ -68,6 +71,9 @@ class PullGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 @dataclass(frozen=True, slots=True)
 class RemoteTicket:
     """A ticket as a decode leg brings it, read from `kv_transfer_params` of vLLM 0.32.
+
+    With both legs under way at once there is no ticket yet: `engine_id` is empty, and `request_id` is the
+    id of the transfer that both legs name (connector pdcoord).
 
     Attributes:
         address: the producer's side channel.
@@ -98,6 +104,7 @@ class EngineRequest:
         ignores_eos: the model never stops of its own accord.
         is_prefill_leg: `do_remote_decode`: end after the first token and keep the KV for a consumer.
         ticket: `do_remote_prefill`: fetch the KV before running.
+        transfer: of a prefill leg whose decode leg may ask before it is done; empty otherwise.
         lease_s: in place of the engine's own; 0.0 expires at once.
         is_pooling: compute the prompt only, no token comes out.
     """
@@ -110,6 +117,7 @@ class EngineRequest:
     choice_index: int = 0
     is_prefill_leg: bool = False
     ticket: RemoteTicket | None = None
+    transfer: str = ""
     room: RoomCall | None = None
     lease_s: float | None = None
     is_pooling: bool = False
@@ -208,7 +216,7 @@ class PullClosed:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatHeard:
-    """To the producer: these prefills are still waited for."""
+    """To the producer: these prefills are still waited for; transfers, where the engine id is empty."""
 
     engine_id: str
     request_ids: tuple[str, ...]
@@ -216,7 +224,7 @@ class HeartbeatHeard:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseHeard:
-    """To the producer: nobody will fetch this prefill."""
+    """To the producer: nobody will fetch this prefill; a transfer, where the engine id is empty."""
 
     engine_id: str
     request_id: str

@@ -40,6 +40,7 @@ class Lease:
     taint: int
     cached_tokens: int
     deadline_s: float
+    transfer: str = ""
     pull_ids: set[str] = field(default_factory=set)
     is_released: bool = False
 
@@ -64,6 +65,10 @@ class Producer:
         self._rooms: dict[int, Room] = {}
         self._room_of_pull: dict[str, int] = {}
         self._lease_of_pull: dict[str, str] = {}
+        # By transfer: leases, pulls that came before the prefill was done, and those nobody wants any more.
+        self._lease_of_transfer: dict[str, str] = {}
+        self._early_pulls: dict[str, str] = {}
+        self._unwanted: OrderedDict[str, None] = OrderedDict()
 
     @property
     def room_count(self) -> int:
@@ -94,10 +99,13 @@ class Producer:
             taint=live.taint,
             cached_tokens=live.cached_tokens or 0,
             deadline_s=shared.now_s + lease_s,
+            transfer=live.request.transfer,
         )
         shared.pool.pin(lease.blocks)
         self._leases[live.id] = lease
         shared.timers.set(("lease", live.id), lease.deadline_s)
+        if lease.transfer:
+            self._meet(live, lease)
         return IssuedTicket(
             engine_id=self.engine_id,
             request_id=live.id,
@@ -106,19 +114,28 @@ class Producer:
             cached_tokens=lease.cached_tokens,
         )
 
-    def on_heartbeat(self, engine_id: str, request_ids: tuple[str, ...]) -> None:
-        if engine_id != self.engine_id:
-            return
-        for request_id in request_ids:
-            lease = self._leases.get(request_id)
+    def _lease(self, engine_id: str, name: str) -> Lease | None:
+        """By request id, or by transfer where the engine id is empty."""
+        if not engine_id:
+            name = self._lease_of_transfer.get(name, "")
+        elif engine_id != self.engine_id:
+            return None
+        return self._leases.get(name)
+
+    def on_heartbeat(self, engine_id: str, names: tuple[str, ...]) -> None:
+        for name in names:
+            lease = self._lease(engine_id, name)
             if lease is not None:
                 renewed_s = self._shared.now_s + self._shared.settings.renewal_s
                 lease.deadline_s = max(lease.deadline_s, renewed_s)
-                self._shared.timers.set(("lease", request_id), lease.deadline_s)
+                self._shared.timers.set(("lease", lease.request_id), lease.deadline_s)
 
-    def on_release(self, engine_id: str, request_id: str) -> None:
-        lease = self._leases.get(request_id)
-        if lease is None or engine_id != self.engine_id:
+    def on_release(self, engine_id: str, name: str) -> None:
+        lease = self._lease(engine_id, name)
+        if lease is None:
+            if not engine_id and name not in self._ended:
+                _remember(self._unwanted, name)
+                return
             self._shared.counters.late_notifications += 1
             return
         lease.is_released = True
@@ -141,9 +158,50 @@ class Producer:
         del self._leases[lease.request_id]
         self._shared.timers.clear(("lease", lease.request_id))
         self._shared.pool.unpin(lease.blocks)
-        self._ended[lease.request_id] = None
-        if len(self._ended) > REMEMBERED_MAX:
-            self._ended.popitem(last=False)
+        _remember(self._ended, lease.request_id)
+        if lease.transfer:
+            self._lease_of_transfer.pop(lease.transfer, None)
+            _remember(self._ended, lease.transfer)
+
+    # Transfers: the decode may ask before the prefill is done.
+
+    def _meet(self, live: LiveRequest, lease: Lease) -> None:
+        """The prefill is done: let the pull go on that waited for it."""
+        self._lease_of_transfer[lease.transfer] = lease.request_id
+        pull_id = self._early_pulls.pop(lease.transfer, None)
+        if pull_id is not None:
+            self._grant_lease(pull_id, lease, self._sent_tokens(live))
+        elif lease.transfer in self._unwanted:
+            del self._unwanted[lease.transfer]
+            lease.is_released = True
+            self._end_if_unused(lease)
+
+    def _sent_tokens(self, live: LiveRequest) -> int:
+        """Tokens whose KV went out while the steps after theirs were computed, at the link's speed."""
+        settings = self._shared.settings
+        if live.scheduled_s is None:
+            return 0
+        by_link = (self._shared.now_s - live.scheduled_s) * self.nic.share_bytes_per_s
+        # What the last step computes can only leave after it.
+        before_last = live.prompt_tokens - min(live.prompt_tokens, settings.step_tokens_max)
+        return min(before_last, int(by_link / settings.kv_bytes_per_token))
+
+    def give_up(self, transfer: str) -> None:
+        """The prefill ended without KV to hand over: a decode that waits for it is told."""
+        pull_id = self._early_pulls.pop(transfer, None)
+        if pull_id is not None:
+            self._deny(pull_id, DenyReason.PREFILL_FAILED)
+
+    def _ask_early(self, pull_id: str, transfer: str) -> None:
+        lease = self._lease("", transfer)
+        if lease is not None and not lease.is_released:
+            self._grant_lease(pull_id, lease)
+        elif lease is not None or transfer in self._ended:
+            self._deny(pull_id, DenyReason.LEASE_EXPIRED)
+        elif transfer in self._early_pulls or len(self._early_pulls) >= ROOMS_WAITING_MAX:
+            self._deny(pull_id, DenyReason.ROOM_IN_USE)
+        else:
+            self._early_pulls[transfer] = pull_id
 
     # Pulls.
 
@@ -155,11 +213,18 @@ class Producer:
         """
         if ask.room is not None:
             return self._join_room(pull_id, ask.room)
+        if not ask.engine_id:
+            self._ask_early(pull_id, ask.request_id)
+            return None
         lease = self._leases.get(ask.request_id)
         reason = self._objection(ask, lease)
         if reason is not None or lease is None:
             self._deny(pull_id, reason or DenyReason.UNKNOWN_REQUEST)
             return None
+        self._grant_lease(pull_id, lease)
+        return None
+
+    def _grant_lease(self, pull_id: str, lease: Lease, sent_tokens: int = 0) -> None:
         lease.pull_ids.add(pull_id)
         self._lease_of_pull[pull_id] = lease.request_id
         self._grant(
@@ -172,9 +237,9 @@ class Producer:
                 block_tokens=self._shared.pool.block_tokens,
                 taint=lease.taint,
                 cached_tokens=lease.cached_tokens,
+                sent_tokens=sent_tokens,
             ),
         )
-        return None
 
     def _objection(self, ask: PullAsk, lease: Lease | None) -> DenyReason | None:
         if ask.engine_id != self.engine_id:
@@ -200,6 +265,10 @@ class Producer:
             return None if room.request_id is None else (room.request_id, is_done)
         request_id = self._lease_of_pull.pop(pull_id, None)
         if request_id is None:
+            for transfer, early_id in self._early_pulls.items():
+                if early_id == pull_id:
+                    del self._early_pulls[transfer]
+                    return None
             if is_done:
                 self._shared.counters.late_notifications += 1
             return None
@@ -306,3 +375,13 @@ class Producer:
         for lease in self._leases.values():
             assert lease.pull_ids or not lease.is_released, "a released lease stays"
             assert ("lease", lease.request_id) in self._shared.timers, "a lease never ends"
+        assert len(self._early_pulls) <= ROOMS_WAITING_MAX, "too many pulls wait for their prefills"
+        leased = {lease.transfer: lease.request_id for lease in self._leases.values() if lease.transfer}
+        assert self._lease_of_transfer == leased, "transfers and leases differ"
+        assert not self._early_pulls.keys() & leased.keys(), "a pull waits for a prefill that is done"
+
+
+def _remember(names: OrderedDict[str, None], name: str) -> None:
+    names[name] = None
+    if len(names) > REMEMBERED_MAX:
+        names.popitem(last=False)
