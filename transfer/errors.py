@@ -4,6 +4,7 @@ TransferError
 ├── LayoutError        a layout is malformed or cannot be learned: fix the policy or the engine
 ├── SettingError       a setting cannot work on this node: mend it before anything starts
 ├── FrameError         bytes on the side channel are not what it speaks: drop the connection
+│   └── NotAuthenticatedError  the other side has no key, or another one: refuse it, mend the settings
 ├── StagingFullError   the staging buffer has no room now: wait, then serve without a transfer
 └── BackendError       bytes could not be moved: give the transfer up
     ├── PeerLostError      the peer is gone: forget it, connect again
@@ -52,6 +53,10 @@ class SettingError(TransferError):
 
 class FrameError(TransferError):
     """A frame is too long, malformed, out of order or wrongly signed."""
+
+
+class NotAuthenticatedError(FrameError):
+    """A frame is not signed where a key is set, is signed where none is, or its signature is wrong."""
 
 
 class StagingFullError(TransferError):

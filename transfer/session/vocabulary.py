@@ -238,7 +238,14 @@ class TransferEnded:
     failure: Failure | None
 
 
-OutboxAction = Pack | SendOffer | SendDenial | BlocksFree | TransferEnded
+@dataclass(frozen=True, slots=True)
+class DropConsumer:
+    """Close a consumer's connection and answer ConsumerGone: it holds memory of a transfer that is over."""
+
+    consumer: str
+
+
+OutboxAction = Pack | SendOffer | SendDenial | BlocksFree | TransferEnded | DropConsumer
 
 
 # The consumer's side. Events.
@@ -279,11 +286,13 @@ class Source:
     Attributes:
         id: names the connection; new at every connect.
         reader_count: ranks of this consumer that read from it.
+        staging_bytes: size of its staging buffer, from its Welcome; parts beyond it are malformed.
     """
 
     id: str
     layout: RankLayout
     reader_count: int
+    staging_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
