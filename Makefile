@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit check format e2e-vllm bench-relay bench-decide docs constraints clean
+.PHONY: help venv demo test unit check format e2e-vllm bench-relay bench-transfer bench-handover bench-decide docs constraints clean
 
 help: ## List the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ bench-relay: $(VENV)/.installed ## CPU per relayed event of gateway and sidecar,
 
 bench-transfer: $(VENV)/.installed ## GB/s of KV between unlike layouts, by backend, beside raw NIXL and a plain copy
 	@$(BIN)/python -m benchmarks.transfer $(BENCH_ARGS)
+
+bench-handover: $(VENV)/.installed ## From the last prompt token to the first decode step, both orders; BENCH_ARGS=--engines=emulator,vllm
+	@$(BIN)/python -m benchmarks.handover $(BENCH_ARGS)
 
 bench-decide: $(VENV)/.installed ## Cost of one routing decision, by part
 	$(BIN)/python -m benchmarks.decide $(BENCH_ARGS)

@@ -80,6 +80,49 @@ def explain(
 
 
 @app.command()
+def paths(
+    layouts: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="A B",
+            help="Judge a producer of layout A and a consumer of layout B instead: each a preset "
+            "(cpu-vec), a preset with overrides (cpu-vec:block_tokens=32) or keys of a policy's layout "
+            "(block_tokens=128,order=HND).",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    admin_url: Annotated[
+        str, typer.Option(envvar="PDCOORD_ADMIN_URL", help="Admin listener of the gateway.")
+    ] = "http://127.0.0.1:8081",
+) -> None:
+    """Print every path that the gateway knows, with verdict, breaker, bandwidth and probes.
+
+    With --layouts the exit status is 0 if KV can move, 1 if not, 2 if A or B is no layout.
+    Without, it is 2 if the gateway does not answer.
+    """
+    if layouts is not None:
+        from pdcoord.runtime.layout_pair import compare
+
+        raise typer.Exit(compare(*layouts, as_json=as_json))
+    from pdcoord.runtime.paths_table import show_paths
+
+    raise typer.Exit(show_paths(admin_url, as_json=as_json))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def preflight(context: typer.Context) -> None:
+    """Check whether this node can move KV: RoCE devices, UCX transports, NIXL plugins, memory limits."""
+    try:
+        from transfer.preflight import main as run
+    except ModuleNotFoundError as error:
+        typer.echo(f"pdcoord preflight needs {error.name}: pip install 'pdcoord[transfer]'", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(run(context.args))
+
+
+@app.command()
 def emulate(
     fleet: Annotated[Path, typer.Argument(help="EmulatedFleet file.")],
     engine: Annotated[list[str] | None, typer.Option(help="Run only this engine; may be repeated.")] = None,

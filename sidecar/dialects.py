@@ -1,7 +1,8 @@
 """Request bodies of the legs, made from the client's own by moving raw JSON values, never re-encoding them.
 
 nixlv2: vLLM 0.32 with NixlConnector, as llm-d's sidecar (llm-d-router ebab6879) speaks it; of the fields
-set here vLLM ignores those that an API does not have. sglang: SGLang 0.5.23 bootstrap fields.
+set here vLLM ignores those that an API does not have. pdcoord: vLLM with our connector, both legs at once.
+sglang: SGLang 0.5.23 bootstrap fields.
 """
 
 from collections.abc import Mapping
@@ -16,9 +17,12 @@ from pdcoord.protocol.plans import DialectName, PrefillTarget
 from pdcoord.protocol.tickets import (
     NESTED_DEPTH_MAX,
     NESTED_FIELDS,
+    PAIRING_FIELD,
     PREFILL_TICKET,
     TICKET_FIELD,
+    Pairing,
     Ticket,
+    decode_pairing,
     is_steering,
 )
 
@@ -67,8 +71,8 @@ def read_body(api: Api, raw: bytes, *, is_prefill_leg: bool = False) -> ClientBo
     """
     fields = _decode(raw)
     kept = _without_forbidden(fields, raw)
-    if is_prefill_leg and kept is not fields and _asks_for_ticket(fields):
-        kept[TICKET_FIELD] = _PREFILL_TICKET
+    if is_prefill_leg and kept is not fields:
+        kept |= _asked_for(fields)
     return ClientBody(
         api=api,
         raw=raw if kept is fields else _encode(kept),
@@ -106,6 +110,22 @@ def nixlv2_decode(body: ClientBody, ticket: Ticket) -> bytes:
     return _splice(body, b'"%b":%b' % (TICKET_FIELD.encode(), ticket))
 
 
+def pdcoord_prefill(body: ClientBody, pairing: Pairing) -> bytes:
+    """The client's call as a prefill leg whose KV is fetched while it is computed."""
+    return _encode(_unstreamed(body) | dict.fromkeys(body.api.token_limit_fields, _ONE) | _ask_as(pairing))
+
+
+def pdcoord_decode(body: ClientBody, peer: PrefillTarget, pairing: Pairing, *, kv_port: int) -> bytes:
+    """The client's call as the decode leg beside it: its own bytes with the place to fetch from put in.
+
+    Args:
+        kv_port: of a target that names none.
+    """
+    host, _ = parse_host_port(peer.address)
+    told = pairing.told(host, kv_port if peer.kv_port is None else peer.kv_port)
+    return _splice(body, b'"%b":%b' % (TICKET_FIELD.encode(), msgspec.json.encode(told)))
+
+
 def sglang_prefill(body: ClientBody, peer: PrefillTarget, *, bootstrap_port: int, room: int) -> bytes:
     """The client's call as SGLang's prefill leg.
 
@@ -122,6 +142,10 @@ def sglang_decode(body: ClientBody, peer: PrefillTarget, *, bootstrap_port: int,
 
 
 _ASK: Fields = {TICKET_FIELD: _PREFILL_TICKET}
+
+
+def _ask_as(pairing: Pairing) -> Fields:
+    return {TICKET_FIELD: msgspec.Raw(msgspec.json.encode(pairing.asked()))}
 
 
 def _bootstrap(peer: PrefillTarget, default_port: int, room: int) -> dict[str, bytes]:
@@ -195,11 +219,17 @@ def _inner(value: bytes) -> Fields:
         return {}
 
 
-def _asks_for_ticket(fields: Fields) -> bool:
-    """Whether kv_transfer_params says no more than `PREFILL_TICKET` does."""
+def _asked_for(fields: Fields) -> Fields:
+    """The request for a ticket, if kv_transfer_params says no more than one does; else nothing."""
     asked = _inner(bytes(fields.get(TICKET_FIELD, b"")))
     said = {name: bytes(value) for name, value in asked.items() if bytes(value) not in {b"null", b"false"}}
-    return said == {"do_remote_decode": b"true"}
+    raw_pairing = said.pop(PAIRING_FIELD, None)
+    if said != {"do_remote_decode": b"true"}:
+        return {}
+    if raw_pairing is None:
+        return _ASK
+    pairing = decode_pairing(raw_pairing)
+    return {} if pairing is None else _ask_as(pairing)
 
 
 def _is_true(fields: Fields, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 SidecarError
 ├── HandoffError    a bug of ours: the request is answered with 500 and logged
+├── AgentLostError  the agent in the pod's own engine cannot be asked: ask again in a while
 └── SettingsError   a flag or file cannot be used: the process does not start
 """
 
@@ -18,6 +19,10 @@ class HandoffError(SidecarError):
         super().__init__(f"state {state} got {type(event).__name__}: {why}")
         self.state = state
         self.event_type = type(event)
+
+
+class AgentLostError(SidecarError):
+    """The agent in the pod's own engine could not be asked to probe."""
 
 
 class SettingsError(SidecarError):

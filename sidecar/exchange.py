@@ -8,7 +8,7 @@ from random import Random
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
 from pdcoord.protocol.headers import SERVED, HostPort
 from pdcoord.protocol.plans import DialectName, encode_served
-from pdcoord.protocol.tickets import ROOM_MAX, decode_prefill_answer
+from pdcoord.protocol.tickets import PAIRING_ID_BITS, ROOM_MAX, Pairing, decode_prefill_answer
 from pdcoord.wire.asgi import Receive, Scope, Send, send_head, send_json, watch_disconnect
 from pdcoord.wire.client import Client, Response
 from pdcoord.wire.errors import BodyTooLargeError, ConnectError, HeadTimeoutError, ResetError, WireError
@@ -69,7 +69,8 @@ class Tools:
     """What every exchange of a process shares.
 
     Attributes:
-        rng: draws SGLang's rooms; must not be guessable by others who share an engine.
+        rng: draws SGLang's rooms and pdcoord's pairings; cryptographic, since others share the engines.
+        kv_port: KV side channel of a prefill target that names none.
     """
 
     client: Client
@@ -77,6 +78,7 @@ class Tools:
     metrics: Metrics
     rng: Random
     bootstrap_port: int
+    kv_port: int
     now_s: Callable[[], float]
 
 
@@ -130,6 +132,7 @@ class Exchange:
         self._events: asyncio.Queue[Event] = asyncio.Queue(_EVENTS_MAX)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._rooms: dict[int, int] = {}
+        self._pairings: dict[int, Pairing] = {}
         self._answers: dict[int, _Answer] = {}
         self._committed = asyncio.Event()
         self._is_event_stream = False
@@ -385,11 +388,14 @@ class Exchange:
     def _prefill_body(self, action: SendPrefill) -> bytes:
         body = self._call.body
         assert body is not None, "only a generative call is split"
-        if self._order.dialect is DialectName.NIXLV2:
-            return dialects.nixlv2_prefill(body)
-        port = self._tools.bootstrap_port
-        room = self._room(action.attempt)
-        return dialects.sglang_prefill(body, action.target, bootstrap_port=port, room=room)
+        match self._order.dialect:
+            case DialectName.NIXLV2:
+                return dialects.nixlv2_prefill(body)
+            case DialectName.PDCOORD:
+                return dialects.pdcoord_prefill(body, self._pairing(action.attempt))
+            case DialectName.SGLANG:
+                port, room = self._tools.bootstrap_port, self._room(action.attempt)
+                return dialects.sglang_prefill(body, action.target, bootstrap_port=port, room=room)
 
     def _decode_body(self, action: SendDecode) -> bytes:
         body = self._call.body
@@ -398,6 +404,9 @@ class Exchange:
         if action.ticket is not None:
             return dialects.nixlv2_decode(body, action.ticket)
         assert action.peer is not None
+        if self._order.dialect is DialectName.PDCOORD:
+            pairing, kv_port = self._pairing(action.attempt), self._tools.kv_port
+            return dialects.pdcoord_decode(body, action.peer, pairing, kv_port=kv_port)
         port, room = self._tools.bootstrap_port, self._room(action.attempt)
         return dialects.sglang_decode(body, action.peer, bootstrap_port=port, room=room)
 
@@ -406,6 +415,14 @@ class Exchange:
         if attempt not in self._rooms:
             self._rooms[attempt] = self._tools.rng.randint(0, ROOM_MAX)
         return self._rooms[attempt]
+
+    def _pairing(self, attempt: int) -> Pairing:
+        """One transfer id and nonce for both legs of an attempt, others for each attempt."""
+        if attempt not in self._pairings:
+            draw = self._tools.rng.getrandbits
+            transfer, nonce = (f"{draw(PAIRING_ID_BITS):032x}" for _ in range(2))
+            self._pairings[attempt] = Pairing(transfer, nonce)
+        return self._pairings[attempt]
 
     def _longest_wait_s(self) -> float:
         order = self._order

@@ -45,24 +45,37 @@ def normal_address(text: str) -> HostPort:
     return format_host_port(host.lower().rstrip("."), port)
 
 
+def read_target(text: str) -> PrefillTarget:
+    """A target as lists name it: `host:port`, or `host:port/kv_port` where the KV port is its own.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    address, slash, port = text.strip().partition("/")
+    if not slash:
+        return PrefillTarget(address=normal_address(address))
+    _, kv_port = parse_host_port(f"kv:{port}")
+    return PrefillTarget(address=normal_address(address), kv_port=kv_port)
+
+
 class Allowlist:
     """The prefill targets that may be dialled; host and port both count. Empty means none.
 
     Attributes:
-        path: a file with one host:port a line; `#` begins a comment. None if there is no file.
+        path: a file with one target a line; `#` begins a comment. None if there is no file.
     """
 
     def __init__(
-        self, addresses: Iterable[HostPort] = (), *, path: Path | None = None, is_open: bool = False
+        self, targets: Iterable[PrefillTarget] = (), *, path: Path | None = None, is_open: bool = False
     ) -> None:
         """Reads the file.
 
         Raises:
-            SettingsError: if the file cannot be read or has a line that is not host:port.
+            SettingsError: if the file cannot be read or has a line that is no target.
         """
         self.path = path
-        self._fixed = frozenset(addresses)
-        self._from_file: frozenset[HostPort] = frozenset()
+        self._fixed = {target.address: target for target in targets}
+        self._from_file: dict[HostPort, PrefillTarget] = {}
         self._is_open = is_open
         self._stamp: tuple[int, int, int] | None = None
         self.reload()
@@ -72,6 +85,15 @@ class Allowlist:
 
     def allows(self, address: HostPort) -> bool:
         return self._is_open or address in self._fixed or address in self._from_file
+
+    def targets(self) -> list[PrefillTarget]:
+        """All that are listed, each address once; the file goes before the command line."""
+        return list((self._fixed | self._from_file).values())
+
+    def kv_port(self, address: HostPort) -> int | None:
+        """The KV port that the list gives a target; None if it gives none."""
+        target = self._from_file.get(address) or self._fixed.get(address)
+        return None if target is None else target.kv_port
 
     def reload(self) -> bool:
         """Read the file again if it has changed; True if the list was replaced.
@@ -93,22 +115,22 @@ class Allowlist:
             raise SettingsError(
                 "--allow-file", str(self.path), f"cannot be read ({reason}); name a readable text file"
             ) from error
-        self._from_file = frozenset(_read_lines(text, str(self.path)))
+        self._from_file = {target.address: target for target in _read_lines(text, str(self.path))}
         return True
 
 
-def _read_lines(text: str, name: str) -> list[HostPort]:
-    addresses = []
+def _read_lines(text: str, name: str) -> list[PrefillTarget]:
+    targets = []
     for number, line in enumerate(text.splitlines(), start=1):
         entry = line.partition("#")[0].strip()
         if not entry:
             continue
         try:
-            addresses.append(normal_address(entry))
+            targets.append(read_target(entry))
         except ValueError as error:
-            remedy = f"line {number}: {error}; write one host:port a line"
+            remedy = f"line {number}: {error}; write one host:port or host:port/kv_port a line"
             raise SettingsError("--allow-file", name, remedy) from error
-    return addresses
+    return targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +198,7 @@ class Guard:
             raise _invalid(PLAN, "is given more than once; send it once")
         try:
             plan = decode_plan(plans[0])
-            targets = tuple(_normal_target(target) for target in plan.prefills)
+            targets = tuple(self._normal_target(target) for target in plan.prefills)
         except PlanHeaderError as error:
             raise _invalid(PLAN, f"cannot be executed ({error})") from error
         except ValueError as error:
@@ -215,15 +237,18 @@ class Guard:
                         "add it with --allow or --allow-file.",
                     )
                 )
-            targets.setdefault(address, PrefillTarget(address=address))
+            targets.setdefault(
+                address, PrefillTarget(address=address, kv_port=self.allowlist.kv_port(address))
+            )
         return tuple(targets.values())[:PREFILLS_MAX]
 
-
-def _normal_target(target: PrefillTarget) -> PrefillTarget:
-    port = target.bootstrap_port
-    if port is not None and not 0 < port <= 65_535:
-        raise ValueError(f"bootstrap_port is {port}, expected 1..65535")
-    return PrefillTarget(address=normal_address(target.address), bootstrap_port=port)
+    def _normal_target(self, target: PrefillTarget) -> PrefillTarget:
+        for name, port in (("bootstrap_port", target.bootstrap_port), ("kv_port", target.kv_port)):
+            if port is not None and not 0 < port <= 65_535:
+                raise ValueError(f"{name} is {port}, expected 1..65535")
+        address = normal_address(target.address)
+        kv_port = self.allowlist.kv_port(address) if target.kv_port is None else target.kv_port
+        return PrefillTarget(address=address, bootstrap_port=target.bootstrap_port, kv_port=kv_port)
 
 
 def _invalid(header: bytes, what: str) -> RefusedError:

@@ -4,14 +4,17 @@
 where that may lead. A pair that is not listed is an error of ours and raises HandoffError.
 
 1.  An event of a leg that is over is dropped: the leg was cancelled while its last words were on the way.
-2.  nixlv2 sends the prefill leg, and only with its ticket the decode leg. sglang sends both at once.
-3.  A prefill answer without a ticket is no success in nixlv2: the engine would quietly prefill again.
+2.  nixlv2 sends the prefill leg, and only with its ticket the decode leg. sglang and pdcoord send both at
+    once.
+3.  A prefill answer without a ticket is no success in nixlv2 and pdcoord: nothing was kept for the decode
+    engine, which would quietly prefill again.
 4.  A prefill engine's own 4xx is the client's fault and is passed on as it came. 408, 429 and 503 are
     overload, every other status is an error; both take the next rung.
 5.  The next rung is the next allowed prefill target, then colocated where that is allowed, then refuse.
     Where the decode engine itself is at fault no other prefill target is tried: none could help.
 6.  No byte reaches the client before Commit, and Commit comes with the decode leg's first output: engines
-    send the head of a 200 before KV has moved. sglang also waits until the prefill leg is known good.
+    send the head of a 200 before KV has moved. sglang and pdcoord also wait until the prefill leg is known
+    good.
 7.  Until Commit a failed decode leg of a split request takes the next rung, but a 4xx is passed on. A
     colocated leg's own answer is passed on whatever it is: nothing is left to try here.
 8.  After Commit a failure breaks the answer off.
@@ -19,6 +22,9 @@ where that may lead. A pair that is not listed is an error of ours and raises Ha
 10. A ticket whose KV nothing shows to have been pulled leaves an orphaned lease.
 11. Every wait has a deadline: `deadline_s` is set in every state but idle and done.
 12. End is given exactly once, last.
+13. A vLLM decode engine prefills itself if no KV comes. So in pdcoord output that is held when the prefill
+    leg fails, however it fails, is a whole answer: it is committed and counts as the colocated rung. In
+    sglang it is worth nothing.
 """
 
 from collections.abc import Callable
@@ -26,6 +32,7 @@ from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from pdcoord.protocol.errors import RefuseReason, RungReason
+from pdcoord.protocol.plans import DialectName
 from sidecar.errors import HandoffError
 from sidecar.legs import Legs
 from sidecar.vocabulary import (
@@ -83,14 +90,27 @@ def _take_ticket(legs: Legs, event: PrefillAnswered, now_s: float) -> list[Actio
     return legs.send_pull(event, now_s)
 
 
+def _can_prefill_itself(legs: Legs) -> bool:
+    """Whether the decode engine's output is whole whatever became of the prefill leg (13)."""
+    return legs.order.dialect is DialectName.PDCOORD
+
+
+def _lacks_ticket(legs: Legs, event: PrefillAnswered) -> bool:
+    return event.ticket is None and legs.order.dialect is DialectName.PDCOORD
+
+
 def _await_output(legs: Legs, event: PrefillAnswered, now_s: float) -> list[Action]:
-    """The prefill leg is good; wait for the decode leg's output (6)."""
+    """Wait for the decode leg's output; in pdcoord without a ticket take the next rung (3, 6, 9)."""
+    if _lacks_ticket(legs, event):
+        return legs.give_up(event.leg, RungReason.PREFILL_NO_TICKET, now_s)
     legs.take_prefill(event, now_s)
     return []
 
 
 def _release_held(legs: Legs, event: PrefillAnswered, now_s: float) -> list[Action]:
-    """The prefill leg is good and output is there: commit (6)."""
+    """Output is there: commit; in pdcoord without a ticket as colocated (3, 6, 13)."""
+    if _lacks_ticket(legs, event):
+        return legs.keep(event.leg, RungReason.PREFILL_NO_TICKET, now_s)
     legs.take_prefill(event, now_s)
     return legs.commit(legs.live(LegKind.DECODE), now_s)
 
@@ -112,6 +132,30 @@ def _lose_prefill(legs: Legs, event: PrefillLost, now_s: float) -> list[Action]:
 def _time_out_prefill(legs: Legs, _event: DeadlinePassed, now_s: float) -> list[Action]:
     """Cancel what runs and take the next rung, prefill-timeout (5, 9)."""
     return legs.cut(legs.live(LegKind.PREFILL), RungReason.PREFILL_TIMEOUT, now_s)
+
+
+def _reject_prefill_held(legs: Legs, event: PrefillRejected, now_s: float) -> list[Action]:
+    """pdcoord: commit as colocated. sglang: pass a 4xx on, else take the next rung (4, 5, 9, 13)."""
+    if not _can_prefill_itself(legs):
+        return _reject_prefill(legs, event, now_s)
+    is_overload = event.status in OVERLOAD_STATUSES
+    reason = RungReason.PREFILL_OVERLOADED if is_overload else RungReason.PREFILL_ERROR
+    return legs.keep(event.leg, reason, now_s)
+
+
+def _lose_prefill_held(legs: Legs, event: PrefillLost, now_s: float) -> list[Action]:
+    """pdcoord: commit as colocated. sglang: take the next rung (5, 9, 13)."""
+    if not _can_prefill_itself(legs):
+        return _lose_prefill(legs, event, now_s)
+    return legs.keep(event.leg, _PREFILL_REASONS.get(event.fault, RungReason.PREFILL_ERROR), now_s)
+
+
+def _time_out_prefill_held(legs: Legs, event: DeadlinePassed, now_s: float) -> list[Action]:
+    """Cancel the prefill leg; pdcoord: commit as colocated. sglang: take the next rung (5, 9, 13)."""
+    if not _can_prefill_itself(legs):
+        return _time_out_prefill(legs, event, now_s)
+    leg = legs.live(LegKind.PREFILL)
+    return [CancelLeg(leg), *legs.keep(leg, RungReason.PREFILL_TIMEOUT, now_s)]
 
 
 def _hold(legs: Legs, event: DecodeOpened, now_s: float) -> list[Action]:
@@ -236,7 +280,8 @@ DONE = frozenset({S.DONE})
 RELAYING = frozenset({S.RELAYING})
 PULLING = frozenset({S.PULLING})
 HELD = frozenset({S.HELD})
-# Where a rung may lead, in nixlv2, in sglang and in either: a split attempt, colocated, or refused.
+# Where a rung may lead, with one leg after the other, with both at once, and in either: a split attempt,
+# colocated, or refused.
 RUNG_N = frozenset({S.PREFILLING, S.LOCAL, S.DONE})
 RUNG_S = frozenset({S.PAIRED, S.LOCAL, S.DONE})
 RUNG = RUNG_N | RUNG_S
@@ -251,7 +296,7 @@ TRANSITIONS: dict[tuple[State, type[object]], Row] = {
         _row(S.PREFILLING, PrefillLost, _lose_prefill, RUNG_N),
         _row(S.PREFILLING, DeadlinePassed, _time_out_prefill, RUNG_N),
         _row(S.PREFILLING, ClientLeft, _leave, DONE),
-        _row(S.PAIRED, PrefillAnswered, _await_output, PULLING),
+        _row(S.PAIRED, PrefillAnswered, _await_output, RUNG_S | PULLING),
         _row(S.PAIRED, PrefillRejected, _reject_prefill, RUNG_S),
         _row(S.PAIRED, PrefillLost, _lose_prefill, RUNG_S),
         _row(S.PAIRED, DecodeOpened, _hold, RUNG_S | HELD),
@@ -260,9 +305,9 @@ TRANSITIONS: dict[tuple[State, type[object]], Row] = {
         _row(S.PAIRED, DeadlinePassed, _time_out_prefill, RUNG_S),
         _row(S.PAIRED, ClientLeft, _leave, DONE),
         _row(S.HELD, PrefillAnswered, _release_held, RELAYING),
-        _row(S.HELD, PrefillRejected, _reject_prefill, RUNG_S),
-        _row(S.HELD, PrefillLost, _lose_prefill, RUNG_S),
-        _row(S.HELD, DeadlinePassed, _time_out_prefill, RUNG_S),
+        _row(S.HELD, PrefillRejected, _reject_prefill_held, RUNG_S | RELAYING),
+        _row(S.HELD, PrefillLost, _lose_prefill_held, RUNG_S | RELAYING),
+        _row(S.HELD, DeadlinePassed, _time_out_prefill_held, RUNG_S | RELAYING),
         _row(S.HELD, ClientLeft, _leave, DONE),
         _row(S.PULLING, DecodeOpened, _open_split, RUNG | RELAYING),
         _row(S.PULLING, DecodeRejected, _reject_split, RUNG),

@@ -1,6 +1,7 @@
 """Whether this pod can serve: the engine's own word, asked at most once a second, and no drain."""
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
@@ -11,6 +12,9 @@ from sidecar.observe import Metrics
 
 CACHED_S_MAX = 1.0
 PROBE_S_MAX = 2.0
+WARM_S_MAX = 10.0
+"""Longest time from the engine's first good answer in which the pod waits for its paths: two rounds of
+probes that hang. A prefill pod that is down must not keep this one out of service."""
 _BODY_BYTES_MAX = 64 * 1024
 
 _log = structlog.get_logger()
@@ -21,10 +25,21 @@ class Health:
 
     Attributes:
         is_draining: set once, on SIGTERM; from then on the pod is not ready.
+
+    Args:
+        is_warm: whether the paths to the prefill pods have been probed once.
     """
 
-    def __init__(self, client: Client, engine: HostPort, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        client: Client,
+        engine: HostPort,
+        metrics: Metrics,
+        is_warm: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.is_draining = False
+        self._is_warm = is_warm
+        self._warm_until_s: float | None = None
         self._client = client
         self._engine = engine
         self._metrics = metrics
@@ -38,7 +53,17 @@ class Health:
             return "draining"
         if not await self._is_engine_up():
             return "the engine does not answer /health with 200"
+        if self._is_warming():
+            return "the paths to the prefill pods are being probed for the first time"
         return ""
+
+    def _is_warming(self) -> bool:
+        now_s = asyncio.get_running_loop().time()
+        if self._warm_until_s is None:
+            self._warm_until_s = now_s + WARM_S_MAX
+        if self._is_warm():
+            self._warm_until_s = now_s  # Targets that come later are no reason to leave service.
+        return now_s < self._warm_until_s
 
     async def _is_engine_up(self) -> bool:
         loop = asyncio.get_running_loop()

@@ -26,6 +26,9 @@ DECODE_AT_FAULT = frozenset(
 )
 """Reasons for which no other prefill target is tried: none could help."""
 
+BOTH_AT_ONCE = frozenset({DialectName.SGLANG, DialectName.PDCOORD})
+"""Dialects in which the decode leg does not wait for the prefill leg's answer."""
+
 LIVE_LEGS: dict[State, tuple[LegKind, ...]] = {
     State.IDLE: (),
     State.PREFILLING: (LegKind.PREFILL,),
@@ -82,7 +85,7 @@ class Legs:
             )
             prefill_ms = _milliseconds(self._prefill_good_s - sent_s)
             if self._committed_s is not None:
-                # sglang sends the decode leg before the prefill is done; what is left after that is
+                # Where the decode leg is sent before the prefill is done, what is left after that is
                 # transfer and first step, as in nixlv2.
                 transfer_ms = _milliseconds(self._committed_s - self._prefill_good_s)
         return ServedHeader(
@@ -142,6 +145,13 @@ class Legs:
         """As `give_up`, of a leg that has not ended by itself."""
         return [CancelLeg(leg), *self.give_up(leg, reason, now_s)]
 
+    def keep(self, leg: int, reason: RungReason, now_s: float) -> list[Action]:
+        """The prefill leg has ended and the decode leg's output is a whole answer without it: commit."""
+        self.close(leg, reason, now_s)
+        self._take(RungKind.COLOCATED, reason, self.legs[leg].target)
+        self._forget_prefill()
+        return self.commit(self.live(LegKind.DECODE), now_s)
+
     def fail(self, leg: int, reason: RungReason, refuse: RefuseReason, now_s: float) -> list[Action]:
         """The leg has ended and nothing is left to try."""
         self._take(RungKind.REFUSE, reason, self.legs[leg].target)
@@ -197,7 +207,7 @@ class Legs:
         self._target = target
         prefill = self._open(LegKind.PREFILL, target.address, now_s)
         actions: list[Action] = [SendPrefill(prefill, self._attempt, target)]
-        if self.order.dialect is DialectName.NIXLV2:
+        if self.order.dialect not in BOTH_AT_ONCE:
             self.enter(State.PREFILLING, now_s)
             return actions
         decode = self._open(LegKind.DECODE, self.order.engine, now_s)
@@ -212,9 +222,7 @@ class Legs:
 
     def _descend(self, failed: HostPort, reason: RungReason, now_s: float) -> list[Action]:
         """Take the next rung; each records what failed where, and what is done instead."""
-        self._target = None
-        self._prefill_good_s = None
-        self.cached_tokens = None
+        self._forget_prefill()
         while self._remaining and reason not in DECODE_AT_FAULT:
             target = self._remaining.pop(0)
             self._take(RungKind.OTHER_PREFILL, reason, failed)
@@ -226,6 +234,11 @@ class Legs:
             return self._send_colocated(now_s)
         self._take(RungKind.REFUSE, reason, failed)
         return [Refuse(RefuseReason.LADDER_EXHAUSTED), *self.end(Outcome.REFUSED, now_s)]
+
+    def _forget_prefill(self) -> None:
+        self._target = None
+        self._prefill_good_s = None
+        self.cached_tokens = None
 
     def _cancel_rest(self, now_s: float) -> list[Action]:
         live = [leg.number for leg in self.legs.values() if leg.is_live]

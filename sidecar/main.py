@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 from prometheus_client import disable_created_metrics
@@ -20,8 +21,11 @@ from sidecar.exchange import Tools
 from sidecar.guard import Allowlist, Guard
 from sidecar.health import Health
 from sidecar.observe import Metrics, configure_log
+from sidecar.probes import Prober, ProbeRules, ask_through
 from sidecar.proxy import Backstage, Limits, Proxy
 from sidecar.settings import Settings, parse
+from transfer.errors import SettingError
+from transfer.settings import read_key_file
 
 USAGE_ERROR = 2
 START_ERROR = 1
@@ -44,6 +48,7 @@ def main() -> int:
     try:
         settings = parse(arguments, os.environ)
         allowlist = Allowlist(settings.allow, path=settings.allow_file, is_open=settings.allow_any)
+        key = read_key(settings.kv_key_file)
     except SettingsError as error:
         sys.stderr.write(f"pdcoord-sidecar: {error}\n")
         return USAGE_ERROR
@@ -51,33 +56,57 @@ def main() -> int:
     disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client leaves it bare
     # uvicorn would report each answer that is broken off on purpose; request.done tells of those.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    return run(_main(settings, allowlist))
+    return run(_main(settings, allowlist, key))
 
 
-async def _main(settings: Settings, allowlist: Allowlist) -> int:
+def read_key(path: Path | None) -> bytes:
+    """The side channels' shared key; empty without a file.
+
+    Raises:
+        SettingsError: if the file cannot be used.
+    """
+    if path is None:
+        return b""
+    try:
+        return read_key_file(str(path))
+    except SettingError as error:
+        raise SettingsError("--kv-key-file", str(path), error.remedy) from error
+
+
+async def _main(settings: Settings, allowlist: Allowlist, key: bytes) -> int:
     signalled = stop_on_signals()
     stop = asyncio.Event()
     metrics = Metrics()
     metrics.set("allowed_targets", len(allowlist))
     async with Client() as client:
-        health = Health(client, settings.engine, metrics)
+        prober = make_prober(settings, allowlist, metrics, key)
+        if prober is None:
+            health = Health(client, settings.engine, metrics)
+            backstage = Backstage(metrics, health)
+        else:
+            health = Health(client, settings.engine, metrics, prober.is_warm)
+            backstage = Backstage(metrics, health, prober.report)
         proxy = make_proxy(settings, allowlist, client, metrics, health)
         listeners = [
             Listener(proxy, settings.host, settings.port),
-            Listener(Backstage(metrics, health), settings.metrics_host, settings.metrics_port),
+            Listener(backstage, settings.metrics_host, settings.metrics_port),
         ]
         status = 0
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(_poll_allowlist(allowlist, metrics))
-            drain = group.create_task(_drain(signalled, stop, proxy, settings.drain_s))
+            background = [
+                group.create_task(_poll_allowlist(allowlist, metrics)),
+                group.create_task(_drain(signalled, stop, proxy, settings.drain_s)),
+            ]
+            if prober is not None:
+                background.append(group.create_task(prober.run()))
             try:
                 await serve(listeners, stop=stop, drain_s=CLOSE_S, on_started=_announce(settings, allowlist))
             except OSError as error:
                 sys.stderr.write(f"pdcoord-sidecar: {error.strerror or error}\n")
                 status = START_ERROR
             finally:
-                poll.cancel()
-                drain.cancel()
+                for task in background:
+                    task.cancel()
     _log.info("sidecar.stopped")
     return status
 
@@ -96,6 +125,21 @@ def _announce(settings: Settings, allowlist: Allowlist) -> Callable[[list[int]],
     return announce
 
 
+def make_prober(settings: Settings, allowlist: Allowlist, metrics: Metrics, key: bytes) -> Prober | None:
+    """Probes through the own engine's agent; None where none is named."""
+    agent = settings.kv_agent
+    if agent is None:
+        return None
+    return Prober(
+        ask_through(agent, key),
+        allowlist.targets,
+        ProbeRules(settings.probe_interval_s, settings.kv_port),
+        rng=random.SystemRandom(),
+        metrics=metrics,
+        now_s=time.monotonic,
+    )
+
+
 def make_proxy(
     settings: Settings, allowlist: Allowlist, client: Client, metrics: Metrics, health: Health
 ) -> Proxy:
@@ -105,6 +149,7 @@ def make_proxy(
         metrics=metrics,
         rng=random.SystemRandom(),
         bootstrap_port=settings.bootstrap_port,
+        kv_port=settings.kv_port,
         now_s=time.monotonic,  # uvloop's own clock counts whole milliseconds
     )
     guard = Guard(

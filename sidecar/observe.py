@@ -1,7 +1,7 @@
 """What the sidecar tells the outside: its metrics, each documented, and one log line per request."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,51 @@ METRICS: tuple[Metric, ...] = (
         "0 without --allow-any: no request can be split here.",
     ),
     Metric(
+        "probes",
+        "counter",
+        ("outcome",),
+        "Probes of prefill targets that ended: ok, agent-unreachable (this pod's own engine could not be "
+        "asked), or how the transfer failed. Only with --kv-agent, as the next five.",
+        "agent-unreachable: --kv-agent is wrong or the engine runs without our connector. Others: GET /paths "
+        "on this port names the target and the detail.",
+    ),
+    Metric(
+        "kv_agent_up",
+        "gauge",
+        (),
+        "1 if the agent in this pod's own engine answered when it was last asked to probe.",
+        "0: as probes with agent-unreachable.",
+    ),
+    Metric(
+        "path_usable",
+        "gauge",
+        ("target",),
+        "1 if the last probe of a target read a known pattern rightly, else 0.",
+        "0: the log line path.changed and GET /paths say why; the coordinator sends nothing over that path.",
+    ),
+    Metric(
+        "path_degraded",
+        "gauge",
+        ("target",),
+        "1 if the last probe went over another transport than the engine's settings ask for, such as TCP in "
+        "place of RoCE.",
+        "1: run `pdcoord preflight` on both nodes.",
+    ),
+    Metric(
+        "path_latency_seconds",
+        "gauge",
+        ("target",),
+        "From asking for one small piece to having it, in the last good probe.",
+        "Growing with load: the link or the producer is busy.",
+    ),
+    Metric(
+        "path_bandwidth_bytes_per_second",
+        "gauge",
+        ("target",),
+        "What the read of a known pattern reached in the last good probe.",
+        "Far below link_gbit_per_s of the policy: correct the policy, or the link.",
+    ),
+    Metric(
         "allow_file_errors",
         "counter",
         (),
@@ -177,8 +222,13 @@ class Metrics:
     def count(self, name: str, *labels: str) -> None:
         self._child(name, labels).inc()
 
-    def set(self, name: str, value: float) -> None:
-        self._by_name[name].set(value)
+    def set(self, name: str, value: float, *labels: str) -> None:
+        self._child(name, labels).set(value)
+
+    def drop(self, names: Iterable[str], *labels: str) -> None:
+        """Forget these series, if they are there: what they told of is gone."""
+        for name in names:
+            self._by_name[name].remove(*labels)
 
     def observe(self, name: str, seconds: float, *labels: str) -> None:
         self._child(name, labels).observe(max(seconds, 0.0))

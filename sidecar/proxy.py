@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -267,11 +267,16 @@ async def answer_probe(path: str, health: Health, send: Send) -> None:
 
 
 class Backstage:
-    """The ASGI app of the metrics listener: /metrics, /livez, /readyz."""
+    """The ASGI app of the metrics listener: /metrics, /paths, /livez, /readyz.
 
-    def __init__(self, metrics: Metrics, health: Health) -> None:
+    Args:
+        paths: the body of /paths; None where nothing is probed.
+    """
+
+    def __init__(self, metrics: Metrics, health: Health, paths: Callable[[], bytes] | None = None) -> None:
         self._metrics = metrics
         self._health = health
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's
         if scope["type"] != "http":
@@ -285,7 +290,13 @@ class Backstage:
         elif path in {"/livez", "/readyz"}:
             await answer_probe(path, self._health, send)
             return
+        elif path == "/paths" and self._paths is not None:
+            await send_json(send, 200, self._paths())
+            return
+        elif path == "/paths":
+            message = "No path is probed here: this sidecar runs without --kv-agent."
+            refusal = Refusal(RefuseReason.PATH_UNKNOWN, message)
         else:
-            message = "This path is not served here; there are /metrics, /livez and /readyz."
+            message = "This path is not served here; there are /metrics, /paths, /livez and /readyz."
             refusal = Refusal(RefuseReason.PATH_UNKNOWN, message)
         await send_json(send, refusal.status, refusal.body(), refusal.headers())

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.plans import DialectName
+from pdcoord.protocol.plans import KV_PORT, DialectName, PrefillTarget
 from sidecar.errors import SettingsError
-from sidecar.guard import DEADLINE_MS_MAX, normal_address
+from sidecar.guard import DEADLINE_MS_MAX, normal_address, read_target
 
 ENV_PREFIX = "PDCOORD_SIDECAR_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -23,7 +23,7 @@ class Settings:
     port: int
     engine: HostPort
     dialect: DialectName
-    allow: tuple[HostPort, ...]
+    allow: tuple[PrefillTarget, ...]
     allow_file: Path | None
     allow_any: bool
     metrics_host: str
@@ -35,6 +35,10 @@ class Settings:
     transfer_deadline_ms: float
     fallback_colocated: bool
     bootstrap_port: int
+    kv_port: int
+    kv_agent: HostPort | None
+    kv_key_file: Path | None
+    probe_interval_s: float
     body_bytes_max: int
     log_level: str
 
@@ -60,8 +64,17 @@ def _read_address(text: str) -> HostPort:
         raise ValueError("give host:port, such as 127.0.0.1:8200 or [::1]:8200") from error
 
 
-def _read_addresses(text: str) -> tuple[HostPort, ...]:
-    return tuple(_read_address(part) for part in text.split(",") if part.strip())
+def _read_agent(text: str) -> HostPort | None:
+    return _read_address(text) if text else None
+
+
+def _read_targets(text: str) -> tuple[PrefillTarget, ...]:
+    try:
+        return tuple(read_target(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(
+            "give host:port, or host:port/kv_port where a KV port is not --kv-port, such as 10.0.0.1:8000"
+        ) from error
 
 
 def _read_host(text: str) -> str:
@@ -151,13 +164,14 @@ FLAGS: tuple[Flag, ...] = (
         "DIALECT",
         "nixlv2",
         _read_dialect,
-        "how requests without x-pdcoord-plan are handed over: nixlv2 (vLLM) or sglang",
+        "how requests without x-pdcoord-plan are handed over: nixlv2 (vLLM, one leg after the other), "
+        "pdcoord (vLLM with our connector, both at once) or sglang",
     ),
     Flag(
         "--allow",
-        "HOST:PORT[,...]",
+        "HOST:PORT[/KV_PORT][,...]",
         "",
-        _read_addresses,
+        _read_targets,
         "prefill targets that may be dialled; repeatable; with none given here or in the file, none may",
         is_repeatable=True,
     ),
@@ -171,8 +185,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "--allow-any", "", "no", _read_yes_no, "let any prefill target be dialled; as a variable, yes or no"
     ),
-    Flag("--metrics-host", "HOST", "127.0.0.1", _read_host, "address of /metrics, /livez and /readyz"),
-    Flag("--metrics-port", "PORT", "9400", _read_port, "port of /metrics, /livez and /readyz"),
+    Flag(
+        "--metrics-host", "HOST", "127.0.0.1", _read_host, "address of /metrics, /paths, /livez and /readyz"
+    ),
+    Flag("--metrics-port", "PORT", "9400", _read_port, "port of /metrics, /paths, /livez and /readyz"),
     Flag(
         "--drain-s",
         "SECONDS",
@@ -224,6 +240,34 @@ FLAGS: tuple[Flag, ...] = (
         "8998",
         _read_fixed_port,
         "sglang: rendezvous port of a prefill target that names none",
+    ),
+    Flag(
+        "--kv-port",
+        "PORT",
+        str(KV_PORT),
+        _read_fixed_port,
+        "pdcoord: KV side channel of a prefill target that names none",
+    ),
+    Flag(
+        "--kv-agent",
+        "HOST:PORT",
+        "",
+        _read_agent,
+        "KV side channel of this pod's own engine; with it every allowed target is probed, see Paths",
+    ),
+    Flag(
+        "--kv-key-file",
+        "FILE",
+        "",
+        _read_path,
+        "file with the key that the side channels share; none if they have none",
+    ),
+    Flag(
+        "--probe-interval-s",
+        "SECONDS",
+        "30",
+        _number(1, 86_400, "seconds"),
+        "time between two probes of a target that answers; one that does not is asked sooner",
     ),
     Flag("--body-bytes-max", "BYTES", "67108864", _read_body_bytes, "longest request body"),
     Flag("--log-level", "LEVEL", "info", _read_level, "least level that is logged: " + ", ".join(LOG_LEVELS)),
@@ -285,6 +329,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if values["allow_any"] and (values["allow"] or values["allow_file"]):
         raise SettingsError(
             "--allow-any", "yes", "it makes --allow and --allow-file void; leave one of them out"
+        )
+    if values["allow_any"] and values["kv_agent"]:
+        raise SettingsError(
+            "--kv-agent", values["kv_agent"], "with --allow-any no target is known to probe; give --allow"
         )
     port = values["port"]
     if port and port == values["metrics_port"] and values["host"] == values["metrics_host"]:

@@ -25,8 +25,8 @@ class State(StrEnum):
 STATE_MEANINGS: dict[State, str] = {
     State.IDLE: "nothing sent yet",
     State.PREFILLING: "nixlv2: the prefill leg runs, the decode leg is not sent yet",
-    State.PAIRED: "sglang: both legs run, neither has answered",
-    State.HELD: "sglang: the decode leg has output, held back until the prefill leg is known good",
+    State.PAIRED: "sglang, pdcoord: both legs run, neither has answered",
+    State.HELD: "sglang, pdcoord: the decode leg has output, held back until the prefill leg is known good",
     State.PULLING: "the prefill leg is good, the decode leg is to show its first output",
     State.LOCAL: "colocated: the engine does both phases, no output yet",
     State.RELAYING: "committed: the client has the head, output flows to it",
@@ -192,7 +192,7 @@ class SendPrefill:
     """Send a prefill leg.
 
     Attributes:
-        attempt: legs of one attempt share what pairs them (sglang: the room).
+        attempt: legs of one attempt share what pairs them (sglang: the room, pdcoord: transfer and nonce).
     """
 
     leg: int
@@ -206,7 +206,8 @@ class SendDecode:
 
     Attributes:
         ticket: nixlv2's, to the byte; None otherwise.
-        peer: sglang's prefill target; None otherwise. With neither, the leg is colocated.
+        peer: the prefill target where both legs are sent at once; None otherwise. With neither, the leg
+            is colocated.
     """
 
     leg: int

@@ -19,6 +19,7 @@ from pdcoord.core.events import (
     Dispatch,
     Event,
     ModelsReplaced,
+    PathProbed,
     Refuse,
     RequestArrived,
     RequestEnded,
@@ -34,13 +35,14 @@ from pdcoord.core.fleet import (
     EndpointState,
     EngineKind,
     Fleet,
+    Pool,
     SampleFailed,
     SampleTaken,
     Signal,
 )
 from pdcoord.core.ladder import FallbackBudget, rungs
 from pdcoord.core.ledger import Entry, Ledger
-from pdcoord.core.model import Model
+from pdcoord.core.model import LegOrder, Model
 from pdcoord.core.paths import PathTable, PathView
 from pdcoord.core.plan import DropReason, Plan
 from pdcoord.core.ports import SpeedModel
@@ -51,6 +53,7 @@ from pdcoord.core.speed import SeededSpeed
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import DialectName, Mode, RungKind, ServedHeader
+from transfer.verdict import Connector
 
 LIVE_REQUESTS_MAX = 65_536
 """Requests in all that one coordinator keeps account of; past it the next is refused."""
@@ -96,6 +99,9 @@ class Coordinator:
             case ModelsReplaced(models):
                 self._replace_models(models)
                 return []
+            case PathProbed():
+                self._take_probe(event, now_s)
+                return []
             case EndpointSeen() | EndpointGone() | EndpointDraining() | SampleTaken() | SampleFailed():
                 self._take_signal(event)
                 return []
@@ -125,13 +131,17 @@ class Coordinator:
         endpoints = [state.endpoint for state in self.fleet.of_model(model.name)]
         for prefill, decode in itertools.product(endpoints, endpoints):
             if prefill.pool.can_prefill and decode.pool.can_decode and prefill.id != decode.id:
+                seeded = self._speed.path(prefill, decode)
+                figures = self.paths.figures(prefill.id, decode.id, seeded, now_s)
                 yield PathView(
                     prefill=prefill,
                     decode=decode,
                     verdict=self.paths.verdict(prefill.pool, decode.pool),
                     state=self.paths.state(prefill.id, decode.id, now_s),
-                    bandwidth_bytes_per_s=self._speed.path(prefill, decode).bandwidth_bytes_per_s,
+                    bandwidth_bytes_per_s=figures.bandwidth_bytes_per_s,
                     bytes_in_flight=self.ledger.load(decode.id).bytes_in_flight,
+                    fault=self.paths.fault(prefill.id, decode.id, now_s),
+                    probe=self.paths.probe(prefill.id, decode.id),
                 )
 
     def validate(self) -> None:
@@ -175,6 +185,22 @@ class Coordinator:
             self.paths.forget(before.endpoint.id)
             self.ledger.forget(before.endpoint.id)
 
+    def _take_probe(self, event: PathProbed, now_s: float) -> None:
+        """Note a probe of every path that it was of: an address may serve several models."""
+        decode = self.fleet.get(event.decode)
+        if decode is None:
+            return
+        model = self._models.get(decode.endpoint.pool.model)
+        for prefill in self.fleet.at(event.prefill):
+            endpoint = prefill.endpoint
+            is_path = endpoint.pool.can_prefill and endpoint.id != event.decode
+            if model is None or not is_path or endpoint.pool.model != model.name:
+                continue
+            seeded = self._speed.path(endpoint, decode.endpoint).bandwidth_bytes_per_s
+            bandwidth_min = model.disaggregation.bandwidth_bytes_per_s_min
+            is_slow = event.probe.is_slow(seeded, bandwidth_min)
+            self.paths.note_probe((endpoint.id, event.decode), event.probe, is_slow=is_slow, now_s=now_s)
+
     def _arrive(self, request: Request, now_s: float) -> Action:
         assert request.id not in self._live, f"request {request.id} arrived twice"
         model = self._models.get(request.model)
@@ -205,12 +231,11 @@ class Coordinator:
             is_on_ladder = RungKind.COLOCATED in model.fallback.rungs
             return _saturated() if is_on_ladder else _refusal(request, model, choice.drops)
         is_split = choice.best.mode is Mode.SPLIT
-        is_sglang = decode.endpoint.pool.engine is EngineKind.SGLANG
         return Plan(
             request_id=request.id,
             chosen=choice.best,
             why=choice.why,
-            dialect=DialectName.SGLANG if is_sglang else DialectName.NIXLV2,
+            dialect=_dialect(decode.endpoint.pool, model),
             rungs=rungs(model, decode, choice.other_prefills, budget) if is_split else (),
             runner_up=choice.runner_up,
             drops=dict(choice.drops),
@@ -328,6 +353,15 @@ class Coordinator:
         for endpoint in (plan.decode, plan.prefill):
             if endpoint is not None and self.fleet.get(endpoint.id) is None:
                 self.ledger.forget(endpoint.id)
+
+
+def _dialect(decode: Pool, model: Model) -> DialectName:
+    """How legs to this pool are handed over. A path's connectors are equal, so the decode pool's will do."""
+    if decode.engine is EngineKind.SGLANG:
+        return DialectName.SGLANG
+    is_ours = decode.side.connector is Connector.PDCOORD
+    is_concurrent = model.disaggregation.order is LegOrder.CONCURRENT
+    return DialectName.PDCOORD if is_ours and is_concurrent else DialectName.NIXLV2
 
 
 def _may_try_other(model: Model, attempt: int) -> bool:

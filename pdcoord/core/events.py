@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pdcoord.core.fleet import Signal
+from pdcoord.core.fleet import EndpointId, Signal
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Plan
+from pdcoord.core.probes import Probe
 from pdcoord.core.request import Request, RequestId
 from pdcoord.protocol.errors import Refusal, RungReason
+from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import ServedHeader
 
 
@@ -26,6 +28,15 @@ class ModelsReplaced:
     """A policy was accepted: these are all models from now on."""
 
     models: tuple[Model, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PathProbed:
+    """The sidecar of a decode endpoint probed the path from a prefill address."""
+
+    prefill: HostPort
+    decode: EndpointId
+    probe: Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,5 +96,5 @@ class Refuse:
     refusal: Refusal
 
 
-Event = Signal | ModelsReplaced | RequestArrived | ResponseBegan | DecodeFailed | RequestEnded
+Event = Signal | PathProbed | ModelsReplaced | RequestArrived | ResponseBegan | DecodeFailed | RequestEnded
 Action = Dispatch | Refuse

@@ -119,12 +119,16 @@ class Endpoint:
     Attributes:
         address: where requests go: the sidecar on a decode pod, the engine on a prefill pod.
         bootstrap_port: SGLang's rendezvous port, on prefill pods.
+        kv_port: KV side channel of our connector, on prefill pods; None for the default.
+        metrics_port: of the sidecar's metrics listener, which tells of its paths; None if nobody may ask it.
     """
 
     id: EndpointId
     pool: Pool
     address: HostPort
     bootstrap_port: int | None = None
+    kv_port: int | None = None
+    metrics_port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +216,17 @@ class Fleet:
         self._states: dict[EndpointId, EndpointState] = {}
         self._groups: dict[ModelName, list[PoolGroup]] = {}
         self._free_ordinals: list[int] = []
+        self._ids: dict[HostPort, dict[EndpointId, None]] = {}
 
     def get(self, endpoint_id: EndpointId) -> EndpointState | None:
         return self._states.get(endpoint_id)
 
     def states(self) -> Iterator[EndpointState]:
         return iter(self._states.values())
+
+    def at(self, address: HostPort) -> Sequence[EndpointState]:
+        """The endpoints with this address: one of each model that is served there."""
+        return [self._states[endpoint_id] for endpoint_id in self._ids.get(address, ())]
 
     def of_model(self, model: ModelName) -> Iterable[EndpointState]:
         for group in self.groups(model):
@@ -265,6 +274,8 @@ class Fleet:
                     assert state.endpoint.pool is group.pool, f"{state.endpoint.id}: grouped in another pool"
                 grouped |= states
         assert grouped == self._states, "the grouping by pool disagrees with the fleet"
+        listed = [(address, id_) for address, ids in self._ids.items() for id_ in ids]
+        assert sorted(listed) == sorted((s.endpoint.address, id_) for id_, s in self._states.items())
 
     def _see(self, endpoint: Endpoint) -> None:
         known = self._states.get(endpoint.id)
@@ -284,6 +295,7 @@ class Fleet:
         state = self._states.get(endpoint_id)
         if state is not None:
             self._ungroup(state)
+            self._unlist(state)
             del self._states[endpoint_id]
             self._free_ordinals.append(state.ordinal)
 
@@ -313,6 +325,16 @@ class Fleet:
             before.health is not state.health or before.endpoint.pool is not endpoint.pool
         ):
             self._ungroup(before)
+        if before is None or before.endpoint.address != endpoint.address:
+            if before is not None:
+                self._unlist(before)
+            self._ids.setdefault(endpoint.address, {})[endpoint.id] = None
+
+    def _unlist(self, state: EndpointState) -> None:
+        ids = self._ids[state.endpoint.address]
+        del ids[state.endpoint.id]
+        if not ids:
+            del self._ids[state.endpoint.address]
 
     def _group(self, pool: Pool) -> PoolGroup:
         groups = self._groups.setdefault(pool.model, [])

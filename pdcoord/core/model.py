@@ -15,6 +15,17 @@ class SplitMode(StrEnum):
     NEVER = "never"
 
 
+class LegOrder(StrEnum):
+    """When the decode leg of a split request is sent: behind the prefill leg, or with it.
+
+    Concurrent needs our own connector on both sides; elsewhere it is sequential (SGLang knows only the
+    other).
+    """
+
+    SEQUENTIAL = "sequential"
+    CONCURRENT = "concurrent"
+
+
 @dataclass(frozen=True, slots=True)
 class Disaggregation:
     """When to split and how long to wait.
@@ -33,6 +44,7 @@ class Disaggregation:
     prefill_deadline_s: float = 60.0
     transfer_deadline_s: float = 20.0
     bandwidth_bytes_per_s_min: float = 1e9
+    order: LegOrder = LegOrder.SEQUENTIAL
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ class Pairs:
         self._objective = Objective(model)
         self._paths = paths
         self._troubled = paths.troubled
+        self._has_probes = paths.probe_count > 0
         self._speed = speed
         self._drops = drops
         self._now_s = now_s
@@ -99,10 +100,11 @@ class Pairs:
         """The best rank so far, with its decode leg, after these pairs."""
         for decode in decodes:
             for worker in workers:
-                if not self._is_open(worker, decode):
-                    self._drops[DropReason.BREAKER_OPEN] += 1
+                figures = self._way(worker, decode, link)
+                if isinstance(figures, DropReason):
+                    self._drops[figures] += 1
                 elif worker.endpoint is not decode.endpoint:
-                    rank = self._rank(worker, decode, link)
+                    rank = self._rank(worker, decode, figures)
                     if best is None or rank < best[0]:
                         best = rank, decode
         return best
@@ -115,21 +117,30 @@ class Pairs:
             if not isinstance(link, PathFigures):
                 continue
             for worker in listed:
-                if worker.endpoint is not decode.endpoint and self._is_open(worker, decode):
-                    ranked.append((self._rank(worker, decode, link), len(ranked), worker, link))
+                figures = self._way(worker, decode, link)
+                if worker.endpoint is not decode.endpoint and isinstance(figures, PathFigures):
+                    ranked.append((self._rank(worker, decode, figures), len(ranked), worker, figures))
         ranked.sort(key=lambda row: row[:2])
-        _, _, best, link = ranked[0]
+        _, _, best, figures = ranked[0]
         # A rung is there to save the request: it is no place to probe a path.
         others = [leg.endpoint for _, _, leg, _ in ranked[1:] if self._is_closed(leg, decode)]
         return BestPair(
-            self._candidate(best, decode, link), tuple(others[: self._model.fallback.other_prefill_max])
+            self._candidate(best, decode, figures), tuple(others[: self._model.fallback.other_prefill_max])
         )
 
-    def _is_open(self, worker: Leg, decode: Leg) -> bool:
-        prefill_id = worker.endpoint.id
-        return prefill_id not in self._troubled or self._paths.lets_pass(
-            prefill_id, decode.endpoint.id, self._now_s
-        )
+    def _way(self, worker: Leg, decode: Leg, link: PathFigures) -> PathFigures | DropReason:
+        """What one path costs, given what the way between its pools does, or why it is not used."""
+        prefill_id, decode_id, now_s = worker.endpoint.id, decode.endpoint.id, self._now_s
+        if prefill_id in self._troubled and not self._paths.lets_pass(prefill_id, decode_id, now_s):
+            is_shut = self._paths.fault(prefill_id, decode_id, now_s)
+            return DropReason.PROBE_FAILED if is_shut else DropReason.BREAKER_OPEN
+        if not self._has_probes:
+            return link
+        figures = self._paths.figures(prefill_id, decode_id, link, now_s)
+        bandwidth = figures.bandwidth_bytes_per_s
+        if bandwidth <= 0.0 or bandwidth < self._model.disaggregation.bandwidth_bytes_per_s_min:
+            return DropReason.BANDWIDTH_TOO_LOW
+        return figures
 
     def _is_closed(self, worker: Leg, decode: Leg) -> bool:
         state = self._paths.state(worker.endpoint.id, decode.endpoint.id, self._now_s)

@@ -1,11 +1,13 @@
-"""Paths between prefill and decode endpoints: verdict and breaker of each."""
+"""Paths between prefill and decode endpoints: verdict, breaker and last probe of each."""
 
 from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pdcoord.core.costs import PathFigures
 from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, Pool, Role
+from pdcoord.core.probes import Probe, ProbeState
 from pdcoord.core.request import RequestId
 from pdcoord.protocol.errors import RungReason
 from transfer.verdict import Side, Verdict, VerdictKind, verdict
@@ -15,6 +17,11 @@ FAILURES_MAX = 3
 OPEN_S_MIN = 1.0
 OPEN_S_MAX = 60.0
 """How long a path stays open (closed to traffic) before a probe: doubled with each failed probe."""
+
+PROBES_MAX = 1 << 18
+"""Paths of which the last probe is kept, some 60 MB; the probes of further ones are not looked at."""
+SWEEP_S = 10.0
+"""Time between two looks for probes that say nothing any more."""
 
 # Overload is not a failure of the path (an open breaker under load turns a slow fleet into a dead
 # one), and neither is anything the decode side did after the KV arrived.
@@ -44,13 +51,15 @@ class Breaker:
     Attributes:
         failure_count: failures in a row, weighted.
         open_s: length of the current or last open period.
-        open_until_s: when a probe may go; meaningful once tripped.
-        probe: the request that probes a tripped path, while it is under way.
+        open_until_s: when a request may try it; meaningful once tripped.
+        failed_s: when the last failure was heard of.
+        probe: the request that tries a tripped path, while it is under way.
     """
 
     failure_count: int = 0
     open_s: float = 0.0
     open_until_s: float = 0.0
+    failed_s: float = 0.0
     is_tripped: bool = False
     probe: RequestId | None = None
 
@@ -74,6 +83,7 @@ class Breaker:
             # Sent before the path opened: old news, and a burst of it is still one failure.
             return
         self.failure_count += weight
+        self.failed_s = now_s
         self.probe = None
         if self.is_tripped or self.failure_count >= FAILURES_MAX:
             self.is_tripped = True
@@ -84,27 +94,50 @@ class Breaker:
         if self.probe == request_id:
             self.probe = None
 
+    def retry_after(self, good_s: float) -> None:
+        """A sidecar's probe was good: what failed before it may be tried again at once.
+
+        Not closed: a probe does not compute a prompt, so it cannot tell whether the prefill leg works.
+        """
+        if self.failed_s < good_s:
+            self.open_until_s = min(self.open_until_s, good_s)
+
+
+PathKey = tuple[EndpointId, EndpointId]
+"""Prefill endpoint, decode endpoint."""
+
 
 class PathTable:
-    """Verdicts by pair of pools and breakers by pair of endpoints.
+    """Verdicts by pair of pools; breakers and last probes by pair of endpoints.
 
     Only paths that failed since their last success have a breaker, so memory follows trouble, not
-    the square of the fleet.
+    the square of the fleet. Probes do follow the square where sidecars probe; their number is bounded.
     """
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple[Side, Side], Verdict] = {}
-        self._breakers: dict[tuple[EndpointId, EndpointId], Breaker] = {}
-        self._tripped_counts: dict[EndpointId, int] = {}
+        self._breakers: dict[PathKey, Breaker] = {}
+        self._probes: dict[PathKey, Probe] = {}
+        self._slow: set[PathKey] = set()
+        self._troubled_paths: set[PathKey] = set()
+        self._trouble_counts: dict[EndpointId, int] = {}
+        self._swept_s = 0.0
 
     @property
     def breaker_count(self) -> int:
         return len(self._breakers)
 
     @property
+    def probe_count(self) -> int:
+        return len(self._probes)
+
+    @property
     def troubled(self) -> Container[EndpointId]:
-        """Endpoints with a tripped path; every path of any other lets requests pass."""
-        return self._tripped_counts
+        """Endpoints with a path that is tripped, shut by its last probe, or slow.
+
+        Every path of any other lets requests pass and is as fast as its pools' links, or nearly so.
+        """
+        return self._trouble_counts
 
     def verdict(self, prefill: Pool, decode: Pool) -> Verdict:
         """What the layouts of two pools allow; also impossible where the engines differ in dialect."""
@@ -119,10 +152,41 @@ class PathTable:
         return found
 
     def state(self, prefill: EndpointId, decode: EndpointId, now_s: float) -> BreakerState:
+        if self.fault(prefill, decode, now_s):
+            return BreakerState.OPEN
         breaker = self._breakers.get((prefill, decode))
         return BreakerState.CLOSED if breaker is None else breaker.state(now_s)
 
+    def fault(self, prefill: EndpointId, decode: EndpointId, now_s: float) -> str:
+        """Why the last probe shuts the path: a FailureKind or `impossible`; empty if it does not."""
+        probe = self._probes.get((prefill, decode))
+        return probe.fault if probe is not None and probe.is_fresh(now_s) else ""
+
+    def probe(self, prefill: EndpointId, decode: EndpointId) -> Probe | None:
+        """The last probe, be it fresh or not."""
+        return self._probes.get((prefill, decode))
+
+    def probe_states(self, now_s: float) -> Counter[ProbeState]:
+        """How many probed paths are in which state."""
+        return Counter(self._probe_state(path, probe, now_s) for path, probe in self._probes.items())
+
+    def _probe_state(self, path: PathKey, probe: Probe, now_s: float) -> ProbeState:
+        if not probe.is_fresh(now_s):
+            return ProbeState.STALE
+        if probe.fault:
+            return ProbeState.SHUT
+        return ProbeState.SLOW if path in self._slow else ProbeState.GOOD
+
+    def figures(
+        self, prefill: EndpointId, decode: EndpointId, seeded: PathFigures, now_s: float
+    ) -> PathFigures:
+        """The policy's figures of a path, no better than what was measured lately."""
+        probe = self._probes.get((prefill, decode))
+        return seeded if probe is None or not probe.is_fresh(now_s) else probe.cap(seeded)
+
     def lets_pass(self, prefill: EndpointId, decode: EndpointId, now_s: float) -> bool:
+        if self.fault(prefill, decode, now_s):
+            return False
         breaker = self._breakers.get((prefill, decode))
         return breaker is None or breaker.lets_pass(now_s)
 
@@ -135,20 +199,29 @@ class PathTable:
     def succeed(self, prefill: EndpointId, decode: EndpointId) -> None:
         self._drop((prefill, decode))
 
-    def fail(
-        self, path: tuple[EndpointId, EndpointId], reason: RungReason, request_id: RequestId, now_s: float
-    ) -> None:
+    def note_probe(self, path: PathKey, probe: Probe, *, is_slow: bool, now_s: float) -> None:
+        """A sidecar probed this path; `is_slow` as `Probe.is_slow` says beside the policy's figures."""
+        self._sweep(now_s)
+        known = self._probes.get(path)
+        is_old = known is not None and probe.at_s <= known.at_s
+        is_full = known is None and len(self._probes) >= PROBES_MAX
+        if is_old or is_full or probe.tells_nothing or not probe.is_fresh(now_s):
+            return
+        self._probes[path] = probe
+        (self._slow.add if is_slow else self._slow.discard)(path)
+        breaker = self._breakers.get(path)
+        if breaker is not None and not probe.fault:
+            breaker.retry_after(probe.at_s)
+        self._count_trouble(path)
+
+    def fail(self, path: PathKey, reason: RungReason, request_id: RequestId, now_s: float) -> None:
         """A leg over this path was given up; reasons that are not the path's fault end a probe only."""
         weight = _FAILURES.get(reason, 0)
         if not weight:
             self.abandon(*path, request_id)
             return
-        breaker = self._breakers.setdefault(path, Breaker())
-        was_tripped = breaker.is_tripped
-        breaker.fail(weight, request_id, now_s)
-        if breaker.is_tripped and not was_tripped:
-            for endpoint_id in path:
-                self._tripped_counts[endpoint_id] = self._tripped_counts.get(endpoint_id, 0) + 1
+        self._breakers.setdefault(path, Breaker()).fail(weight, request_id, now_s)
+        self._count_trouble(path)
 
     def abandon(self, prefill: EndpointId, decode: EndpointId, request_id: RequestId) -> None:
         """A request over this path ended without telling whether the path works."""
@@ -158,8 +231,9 @@ class PathTable:
 
     def forget(self, endpoint_id: EndpointId) -> None:
         """The endpoint is gone, and with it every path it was part of."""
-        for path in [path for path in self._breakers if endpoint_id in path]:
-            self._drop(path)
+        for path in [path for path in self._breakers.keys() | self._probes.keys() if endpoint_id in path]:
+            self._breakers.pop(path, None)
+            self._drop_probe(path)
 
     def forget_verdicts(self) -> None:
         """Layouts may have changed with a new policy."""
@@ -167,22 +241,50 @@ class PathTable:
 
     def validate(self, endpoints: Container[EndpointId], live: Container[RequestId]) -> None:
         """Assert that breakers are of endpoints that exist, and probes of requests under way."""
-        counts: Counter[EndpointId] = Counter()
+        for path in (*self._breakers, *self._probes):
+            assert all(endpoint_id in endpoints for endpoint_id in path), f"{path}: no path of this fleet"
         for path, breaker in self._breakers.items():
-            assert all(endpoint_id in endpoints for endpoint_id in path), f"{path}: a breaker of no path"
             assert breaker.probe is None or breaker.is_tripped, f"{path}: a probe of a closed path"
             assert breaker.probe is None or breaker.probe in live, f"{path}: its probe has ended"
-            counts.update(path if breaker.is_tripped else ())
-        assert counts == self._tripped_counts, "the count of tripped paths is wrong"
+        assert self._slow <= self._probes.keys(), "a slow path that was not probed"
+        assert len(self._probes) <= PROBES_MAX, "too many probes"
+        troubled = {path for path in self._breakers.keys() | self._probes.keys() if self._is_troubled(path)}
+        assert troubled == self._troubled_paths, "the troubled paths are wrong"
+        counts = Counter(endpoint_id for path in troubled for endpoint_id in path)
+        assert counts == self._trouble_counts, "the count of troubled paths is wrong"
 
-    def _drop(self, path: tuple[EndpointId, EndpointId]) -> None:
-        breaker = self._breakers.pop(path, None)
-        if breaker is None or not breaker.is_tripped:
+    def _drop(self, path: PathKey) -> None:
+        if self._breakers.pop(path, None) is not None:
+            self._count_trouble(path)
+
+    def _drop_probe(self, path: PathKey) -> None:
+        self._probes.pop(path, None)
+        self._slow.discard(path)
+        self._count_trouble(path)
+
+    def _sweep(self, now_s: float) -> None:
+        """Forget probes that say nothing any more, now and then."""
+        if now_s < self._swept_s + SWEEP_S:
             return
+        self._swept_s = now_s
+        for path in [path for path, probe in self._probes.items() if not probe.is_fresh(now_s)]:
+            self._drop_probe(path)
+
+    def _is_troubled(self, path: PathKey) -> bool:
+        breaker, probe = self._breakers.get(path), self._probes.get(path)
+        is_tripped = breaker is not None and breaker.is_tripped
+        return is_tripped or path in self._slow or (probe is not None and bool(probe.fault))
+
+    def _count_trouble(self, path: PathKey) -> None:
+        """Keep `troubled` true to this path."""
+        is_troubled = self._is_troubled(path)
+        if is_troubled == (path in self._troubled_paths):
+            return
+        (self._troubled_paths.add if is_troubled else self._troubled_paths.discard)(path)
         for endpoint_id in path:
-            left = self._tripped_counts.pop(endpoint_id) - 1
-            if left:
-                self._tripped_counts[endpoint_id] = left
+            count = self._trouble_counts.pop(endpoint_id, 0) + (1 if is_troubled else -1)
+            if count:
+                self._trouble_counts[endpoint_id] = count
 
 
 _SGLANG_ROLES = (Role.PREFILL, Role.DECODE)
@@ -201,7 +303,13 @@ def _engines_differ(prefill: Pool, decode: Pool) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class PathView:
-    """One path as the admin listener shows it."""
+    """One path as the admin listener shows it.
+
+    Attributes:
+        bandwidth_bytes_per_s: what decisions count with: of the policy, no more than measured lately.
+        fault: why the last probe shuts the path; empty if it does not.
+        probe: the last one, be it fresh or not; None if there was none.
+    """
 
     prefill: Endpoint
     decode: Endpoint
@@ -209,3 +317,5 @@ class PathView:
     state: BreakerState
     bandwidth_bytes_per_s: float
     bytes_in_flight: int
+    fault: str
+    probe: Probe | None

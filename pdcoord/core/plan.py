@@ -39,6 +39,7 @@ class DropReason(StrEnum):
     CONTEXT_TOO_LONG = "context-too-long"
     VERDICT_IMPOSSIBLE = "verdict-impossible"
     BREAKER_OPEN = "breaker-open"
+    PROBE_FAILED = "probe-failed"
     BANDWIDTH_UNKNOWN = "bandwidth-unknown"
     BANDWIDTH_TOO_LOW = "bandwidth-too-low"
     EXCLUDED = "excluded"

@@ -67,7 +67,7 @@ def make_admin_app(state: AdminState) -> FastAPI:
 
     pages: list[tuple[str, Callable[..., Any], str]] = [
         ("/fleet", fleet, "Every endpoint with its last signals"),
-        ("/paths", paths, "Every path with its verdict and breaker"),
+        ("/paths", paths, "Every path with its verdict, breaker and last probe"),
         ("/policy", policy, "The policy in force, and why a newer one is not"),
         ("/decisions", decisions, "The latest decisions"),
         ("/decisions/{request_id:path}", decision, "One decision with the full plan"),

@@ -59,7 +59,9 @@ def plan_header(plan: Plan) -> PlanHeader:
     targets = [plan.prefill, *(rung.prefill for rung in plan.rungs if rung.kind is RungKind.OTHER_PREFILL)]
     return PlanHeader(
         prefills=tuple(
-            PrefillTarget(address=e.address, bootstrap_port=e.bootstrap_port) for e in targets if e
+            PrefillTarget(address=e.address, bootstrap_port=e.bootstrap_port, kv_port=e.kv_port)
+            for e in targets
+            if e
         ),
         dialect=plan.dialect,
         is_colocated_allowed=plan.prefill is None or any(r.kind is RungKind.COLOCATED for r in plan.rungs),

@@ -13,6 +13,9 @@ from pdcoord.core.ledger import Load
 from pdcoord.core.model import Model
 from pdcoord.core.paths import PathView
 from pdcoord.core.plan import Candidate, Figures, Plan
+from pdcoord.core.probes import Probe
+
+_GBIT_PER_BYTE = 8e-9
 
 
 class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,16 +45,47 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: list[EndpointView]
 
 
+class ProbeView(msgspec.Struct, frozen=True, kw_only=True):
+    """The last probe of a path, as the decode endpoint's sidecar told of it.
+
+    Attributes:
+        is_fresh: decisions heed it; a stale one is only shown.
+        is_usable: nothing of it speaks against the path.
+        failure: why the known pattern did not come; empty if it did.
+        verdict: as the engines themselves judged; empty if the producer did not answer.
+    """
+
+    is_fresh: bool
+    is_usable: bool
+    failure: str
+    detail: str
+    verdict: str
+    verdict_reason: str
+    transport: str
+    is_degraded: bool
+    latency_ms: float | None
+    bandwidth_gbit_per_s: float | None
+    age_ms: float
+
+
 class PathRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One pair of endpoints that could be a path."""
+    """One pair of endpoints that could be a path.
+
+    Attributes:
+        breaker: open too where the last probe shuts the path; `fault` says why then, else it is empty.
+        bandwidth_gbit_per_s: what decisions count with: of the policy, no more than measured lately.
+        probe: None if nobody probed the path, or told of it.
+    """
 
     prefill: str
     decode: str
     verdict: str
     verdict_reason: str
     breaker: str
+    fault: str
     bandwidth_gbit_per_s: float
     bytes_in_flight: int
+    probe: ProbeView | None
 
 
 class PathsView(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,15 +244,34 @@ def endpoint_view(state: EndpointState, load: Load, now_s: float) -> EndpointVie
     )
 
 
-def path_row(view: PathView) -> PathRow:
+def path_row(view: PathView, now_s: float) -> PathRow:
     return PathRow(
         prefill=view.prefill.id,
         decode=view.decode.id,
         verdict=view.verdict.kind,
         verdict_reason=view.verdict.reason,
         breaker=view.state,
-        bandwidth_gbit_per_s=view.bandwidth_bytes_per_s * 8e-9,
+        fault=view.fault,
+        bandwidth_gbit_per_s=view.bandwidth_bytes_per_s * _GBIT_PER_BYTE,
         bytes_in_flight=view.bytes_in_flight,
+        probe=None if view.probe is None else _probe_view(view.probe, now_s),
+    )
+
+
+def _probe_view(probe: Probe, now_s: float) -> ProbeView:
+    latency, bandwidth = probe.latency_s, probe.bandwidth_bytes_per_s
+    return ProbeView(
+        is_fresh=probe.is_fresh(now_s),
+        is_usable=not probe.fault,
+        failure=probe.failure,
+        detail=probe.detail,
+        verdict=probe.verdict,
+        verdict_reason=probe.verdict_reason,
+        transport=probe.transport,
+        is_degraded=probe.is_degraded,
+        latency_ms=None if latency is None else latency * 1e3,
+        bandwidth_gbit_per_s=None if bandwidth is None else bandwidth * _GBIT_PER_BYTE,
+        age_ms=(now_s - probe.at_s) * 1e3,
     )
 
 

@@ -56,7 +56,14 @@ def compile_policy(documents: Sequence[PolicyDocument]) -> CompiledPolicy:
 
 def _bind(spec: PoolSpec, pool: Pool) -> PoolBinding:
     endpoints = tuple(
-        make_endpoint(pool, endpoint.address, endpoint.name, endpoint.bootstrap_port)
+        make_endpoint(
+            pool,
+            endpoint.address,
+            endpoint.name,
+            endpoint.bootstrap_port,
+            kv_port=endpoint.kv_port,
+            metrics_port=endpoint.metrics_port,
+        )
         for endpoint in spec.endpoints or ()
     )
     return PoolBinding(pool, endpoints, None if spec.selector is None else dict(spec.selector.match_labels))
@@ -84,6 +91,7 @@ def _compile_disaggregation(spec: DisaggregationSpec) -> Disaggregation:
         prefill_deadline_s=spec.prefill_deadline_ms / 1e3,
         transfer_deadline_s=spec.transfer_deadline_ms / 1e3,
         bandwidth_bytes_per_s_min=spec.bandwidth_gbit_per_s_min * BYTES_PER_GBIT,
+        order=spec.order,
     )
 
 

@@ -12,6 +12,7 @@ from pdcoord.core.fleet import Endpoint, ModelName, PoolName
 from pdcoord.policy.compile import PoolBinding
 from pdcoord.policy.errors import PolicyError, Problem, quote
 from pdcoord.policy.pools import make_endpoint
+from pdcoord.policy.poolschema import KV_PORT_MEANING, METRICS_PORT_MEANING
 from pdcoord.policy.values import Address, ApiVersion, EndpointName, Labels, Metadata, Port, Spec
 from pdcoord.policy.yamltext import Document, parse_documents, read_bytes, validate
 from pdcoord.protocol.headers import HostPort
@@ -28,6 +29,8 @@ class EndpointEntrySpec(Spec):
     bootstrap_port: Port | None = Field(
         default=None, description="SGLang's rendezvous port; 8998 on SGLang pools that prefill."
     )
+    kv_port: Port | None = Field(default=None, description=KV_PORT_MEANING)
+    metrics_port: Port | None = Field(default=None, description=METRICS_PORT_MEANING)
     is_draining: bool = Field(
         default=False, description="Whether the endpoint gets no new work while what runs there finishes."
     )
@@ -135,7 +138,14 @@ def match_endpoints(
         for binding in bindings:
             if _picks(binding, entry):
                 pool = binding.pool
-                endpoint = make_endpoint(pool, entry.address, entry.name, entry.bootstrap_port)
+                endpoint = make_endpoint(
+                    pool,
+                    entry.address,
+                    entry.name,
+                    entry.bootstrap_port,
+                    kv_port=entry.kv_port,
+                    metrics_port=entry.metrics_port,
+                )
                 matched.append(MatchedEndpoint(endpoint, entry.is_draining))
                 pools_by_model[pool.model].append(pool.name)
         for model, names in pools_by_model.items():

@@ -11,6 +11,8 @@ from pdcoord.policy.errors import KeyPath, format_key_path
 
 EXPECTED = "x-expected"
 """JSON Schema keyword of ours: words for a value whose rule (a pattern) no person wants to read."""
+DEFAULT_WORDS = "x-default"
+"""JSON Schema keyword of ours: words for the default of a key that needs no value in some cases only."""
 
 JsonSchema = dict[str, Any]
 

@@ -2,9 +2,8 @@
 
 from pdcoord.core.costs import SpeedFigures
 from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, ModelName, Pool, PoolLimits, PoolName
-from pdcoord.policy.poolschema import LayoutSpec, PoolSpec, SpeedSpec
+from pdcoord.policy.poolschema import PoolSpec, SpeedSpec
 from pdcoord.protocol.headers import HostPort
-from transfer.layout import KvLayout
 from transfer.verdict import Side
 
 BYTES_PER_GBIT = 125_000_000.0
@@ -20,22 +19,12 @@ def compile_pool(spec: PoolSpec, model: ModelName) -> Pool:
         role=spec.role,
         vendor=spec.vendor,
         engine=spec.engine,
-        side=Side(spec.connector, None if spec.layout is None else _compile_layout(spec.layout)),
+        side=Side(spec.connector, None if spec.layout is None else spec.layout.compiled()),
         speed=_compile_speed(spec.speed),
         kv_bytes_per_token=spec.kv_bytes_per_token,
         link_bytes_per_s=(spec.link_gbit_per_s or 0.0) * BYTES_PER_GBIT,
         cost_per_hour=spec.cost_per_hour,
         limits=PoolLimits(spec.limits.in_flight_max, spec.limits.context_tokens_max),
-    )
-
-
-def _compile_layout(spec: LayoutSpec) -> KvLayout:
-    return KvLayout(
-        block_tokens=spec.block_tokens,
-        order=spec.order,
-        dtype=spec.dtype,
-        tensor_parallel=spec.tensor_parallel,
-        tiling=spec.tiling,
     )
 
 
@@ -50,9 +39,18 @@ def _compile_speed(spec: SpeedSpec) -> SpeedFigures:
     )
 
 
-def make_endpoint(pool: Pool, address: HostPort, name: str | None, bootstrap_port: int | None) -> Endpoint:
+def make_endpoint(
+    pool: Pool,
+    address: HostPort,
+    name: str | None,
+    bootstrap_port: int | None,
+    *,
+    kv_port: int | None = None,
+    metrics_port: int | None = None,
+) -> Endpoint:
     """One endpoint of a pool, its id being `<pool>/<name>` and its name by default the address."""
     needs_bootstrap = pool.engine is EngineKind.SGLANG and pool.can_prefill
     if bootstrap_port is None and needs_bootstrap:
         bootstrap_port = SGLANG_BOOTSTRAP_PORT
-    return Endpoint(EndpointId(f"{pool.name}/{name or address}"), pool, address, bootstrap_port)
+    id_ = EndpointId(f"{pool.name}/{name or address}")
+    return Endpoint(id_, pool, address, bootstrap_port, kv_port, metrics_port)

@@ -1,11 +1,14 @@
 """A pool as an operator writes it: endpoints of one vendor, engine, layout and role."""
 
-from typing import Annotated, Self
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from pdcoord.core.fleet import EngineKind, Role
-from pdcoord.policy.errors import KeyPath
+from pdcoord.policy.errors import KeyPath, quote
+from pdcoord.policy.expect import DEFAULT_WORDS
 from pdcoord.policy.values import (
     Address,
     EndpointName,
@@ -17,21 +20,58 @@ from pdcoord.policy.values import (
     Spec,
 )
 from pdcoord.policy.yamltext import FaultsError
-from transfer.layout import KvDtype, Order
-from transfer.verdict import Connector
+from pdcoord.protocol.plans import KV_PORT
+from transfer.layout import PLAIN_TILING, KvDtype, KvLayout, KvSplit, Order
+from transfer.presets import PRESETS
+from transfer.verdict import KNOWN_TILINGS, Connector
+
+
+def _preset_name(name: str) -> str:
+    if name not in PRESETS:
+        close = get_close_matches(name, PRESETS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"is {quote(name)}, expected one of {', '.join(PRESETS)}{hint}")
+    return name
+
+
+PresetName = Annotated[str, AfterValidator(_preset_name), Field(json_schema_extra={"enum": list(PRESETS)})]
+
+
+def _block_tokens_or_preset(schema: dict[str, Any]) -> None:
+    """Say in JSON Schema that a preset brings a block size."""
+    schema["required"].remove("block_tokens")
+    if not schema["required"]:
+        del schema["required"]
+    named = {"properties": {"preset": {"type": "string"}}, "required": ["preset"]}
+    schema["anyOf"] = [{"required": ["block_tokens"]}, named]
 
 
 class LayoutSpec(Spec):
-    """How the engines of a pool store KV; decides, with the connector, which pools can be paired."""
+    """How the engines of a pool store KV; decides, with the connector, which pools can be paired.
 
+    `pdcoord paths --layouts A B` judges two of them; the presets are listed at the end of this page.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_block_tokens_or_preset)
+
+    preset: PresetName | None = Field(
+        default=None,
+        description=(
+            "A backend's own layout by name. It stands in for the defaults of the other keys, and those that "
+            "are written here override it."
+        ),
+    )
     block_tokens: int = Field(
-        ge=1, description="Tokens in one KV block: vLLM --block-size, SGLang --page-size."
+        ge=1,
+        description="Tokens in one KV block: vLLM --block-size, SGLang --page-size.",
+        json_schema_extra={DEFAULT_WORDS: "required without a preset"},
     )
     order: Order = Field(
         default=Order.NHD,
         description=(
-            "Axes inside a block: NHD is tokens before heads, HND heads before tokens "
-            "(vLLM VLLM_KV_CACHE_LAYOUT)."
+            "Physical order of the axes: in NHD a block's tokens come before its heads, in HND its heads "
+            "before its tokens (vLLM VLLM_KV_CACHE_LAYOUT). The others are vLLM's names, with L for layers, "
+            "B for blocks, H for heads, N for tokens and C for a token's elements."
         ),
     )
     dtype: KvDtype = Field(
@@ -45,11 +85,51 @@ class LayoutSpec(Spec):
         default=1, ge=1, le=1024, description="Ranks that share a layer's KV heads: --tensor-parallel-size."
     )
     tiling: str = Field(
-        default="plain",
+        default=PLAIN_TILING,
         min_length=1,
         max_length=64,
-        description="Name of a vendor's private arrangement inside a page; plain where there is none.",
+        description=(
+            "Name of a vendor's private arrangement inside a page; plain where there is none. Known: "
+            f"{', '.join(KNOWN_TILINGS)}. Another one can be paired with its equal only."
+        ),
     )
+    split: KvSplit = Field(
+        default=KvSplit.PACKED,
+        description=(
+            "Where keys and values stand. packed: a token's key beside its value. halved: all keys of a "
+            "block before all its values. separate: in two tensors."
+        ),
+    )
+    head_dim_multiple: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Each head is padded with zeros to a multiple of this many elements; 1 pads nothing.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: object) -> object:
+        """Put what the preset says where nothing is written."""
+        if not isinstance(data, dict) or (name := data.get("preset")) is None:
+            return data
+        # What names no preset is a problem of its own; any block size keeps it the only one.
+        is_known = isinstance(name, str) and name in PRESETS
+        layout = PRESETS[name].layout if is_known else KvLayout(1)
+        return {field.name: getattr(layout, field.name) for field in fields(layout)} | data
+
+    def compiled(self) -> KvLayout:
+        """The layout that this describes."""
+        return KvLayout(**{field.name: getattr(self, field.name) for field in fields(KvLayout)})
+
+
+KV_PORT_MEANING = (
+    f"KV side channel of an engine with our connector that prefills: its kv_port, {KV_PORT} if not set."
+)
+METRICS_PORT_MEANING = (
+    "Metrics port of the sidecar on a pod that decodes, which tells what its probes of paths found; nobody "
+    "asks it if not set."
+)
 
 
 class EndpointSpec(Spec):
@@ -70,6 +150,8 @@ class EndpointSpec(Spec):
             "SGLang pools that prefill, otherwise unused."
         ),
     )
+    kv_port: Port | None = Field(default=None, description=KV_PORT_MEANING)
+    metrics_port: Port | None = Field(default=None, description=METRICS_PORT_MEANING)
 
 
 class SelectorSpec(Spec):

@@ -5,14 +5,16 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from pdcoord.policy.endpoints import EndpointsSpec
-from pdcoord.policy.expect import JsonSchema, expectations_of, in_words
+from pdcoord.policy.expect import DEFAULT_WORDS, JsonSchema, expectations_of, in_words
 from pdcoord.policy.schema import PoolPolicy
+from transfer.presets import PRESETS
 
 SCHEMA_FILE = Path("deploy/policies/poolpolicy.schema.json")
 DOCS_FILE = Path("docs/policy.md")
@@ -46,6 +48,7 @@ def reference_text() -> str:
     lines = [BEGIN, ""]
     lines += _describe(PoolPolicy, "PoolPolicy")
     lines += _describe(EndpointsSpec, "Endpoints")
+    lines += _describe_presets()
     return "\n".join([*lines, END])
 
 
@@ -89,9 +92,30 @@ def _describe(model_class: type[BaseModel], kind: str) -> Iterator[str]:
         yield ""
 
 
+def _describe_presets() -> Iterator[str]:
+    """What `pools[].layout.preset` may name."""
+    yield "## Layout presets"
+    yield ""
+    yield "Each backend at its own defaults. Keys that are not shown are as for any layout."
+    yield ""
+    yield "| preset | layout | known by | note |"
+    yield "|---|---|---|---|"
+    for preset in PRESETS.values():
+        unusual = [
+            f"{field.name}: {getattr(preset.layout, field.name)}"
+            for field in fields(preset.layout)
+            if field.name in {"block_tokens", "order"} or getattr(preset.layout, field.name) != field.default
+        ]
+        cells = (f"`{preset.name}`", ", ".join(unusual), f"{preset.evidence}: {preset.source}", preset.note)
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
 def _row(key: str, schema: JsonSchema, *, is_required: bool) -> str:
     if is_required:
         default = "required"
+    elif DEFAULT_WORDS in schema:
+        default = schema[DEFAULT_WORDS]
     elif "default" in schema:
         default = _show_default(schema["default"])
     else:

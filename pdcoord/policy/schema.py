@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pdcoord.core.model import SplitMode
+from pdcoord.core.model import LegOrder, SplitMode
 from pdcoord.policy.poolschema import PoolSpec
 from pdcoord.policy.values import ApiVersion, DeadlineMs, Metadata, Milliseconds, ServedName, Share, Spec
 from pdcoord.policy.yamltext import FaultsError
@@ -61,6 +61,14 @@ class DisaggregationSpec(Spec):
         description=(
             "auto splits where that is predicted to be faster, always wherever a path is open, "
             "never not at all."
+        ),
+    )
+    order: LegOrder = Field(
+        default=LegOrder.SEQUENTIAL,
+        description=(
+            "When the decode leg is sent. sequential: once the prefill leg has answered. concurrent: with "
+            "it, so that KV moves while the prompt is still computed; only between pools of connector "
+            "pdcoord, others stay sequential."
         ),
     )
     uncached_tokens_min: int = Field(

@@ -6,6 +6,7 @@ from pdcoord.core.model import Model
 from pdcoord.policy.compile import CompiledPolicy, PoolBinding
 from pdcoord.policy.endpoints import MatchedEndpoint
 from pdcoord.policy.pools import BYTES_PER_GBIT
+from transfer.layout import PLAIN_TILING, KvLayout, KvSplit
 from transfer.verdict import verdict
 
 ENDPOINTS_SHOWN_MAX = 4
@@ -18,10 +19,10 @@ def describe_policy(compiled: CompiledPolicy, matched: Sequence[MatchedEndpoint]
         yield from _describe_model(model)
         yield ""
         bindings = [binding for binding in compiled.bindings if binding.pool.model == model.name]
-        yield from _indent(_table(_POOL_HEAD, [_pool_row(binding, matched) for binding in bindings]))
+        yield from _indent(table(_POOL_HEAD, [_pool_row(binding, matched) for binding in bindings]))
         yield ""
         pairs = _pair_rows(model)
-        yield from _indent(_table(_PAIR_HEAD, pairs) if pairs else ["no pool prefills for another"])
+        yield from _indent(table(_PAIR_HEAD, pairs) if pairs else ["no pool prefills for another"])
 
 
 def _describe_model(model: Model) -> Iterator[str]:
@@ -62,12 +63,21 @@ def _pool_row(binding: PoolBinding, matched: Sequence[MatchedEndpoint] | None) -
         pool.vendor,
         pool.engine,
         pool.side.connector,
-        "-" if layout is None else f"{layout.block_tokens} {layout.order} {layout.dtype}",
+        "-" if layout is None else _describe_blocks(layout),
         f"{pool.link_bytes_per_s / BYTES_PER_GBIT:g} Gbit/s" if pool.link_bytes_per_s else "unknown",
         f"{pool.cost_per_hour:g}",
         "yes" if pool.can_serve_alone else "no",
         _describe_endpoints(binding, matched),
     )
+
+
+def _describe_blocks(layout: KvLayout) -> str:
+    """Block size, order and dtype, and whatever else is out of the ordinary."""
+    words = [str(layout.block_tokens), layout.order, layout.dtype]
+    words += [layout.tiling] if layout.tiling != PLAIN_TILING else []
+    words += [layout.split] if layout.split is not KvSplit.PACKED else []
+    words += [f"TP {layout.tensor_parallel}"] if layout.tensor_parallel > 1 else []
+    return " ".join(words)
 
 
 def _describe_endpoints(binding: PoolBinding, matched: Sequence[MatchedEndpoint] | None) -> str:
@@ -92,7 +102,7 @@ def _list_addresses(addresses: Sequence[str]) -> str:
     return f"{len(addresses)}: {shown}" + (f", and {left_out} more" if left_out > 0 else "")
 
 
-_PAIR_HEAD = ("prefill", "decode", "verdict", "reason")
+_PAIR_HEAD = ("prefill", "decode", "verdict", "core s/GB", "reason")
 
 
 def _pair_rows(model: Model) -> list[tuple[str, ...]]:
@@ -101,11 +111,12 @@ def _pair_rows(model: Model) -> list[tuple[str, ...]]:
     for prefill in (pool for pool in model.pools if pool.can_prefill):
         for decode in (pool for pool in model.pools if pool.can_decode):
             found = verdict(prefill.side, decode.side)
-            rows.append((prefill.name, decode.name, found.kind, found.reason))
+            cost = "-" if found.cost is None else f"{found.cost.core_s_per_gb:g}"
+            rows.append((prefill.name, decode.name, found.kind, cost, found.reason))
     return rows
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Columns as wide as their widest cell, two spaces apart."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:

@@ -8,6 +8,8 @@ from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.headers import HostPort
 
 PLAN_VERSION = 1
+KV_PORT = 14_579
+"""KV side channel of a prefill engine that names none: the default of vLLM's `kv_port`."""
 
 
 class Mode(StrEnum):
@@ -18,10 +20,15 @@ class Mode(StrEnum):
 
 
 class DialectName(StrEnum):
-    """The wire habits of a pair of engines when they hand KV over."""
+    """The wire habits of a pair of engines when they hand KV over.
+
+    nixlv2 is sequential: any vLLM connector that answers a prefill leg with a ticket, ours included. pdcoord
+    is our connector with both legs sent at once, as sglang always sends them.
+    """
 
     NIXLV2 = "nixlv2"
     SGLANG = "sglang"
+    PDCOORD = "pdcoord"
 
 
 class RungKind(StrEnum):
@@ -37,11 +44,13 @@ class PrefillTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """Where a prefill leg may go.
 
     Attributes:
-        bootstrap_port: SGLang's rendezvous port on the prefill host; unused by nixlv2.
+        bootstrap_port: SGLang's rendezvous port on the prefill host; unused by the others.
+        kv_port: pdcoord's KV side channel on the prefill host; None for the sidecar's default, KV_PORT.
     """
 
     address: HostPort
     bootstrap_port: int | None = None
+    kv_port: int | None = None
 
 
 class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,12 +1,17 @@
 """The JSON of KV hand-over: what a prefill leg asks, what it answers, what a decode leg is given.
 
 nixlv2: vLLM 0.32 NixlConnector, `kv_transfer_params` (connector version 14), as llm-d's sidecar
-(llm-d-router ebab6879) speaks it. sglang: SGLang 0.5.23 bootstrap fields.
+(llm-d-router ebab6879) speaks it. pdcoord: the same names and one member more, `pdcoord`, version 1.
+sglang: SGLang 0.5.23 bootstrap fields.
 """
 
+import re
+from dataclasses import dataclass, field
 from typing import Any, NewType
 
 import msgspec
+
+from pdcoord.protocol.headers import format_host_port
 
 Ticket = NewType("Ticket", bytes)
 """An engine's `kv_transfer_params` as raw JSON: passed on to the byte, never looked into."""
@@ -22,6 +27,67 @@ PREFILL_TICKET: dict[str, Any] = {
     "remote_port": None,
 }
 """What a nixlv2 prefill leg carries in place of a ticket."""
+
+PAIRING_FIELD = "pdcoord"
+PAIRING_VERSION = 1
+PAIRING_ID_BITS = 128
+_PAIRING_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What pairs the two legs of one attempt where both are sent at once; drawn anew for each attempt.
+
+    Attributes:
+        transfer: names the transfer, 32 hex digits.
+        nonce: proves to the producer that a consumer may have it, 32 hex digits; never logged.
+    """
+
+    transfer: str
+    nonce: str = field(repr=False)
+
+    def asked(self) -> dict[str, Any]:
+        """What the prefill leg carries in place of a ticket."""
+        return {**PREFILL_TICKET, PAIRING_FIELD: self._member()}
+
+    def told(self, host: str, kv_port: int) -> dict[str, Any]:
+        """What the decode leg carries: where to fetch what the prefill leg is computing.
+
+        Args:
+            host: of the prefill engine; an IPv6 address without brackets.
+        """
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_host": host,
+            "remote_port": kv_port,
+            PAIRING_FIELD: {**self._member(), "address": format_host_port(host, kv_port)},
+        }
+
+    def _member(self) -> dict[str, Any]:
+        return {"version": PAIRING_VERSION, "transfer": self.transfer, "nonce": self.nonce}
+
+
+class _PairingBody(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+    transfer: str
+    nonce: str
+
+
+_pairing_decoder = msgspec.json.Decoder(_PairingBody)
+
+
+def decode_pairing(raw: bytes) -> Pairing | None:
+    """The pairing of a prefill leg's `kv_transfer_params`; None if it is not exactly one of this version."""
+    try:
+        body = _pairing_decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    is_sound = body.version == PAIRING_VERSION and all(
+        map(_PAIRING_ID.fullmatch, (body.transfer, body.nonce))
+    )
+    return Pairing(body.transfer, body.nonce) if is_sound else None
+
 
 _STEERING_FIELDS = frozenset({TICKET_FIELD, "ec_transfer_params"})
 _STEERING_PREFIX = "bootstrap_"

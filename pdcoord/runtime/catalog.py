@@ -119,6 +119,23 @@ SCRAPE_FAILURES = MetricSpec(
     "Scrapes of an endpoint's /metrics that gave no sample.",
     "unreachable, timeout: the pod or the network. unreadable, status: it is no vLLM or SGLang server.",
 )
+PROBED_PATHS = MetricSpec(
+    "pdcoord_gateway_probed_paths",
+    MetricType.GAUGE,
+    ("state",),
+    "Paths that a sidecar probed: good, slow (far below `link_gbit_per_s`), shut (the last probe failed), "
+    "stale (no probe for three intervals).",
+    "shut above 0: nothing is sent over these; GET /paths says why. slow: the link fell back to TCP, or the "
+    "policy's figure is too good. stale: a sidecar or its engine's agent hangs.",
+)
+PATH_REPORT_FAILURES = MetricSpec(
+    "pdcoord_gateway_path_report_failures_total",
+    MetricType.COUNTER,
+    ("pool", "why"),
+    "Questions to a sidecar's /paths that gave no report.",
+    "unreachable: `metrics_port` in the policy and the sidecar's --metrics-host and --metrics-port disagree. "
+    "status: the sidecar runs without --kv-agent.",
+)
 RELOADS = MetricSpec(
     "pdcoord_gateway_policy_reloads_total",
     MetricType.COUNTER,
@@ -161,6 +178,8 @@ METRICS = (
     ENDPOINTS,
     BREAKERS,
     SCRAPE_FAILURES,
+    PROBED_PATHS,
+    PATH_REPORT_FAILURES,
     RELOADS,
     POLICY_STALE,
     DECISION_SECONDS,

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import msgspec
 from rich.console import Console, Group, RenderableType
@@ -19,12 +19,12 @@ from pdcoord.gateway.views import (
     RungView,
     ServedView,
 )
-from pdcoord.protocol.headers import HostPort, format_host_port
+from pdcoord.protocol.headers import HostPort
+from pdcoord.runtime.adminclient import admin_address, get
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import WireError
 
 WIDTH_MAX = 100
-TIMEOUT_S = 5.0
 NOT_FOUND = 1
 UNREACHABLE = 2
 
@@ -57,7 +57,7 @@ def explain(request_id: str | None, admin_url: str) -> int:
     width = min(screen.width, WIDTH_MAX) if screen.is_terminal else WIDTH_MAX
     console = Console(width=width, highlight=False)
     try:
-        address = _address(admin_url)
+        address = admin_address(admin_url)
         found = asyncio.run(_fetch(address, request_id))
     except (ValueError, WireError, TimeoutError, msgspec.MsgspecError) as error:
         sys.stderr.write(f"pdcoord explain: {admin_url} does not answer as an admin listener: {error}\n")
@@ -209,36 +209,13 @@ def _number(value: float, unit: str, *, sign: str = "") -> str:
             return f"{value:{sign}.3g}"
 
 
-def _address(admin_url: str) -> HostPort:
-    parts = urlsplit(admin_url if "://" in admin_url else f"http://{admin_url}")
-    if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"{admin_url!r} is not http://host:port")
-    return format_host_port(parts.hostname, parts.port or 8081)
-
-
 async def _fetch(address: HostPort, request_id: str | None) -> DecisionView | None:
-    async with asyncio.timeout(TIMEOUT_S), Client() as client:
+    async with Client() as client:
         if request_id is None:
-            raw = await _get(client, address, "/decisions?limit=1")
+            raw = await get(client, address, "/decisions?limit=1")
             latest = msgspec.json.decode(raw or b"{}", type=DecisionsView).decisions
             if not latest:
                 return None
             request_id = latest[0].id
-        raw = await _get(client, address, f"/decisions/{quote(request_id, safe='')}")
+        raw = await get(client, address, f"/decisions/{quote(request_id, safe='')}")
         return None if raw is None else msgspec.json.decode(raw, type=DecisionView)
-
-
-async def _get(client: Client, address: HostPort, target: str) -> bytes | None:
-    """The body of a 200, None of a 404.
-
-    Raises:
-        ValueError: on any other status.
-    """
-    response = await client.request("GET", address, target, head_timeout_s=TIMEOUT_S)
-    async with response:
-        body = await response.read_all(timeout_s=TIMEOUT_S)
-        if response.status == 404:
-            return None
-        if response.status != 200:
-            raise ValueError(f"GET {target} answered {response.status}")
-        return body

@@ -11,6 +11,7 @@ from pdcoord.core.events import (
     Dispatch,
     Event,
     ModelsReplaced,
+    PathProbed,
     RequestArrived,
     RequestEnded,
     ResponseBegan,
@@ -19,6 +20,7 @@ from pdcoord.core.fleet import (
     Endpoint,
     EndpointDraining,
     EndpointGone,
+    EndpointId,
     EndpointSeen,
     Health,
     SampleFailed,
@@ -26,6 +28,8 @@ from pdcoord.core.fleet import (
 )
 from pdcoord.core.model import Model
 from pdcoord.core.paths import BreakerState
+from pdcoord.core.probes import ProbeState
+from pdcoord.feeds.scrapes import ScrapeFailure
 from pdcoord.feeds.static import Source, StaticFeed
 from pdcoord.gateway.views import (
     DecisionsView,
@@ -97,7 +101,15 @@ class CoordinatorLoop:
                     self._metrics.scrape_failures.labels(state.endpoint.pool.name, why).inc()
             case SampleTaken() | EndpointSeen() | EndpointGone() | EndpointDraining() | ModelsReplaced():
                 pass
+            case PathProbed():
+                pass
         return actions
+
+    def report_failed(self, endpoint_id: EndpointId, why: ScrapeFailure) -> None:
+        """A sidecar could not be asked about its paths."""
+        state = self._coordinator.fleet.get(endpoint_id)
+        if state is not None:
+            self._metrics.path_report_failures.labels(state.endpoint.pool.name, why).inc()
 
     def endpoints(self) -> Iterable[Endpoint]:
         """Every endpoint of the fleet."""
@@ -143,9 +155,10 @@ class CoordinatorLoop:
 
     def paths_view(self, limit: int) -> PathsView:
         """At most `limit` paths, those that are not closed first: they are what somebody looks for."""
-        views = self._coordinator.paths_view(self._clock())
+        now_s = self._clock()
+        views = self._coordinator.paths_view(now_s)
         views.sort(key=lambda view: view.state is BreakerState.CLOSED)
-        return PathsView(total=len(views), paths=[path_row(view) for view in views[:limit]])
+        return PathsView(total=len(views), paths=[path_row(view, now_s) for view in views[:limit]])
 
     def policy_view(self) -> PolicyView:
         files = self.files
@@ -182,6 +195,8 @@ class CoordinatorLoop:
             catalog.BREAKERS,
             [((state,), float(breakers[state])) for state in (BreakerState.OPEN, BreakerState.HALF_OPEN)],
         )
+        probed = coordinator.paths.probe_states(self._clock())
+        yield catalog.PROBED_PATHS, [((state,), float(probed[state])) for state in ProbeState]
         stale = self.files.problems if self.files is not None else {}
         yield catalog.POLICY_STALE, [((source,), float(source in stale)) for source in Source]
 

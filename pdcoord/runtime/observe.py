@@ -57,6 +57,7 @@ class Metrics:
         self.refusals = self._counter(catalog.REFUSALS)
         self.rungs = self._counter(catalog.RUNGS)
         self.scrape_failures = self._counter(catalog.SCRAPE_FAILURES)
+        self.path_report_failures = self._counter(catalog.PATH_REPORT_FAILURES)
         self.reloads = self._counter(catalog.RELOADS)
         self.decision_seconds = self._histogram(catalog.DECISION_SECONDS)
         self.in_flight = self._gauge(catalog.IN_FLIGHT)

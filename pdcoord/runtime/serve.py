@@ -13,6 +13,7 @@ from structlog.typing import FilteringBoundLogger
 
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.feeds.metrics import MetricsFeed
+from pdcoord.feeds.paths import PathsFeed
 from pdcoord.feeds.static import Reload, StaticFeed
 from pdcoord.gateway.admin import make_admin_app
 from pdcoord.gateway.app import GatewayApp
@@ -112,9 +113,18 @@ class Process:
         metrics_feed = MetricsFeed(
             self.loop, self.loop.endpoints, client, time.monotonic, settings.scrape_limits()
         )
+        paths_feed = PathsFeed(
+            self.loop,
+            self.loop.endpoints,
+            client,
+            time.monotonic,
+            settings.paths_limits(),
+            self.loop.report_failed,
+        )
         async with asyncio.TaskGroup() as group:
             background = [
                 group.create_task(metrics_feed.run()),
+                group.create_task(paths_feed.run()),
                 group.create_task(self._follow_files(look_now)),
                 group.create_task(self._await_stop(stop, closing)),
             ]

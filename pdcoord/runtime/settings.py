@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pdcoord.feeds.metrics import ScrapeLimits
+from pdcoord.feeds.scrapes import ScrapeLimits
 from pdcoord.gateway.ports import Limits
 
 ENV_PREFIX = "PDCOORD_"
+PATHS_BACKOFF_S_MAX = 30.0
+"""A sidecar that does not tell of its paths is asked half as often each time, down to this."""
 
 
 class SettingsError(ValueError):
@@ -31,6 +33,8 @@ class GatewaySettings(BaseSettings):
         drain_notice_s: after SIGTERM, how long to serve on while /readyz already says no, so that
             whatever sends traffic here notices first.
         drain_s: then, how long calls under way may take to end.
+        paths_interval_s: how often sidecars are asked about their paths, where the policy gives their
+            metrics port.
         reload_interval_s: how often the files are looked at; SIGHUP does it at once.
         decisions_max: decisions kept for GET /decisions.
     """
@@ -57,6 +61,7 @@ class GatewaySettings(BaseSettings):
     scrape_deadline_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     scrape_backoff_s_max: Annotated[float, Field(gt=0, le=300)] = 2.0
     scrape_concurrent_max: Annotated[int, Field(ge=1, le=1_024)] = 64
+    paths_interval_s: Annotated[float, Field(ge=0.02, le=3_600)] = 2.0
 
     drain_notice_s: Annotated[float, Field(ge=0, le=3_600)] = 0.0
     drain_s: Annotated[float, Field(ge=0, le=3_600)] = 30.0
@@ -90,6 +95,15 @@ class GatewaySettings(BaseSettings):
             interval_s=self.scrape_interval_s,
             deadline_s=self.scrape_deadline_s,
             backoff_s_max=self.scrape_backoff_s_max,
+            concurrent_max=self.scrape_concurrent_max,
+        )
+
+    def paths_limits(self) -> ScrapeLimits:
+        """How sidecars are asked about their paths: as endpoints are scraped, at an interval of its own."""
+        return ScrapeLimits(
+            interval_s=self.paths_interval_s,
+            deadline_s=self.scrape_deadline_s,
+            backoff_s_max=max(self.paths_interval_s, PATHS_BACKOFF_S_MAX),
             concurrent_max=self.scrape_concurrent_max,
         )
 

@@ -16,6 +16,7 @@ import xxhash
 from pdcoord.core.fleet import EngineKind
 from pdcoord.policy.errors import PolicyError
 from pdcoord.protocol.headers import HostPort, format_host_port
+from pdcoord.sim.emulator_bytes import KvBytes, make_backend
 from pdcoord.sim.emulator_door import Door
 from pdcoord.sim.emulator_host import EngineHost
 from pdcoord.sim.emulator_http import BODY_BYTES_MAX, Api
@@ -30,6 +31,7 @@ from pdcoord.wire.client import Client
 from pdcoord.wire.errors import BodyTooLargeError
 from pdcoord.wire.server import run as run_process
 from pdcoord.wire.server import stop_on_signals
+from transfer.backends.loopback import LoopbackNetwork
 
 _ADMIN_S_MAX = 5.0
 
@@ -42,11 +44,19 @@ class EmulatedEngine:
         started: set once it listens for the first time.
     """
 
-    def __init__(self, spec: EngineSpec, fleet: EmulatedFleet, client: Client) -> None:
+    def __init__(
+        self, spec: EngineSpec, fleet: EmulatedFleet, client: Client, network: LoopbackNetwork
+    ) -> None:
         self.spec = spec
         self._settings = spec.settings(fleet.model, fleet.seed)
+        self._side_channels = {
+            format_host_port(each.host, each.kv_port): format_host_port(each.host, each.side_channel_port)
+            for each in fleet.engines
+            if each.kv_port is not None
+        }
         self._seed = xxhash.xxh3_64_intdigest(spec.name.encode(), seed=fleet.seed)
         self._client = client
+        self._network = network
         self.host = self._new_host(None)
         self.faults = self._new_faults()
         self.started = asyncio.Event()
@@ -71,7 +81,7 @@ class EmulatedEngine:
     def _new_faults(self) -> FaultSet:
         return FaultSet(Random(self._seed))  # noqa: S311  # emulated failures, not secrets
 
-    def _new_host(self, publisher: KvEventPublisher | None) -> EngineHost:
+    def _new_host(self, publisher: KvEventPublisher | None, kv: KvBytes | None = None) -> EngineHost:
         """A host with an engine id that no earlier start had."""
         return EngineHost(
             self._settings,
@@ -80,6 +90,8 @@ class EmulatedEngine:
             side_address=format_host_port(self.spec.host, self.spec.side_channel_port),
             client=self._client,
             publisher=publisher,
+            kv=kv,
+            side_channels=self._side_channels,
         )
 
     async def run(self) -> None:
@@ -101,7 +113,7 @@ class EmulatedEngine:
         self._revived.clear()
         async with AsyncExitStack() as stack:
             publisher = await self._publisher(stack)
-            self.host = self._new_host(publisher)
+            self.host = self._new_host(publisher, await self._kv(stack))
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self.host.run())]
                 await self.host.running.wait()
@@ -151,6 +163,17 @@ class EmulatedEngine:
             for address in (publisher.address, publisher.replay_address)
         ]
         return publisher
+
+    async def _kv(self, stack: AsyncExitStack) -> KvBytes | None:
+        spec = self.spec
+        if spec.kv_port is None:
+            return None
+        address = f"{spec.host}:{spec.kv_port}"
+        backend = make_backend(spec.kv_backend, spec.host, self._network)
+        kv = KvBytes(self._settings, f"{spec.name}-{uuid.uuid4()}", address, backend)
+        await kv.start()
+        stack.push_async_callback(kv.close)
+        return kv
 
     # Failures.
 
@@ -247,7 +270,8 @@ async def running(
         OSError: inside an exception group, if a port cannot be listened on.
     """
     async with Client() as client, asyncio.TaskGroup() as group:
-        engines = [EmulatedEngine(spec, fleet, client) for spec in specs]
+        network = LoopbackNetwork()
+        engines = [EmulatedEngine(spec, fleet, client, network) for spec in specs]
         admin = None
         if fleet.admin is not None:
             admin = Door(AdminApp(engines), fleet.admin.host, fleet.admin.port)

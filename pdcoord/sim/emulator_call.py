@@ -13,12 +13,14 @@ from pdcoord.protocol.headers import HostPort, format_host_port, parse_host_port
 from pdcoord.protocol.openai import APIS, TOKEN_ID_MAX, Api, Body, Call, parse_call
 from pdcoord.protocol.tickets import ROOM_MAX, TICKET_FIELD
 from pdcoord.sim import text
-from pdcoord.sim.messages import RemoteTicket, RoomCall
+from pdcoord.sim.messages import KvTicket, RemoteTicket, RoomCall
 from pdcoord.sim.settings import EngineSettings
 from transfer.verdict import Connector
 
 STOP_STRINGS_MAX = 16
-_TRANSFER = re.compile("[0-9a-f]{32}")
+REAL_KV = "emulated_kv"
+"""A body field of the emulator's own: move real KV. It takes the time of this machine, not the vendor's."""
+_HEX_ID = re.compile("[0-9a-f]{32}")
 
 
 class CallError(Exception):
@@ -53,7 +55,8 @@ class Generation:
 
     Attributes:
         choices_each: answers wanted for each prompt.
-        is_prefill_leg, ticket, transfer: of the first choice of the first prompt; the others compute alone.
+        is_prefill_leg, ticket, kv: of the first choice of the first prompt; the others compute alone.
+        wants_bytes: move real KV as well, if this engine holds any.
         wants_ids: return_token_ids.
         wants_usage: a last chunk with the usage; wants_usage_always: usage in every chunk.
     """
@@ -66,7 +69,8 @@ class Generation:
     stops: tuple[str, ...]
     is_prefill_leg: bool
     ticket: RemoteTicket | None
-    transfer: str
+    kv: KvTicket | None
+    wants_bytes: bool
     wants_ids: bool
     wants_usage: bool
     wants_usage_always: bool
@@ -130,7 +134,8 @@ def read_generation(
         stops=_stops(body),
         is_prefill_leg=settings.engine is EngineKind.VLLM and params.get("do_remote_decode") is True,
         ticket=read_ticket(params) if settings.engine is EngineKind.VLLM else None,
-        transfer=read_transfer(params),
+        kv=read_kv(params),
+        wants_bytes=body.get(REAL_KV) is True,
         wants_ids=body.get("return_token_ids") is True,
         wants_usage=options.get("include_usage") is True,
         wants_usage_always=options.get("continuous_usage_stats") is True,
@@ -235,9 +240,9 @@ def read_ticket(params: dict[str, Any]) -> RemoteTicket | None:
     blocks, count = params.get("remote_block_ids"), params.get("remote_num_tokens")
     engine_id, request_id = params.get("remote_engine_id"), params.get("remote_request_id")
     address = _address(params.get("remote_host"), params.get("remote_port"))
-    transfer = read_transfer(params)
-    if address is not None and transfer and engine_id is None:
-        return RemoteTicket("", transfer, (), address)
+    kv = read_kv(params)
+    if address is not None and kv is not None and engine_id is None:
+        return RemoteTicket("", kv.transfer, (), address, kv=kv)
     if address is None or not isinstance(engine_id, str) or not isinstance(request_id, str):
         return None
     if not isinstance(blocks, list) or not blocks:
@@ -252,14 +257,19 @@ def read_ticket(params: dict[str, Any]) -> RemoteTicket | None:
         block_ids=tuple(tuple(group) for group in groups),
         address=address,
         token_count=count if isinstance(count, int) and count > 0 else None,
+        kv=kv,
     )
 
 
-def read_transfer(params: dict[str, Any]) -> str:
-    """The transfer that a leg of connector pdcoord names; empty if it names none."""
+def read_kv(params: dict[str, Any]) -> KvTicket | None:
+    """The transfer that a leg of connector pdcoord names; None if it names none, or wrongly."""
     ours = params.get("pdcoord")
-    transfer = ours.get("transfer") if isinstance(ours, dict) else None
-    return transfer if isinstance(transfer, str) and _TRANSFER.fullmatch(transfer) else ""
+    if not isinstance(ours, dict):
+        return None
+    texts = [ours.get(name, "") for name in ("transfer", "nonce", "address", "epoch")]
+    if not all(isinstance(text, str) for text in texts) or not all(map(_HEX_ID.fullmatch, texts[:2])):
+        return None
+    return KvTicket(*texts)
 
 
 def _address(host: Any, port: Any) -> HostPort | None:

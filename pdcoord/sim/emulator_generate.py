@@ -1,7 +1,7 @@
 """A generating call from its prompts to its last event: what runs between the API and the engine."""
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ from pdcoord.sim.messages import (
     IssuedTicket,
     Rejected,
     RejectReason,
+    RemoteTicket,
     RequestDone,
     RequestFailed,
     TokenOut,
@@ -35,6 +36,7 @@ ANSWER_S_MAX = 3_600.0
 """Longest silence inside an answer; the model's own deadlines are shorter."""
 SERVED_BY = b"x-emulated-engine"
 FAILURE = b"x-emulated-failure"
+KV = b"x-emulated-kv"
 _SSE = (b"content-type", b"text/event-stream; charset=utf-8")
 
 _REJECTED: dict[RejectReason, tuple[int, str]] = {
@@ -124,6 +126,7 @@ class Run:
         for prompt_index, prompt in enumerate(generation.prompts):
             for choice_index in range(generation.choices_each):
                 is_first = prompt_index == 0 and choice_index == 0
+                kv = generation.kv if is_first and generation.is_prefill_leg else None
                 requests.append(
                     EngineRequest(
                         id=f"{self.public_id}-{len(requests)}-{secrets.token_hex(4)}",
@@ -133,8 +136,10 @@ class Run:
                         cache_salt=generation.call.cache_salt,
                         choice_index=choice_index,
                         is_prefill_leg=generation.is_prefill_leg and is_first,
-                        ticket=generation.ticket if is_first else None,
-                        transfer=generation.transfer if is_first and generation.is_prefill_leg else "",
+                        ticket=self._ticket_meant() if is_first else None,
+                        transfer="" if kv is None else kv.transfer,
+                        kv=kv,
+                        has_bytes=generation.wants_bytes and is_first and generation.is_prefill_leg,
                         room=prompt.room,
                         lease_s=0.0 if self.mishaps.expires_lease else None,
                     )
@@ -234,7 +239,7 @@ class Run:
         )
         body = msgspec.json.encode(self.shape.whole(self._choices(), self.usage(), ticket))
         if self.mishaps.reset_after_tokens is None:
-            await send_json(send, 200, body, self._headers())
+            await send_json(send, 200, body, [*self._headers(), *self._kv_header()])
             return
         await send_head(send, 200, [*self._headers(), (b"content-length", b"%d" % len(body))])
         await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
@@ -273,6 +278,16 @@ class Run:
     def _headers(self) -> list[tuple[bytes, bytes]]:
         return [(SERVED_BY, self.host.model.settings.name.encode())]
 
+    def _ticket_meant(self) -> RemoteTicket | None:
+        """The ticket with the emulator's own side channel in it, and without bytes that nobody wants."""
+        ticket = self.host.meant(self.generation.ticket)
+        return ticket if ticket is None or self.generation.wants_bytes else replace(ticket, kv=None)
+
+    def _kv_header(self) -> list[tuple[bytes, bytes]]:
+        """How real KV arrived for this answer, if it did."""
+        arrivals = [self.host.arrival(request_id) for request_id in self._parts]
+        return [(KV, str(arrival).encode()) for arrival in arrivals if arrival is not None]
+
     async def _send_failure(self, send: Send, reason: FailReason) -> None:
         headers = [*self._headers(), (FAILURE, reason.value.encode())]
         await send_json(send, 500, self._failure_body(), headers)
@@ -299,6 +314,7 @@ class Run:
             "remote_blocks_expiry_time": None,
             "transfer_mode": "pull",
             "remote_prefill_cached_tokens": ticket.cached_tokens,
+            **self.host.kv_member(ticket.request_id),
         }
 
 

@@ -3,11 +3,13 @@
 import asyncio
 import datetime as dt
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from random import Random
 from typing import Any, Generic, TypeVar
 
 from pdcoord.protocol.headers import HostPort
+from pdcoord.sim.emulator_bytes import Arrival, KvBytes
 from pdcoord.sim.emulator_kv import KvEventPublisher
 from pdcoord.sim.emulator_metrics import EngineMetrics
 from pdcoord.sim.emulator_peers import Peers
@@ -23,7 +25,9 @@ from pdcoord.sim.messages import (
     EngineRequest,
     GrantPull,
     KvChanged,
+    KvTicket,
     Rejected,
+    RemoteTicket,
     RequestDone,
     RequestFailed,
     SendHeartbeat,
@@ -92,6 +96,8 @@ class EngineHost:
         side_address: HostPort,
         client: Client,
         publisher: KvEventPublisher | None = None,
+        kv: KvBytes | None = None,
+        side_channels: Mapping[HostPort, HostPort] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.model = EngineModel(settings, Random(seed), engine_id, self._loop.time())  # noqa: S311  # jitter
@@ -108,8 +114,16 @@ class EngineHost:
         self._running: set[asyncio.Task[None]] = set()
         self._over = asyncio.Event()
         self.running = asyncio.Event()
+        self._kv = kv
+        self._side_channels = side_channels or {}
+        self._prompts: dict[str, tuple[tuple[int, ...], KvTicket | None]] = {}
         self._peers = Peers(
-            client, self.post, self._spawn, self.model.counters, patience_s=settings.pull_s_max + 60.0
+            client,
+            self.post,
+            self._spawn,
+            self.model.counters,
+            patience_s=settings.pull_s_max + 60.0,
+            admit=self._fetch_bytes,
         )
 
     @property
@@ -160,6 +174,8 @@ class EngineHost:
             The refusal of an engine that does not take it; then nothing comes into the mailbox.
         """
         self._answers[request.id] = mailbox
+        if self._kv is not None and request.has_bytes:
+            self._prompts[request.id] = (request.prompt, request.kv)
         self._refusal = None
         self.metrics.arrived(request.id, self.now_s)
         self.post(Submit(request))
@@ -167,9 +183,48 @@ class EngineHost:
 
     def abort(self, request_id: str) -> None:
         """Nobody reads this mailbox any more; a request that has ended is passed over."""
+        self._prompts.pop(request_id, None)
         if self._answers.pop(request_id, None) is not None:
             self.metrics.left(request_id)
             self.post(Abort(request_id))
+
+    # Real bytes, where there are any.
+
+    def meant(self, ticket: RemoteTicket | None) -> RemoteTicket | None:
+        """A ticket that names a transfer agent, with the side channel of that engine in its place."""
+        if ticket is None or ticket.address not in self._side_channels:
+            return ticket
+        return replace(ticket, address=self._side_channels[ticket.address])
+
+    def kv_member(self, request_id: str) -> dict[str, Any]:
+        """What a prefill leg's answer says of its bytes."""
+        member = None if self._kv is None else self._kv.ticket(request_id)
+        return {} if member is None else {"pdcoord": member}
+
+    def arrival(self, request_id: str) -> Arrival | None:
+        return None if self._kv is None else self._kv.arrivals.get(request_id)
+
+    def _stage_bytes(self, effect: Answer) -> None:
+        """If a prefill leg has ended, put its prompt's KV where its consumer can fetch it."""
+        if isinstance(effect, TokenOut) or effect.request_id not in self._prompts:
+            return
+        prompt, asked = self._prompts.pop(effect.request_id)
+        leases = (lease for lease in self.model.producer.leases() if lease.request_id == effect.request_id)
+        lease = next(leases, None)
+        if self._kv is not None and lease is not None:
+            self._kv.offer(effect.request_id, asked, prompt, lease.blocks)
+
+    async def _fetch_bytes(self, pull_id: str) -> bool:
+        fetch = next((each for each in self.model.consumer.fetches() if each.pull_id == pull_id), None)
+        ticket = None if fetch is None else fetch.live.request.ticket
+        if self._kv is None or fetch is None or ticket is None or ticket.kv is None:
+            return True
+        live = fetch.live
+        prompt = live.request.prompt[: ticket.token_count]
+        failure = await self._kv.fetch(
+            live.id, ticket.kv, prompt, live.blocks, len(prompt) - fetch.missing_tokens
+        )
+        return failure is None
 
     # Pulls that consumers opened here.
 
@@ -219,10 +274,12 @@ class EngineHost:
     def _do(self, effect: EngineEffect) -> None:
         match effect:
             case TokenOut() | RequestDone() | RequestFailed():
+                self._stage_bytes(effect)
                 self._answer(effect)
             case Rejected():
                 # Of the request that is being submitted: the engine refuses at once or never.
                 self._refusal = effect
+                self._prompts.pop(effect.request_id, None)
                 del self._answers[effect.request_id]
                 self.metrics.left(effect.request_id)
             case KvChanged():

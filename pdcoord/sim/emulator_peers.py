@@ -1,7 +1,7 @@
 """How an emulated engine reaches the side channels of others: one HTTP call for each word it has to say."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -102,10 +102,13 @@ class Peers:
         counters: EngineCounters,
         *,
         patience_s: float,
+        admit: Callable[[str], Awaitable[bool]],
     ) -> None:
         """Nothing is dialled yet.
 
         Args:
+            admit: fetches the real bytes of a pull that was granted, where there are any; False if they
+                did not come, so that the pull fails.
             post: where answers go.
             counters: where notifications that nobody took are counted.
             patience_s: longest silence of a producer inside a pull; past the model's own deadlines.
@@ -114,6 +117,7 @@ class Peers:
         self._post = post
         self._spawn = spawn
         self._patience_s = patience_s
+        self._admit = admit
         self._pulls: dict[str, tuple[HostPort, asyncio.Task[None]]] = {}
         self._counters = counters
 
@@ -162,7 +166,8 @@ class Peers:
                     if not chunk:
                         break
                     *lines, rest = (rest + chunk).split(b"\n")
-                    is_over = any(self._hear(asked.pull_id, line) for line in lines)
+                    for line in lines:
+                        is_over = is_over or await self._hear(asked.pull_id, line)
         except asyncio.CancelledError:
             is_over = True  # By `_close`, or with the host: the model knows, or hears nothing any more.
             self._post(PullCancelled(asked.pull_id))
@@ -174,11 +179,14 @@ class Peers:
             if not is_over:
                 self._post(PullBroken(asked.pull_id))
 
-    def _hear(self, pull_id: str, raw: bytes) -> bool:
+    async def _hear(self, pull_id: str, raw: bytes) -> bool:
         """Pass on one line; whether it is the last."""
         line: Line = _line_decoder.decode(raw)
         match line:
             case GrantLine():
+                if not await self._admit(pull_id):
+                    self._post(PullDenied(pull_id, DenyReason.BYTES_FAILED))
+                    return True
                 self._post(PullGranted(pull_id, line.grant))
             case ShareLine():
                 self._post(PullShareChanged(pull_id, line.share_bytes_per_s))

@@ -205,8 +205,7 @@ class EngineModel:
         shared = self._shared
         refusal = self._refusal(request)
         if refusal is None:
-            live = make_live(request, self.settings, shared.now_s)
-            refusal = self._enter(live)
+            refusal = self._enter(make_live(request, self.settings, shared.now_s))
         if refusal is not None:
             reason, message = refusal
             shared.counters.rejected[reason] = shared.counters.rejected.get(reason, 0) + 1
@@ -280,8 +279,7 @@ class EngineModel:
         self._shared.timers.clear(("room", live.id))
         if self.settings.is_room_worker and self.settings.role is Role.PREFILL and live.request.room:
             self._producer.leave_room(live.request.room.room)
-        if live.request.transfer:
-            self._producer.give_up(live.request.transfer)
+        self._producer.give_up(live.request.transfer)
         self._shared.pool.release(live.blocks)
         live.blocks = []
 

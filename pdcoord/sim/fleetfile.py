@@ -15,7 +15,7 @@ from pdcoord.policy.yamltext import FaultsError, read_documents, validate
 from pdcoord.sim.profiles import PROFILES, Profile
 from pdcoord.sim.settings import EngineSettings, LoadFailurePolicy
 from transfer.layout import KvLayout
-from transfer.verdict import Connector
+from transfer.verdict import Connector, tiling_fault
 
 AnyPort = Annotated[int, Field(ge=0, le=65_535)]
 """A port to listen on; 0 lets the kernel pick one."""
@@ -59,6 +59,16 @@ class EngineSpec(Spec):
     )
     kv_events_topic: str | None = Field(
         default=None, max_length=256, description="kv@HOST:PORT@MODEL if not set."
+    )
+    kv_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
+        default=None,
+        description=(
+            "Side channel of a transfer agent: the engine then holds real KV in its layout and hands it "
+            "over. Connector pdcoord, one rank."
+        ),
+    )
+    kv_backend: Literal["nixl", "tcp", "loopback"] = Field(
+        default="tcp", description="What carries the real KV; loopback only within one process."
     )
     speed: SpeedSpec | None = Field(default=None, description="Figures in place of the profile's.")
     layout: LayoutSpec | None = Field(default=None, description="Layout in place of the profile's.")
@@ -123,7 +133,7 @@ class EngineSpec(Spec):
         if self.stock_silent_corruption and self.connector_kind is not Connector.NIXL:
             faults.append((("stock_silent_corruption",), "is nixl's; set connector: nixl or remove it"))
         if not faults:
-            faults = self._size_faults()
+            faults = [*self._size_faults(), *self._kv_faults()]
         if faults:
             raise FaultsError(faults)
         return self
@@ -139,11 +149,25 @@ class EngineSpec(Spec):
         )
         return [(("context_tokens_max",), message)]
 
+    def _kv_faults(self) -> list[tuple[KeyPath, str]]:
+        if self.kv_port is None:
+            return []
+        if self.connector_kind is not Connector.PDCOORD:
+            return [(("kv_port",), f"is set with connector {self.connector_kind}, expected pdcoord")]
+        if not self.side_channel_port:
+            return [(("side_channel_port",), "is 0 with kv_port, expected a port that others can know")]
+        layout = self._layout(PROFILES[self.profile])
+        if layout.tensor_parallel != 1:
+            ranks = layout.tensor_parallel
+            return [(("kv_port",), f"is set with tensor_parallel {ranks}, expected 1: one rank is emulated")]
+        if (fault := tiling_fault(layout)) is not None:
+            return [(("kv_port",), f"is set, but {fault}")]
+        return []
+
     def _layout(self, profile: Profile) -> KvLayout:
         if self.layout is None:
             return profile.layout
-        spec = self.layout
-        return KvLayout(spec.block_tokens, spec.order, spec.dtype, spec.tensor_parallel, spec.tiling)
+        return self.layout.compiled()
 
     def _block_total(self, profile: Profile, layout: KvLayout) -> int:
         if self.kv_blocks is not None:

@@ -1,6 +1,6 @@
 """What an emulated engine is told and what it asks for: the only way in and out of its model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import msgspec
@@ -69,6 +69,22 @@ class PullGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 @dataclass(frozen=True, slots=True)
+class KvTicket:
+    """Where the real bytes of a prefill are, or are asked to be; the model does not look into it.
+
+    Attributes:
+        transfer, nonce: 32 hex digits each.
+        address: of the producer's transfer agent; empty in a prefill leg.
+        epoch: of that agent; empty where both legs were sent at once.
+    """
+
+    transfer: str
+    nonce: str = field(repr=False)
+    address: str = ""
+    epoch: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RemoteTicket:
     """A ticket as a decode leg brings it, read from `kv_transfer_params` of vLLM 0.32.
 
@@ -85,6 +101,7 @@ class RemoteTicket:
     block_ids: tuple[tuple[int, ...], ...]
     address: HostPort
     token_count: int | None = None
+    kv: KvTicket | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +122,8 @@ class EngineRequest:
         is_prefill_leg: `do_remote_decode`: end after the first token and keep the KV for a consumer.
         ticket: `do_remote_prefill`: fetch the KV before running.
         transfer: of a prefill leg whose decode leg may ask before it is done; empty otherwise.
+        kv: of the same leg, for its real bytes, if the leg brought it.
+        has_bytes: of a prefill leg: stage real bytes.
         lease_s: in place of the engine's own; 0.0 expires at once.
         is_pooling: compute the prompt only, no token comes out.
     """
@@ -118,6 +137,8 @@ class EngineRequest:
     is_prefill_leg: bool = False
     ticket: RemoteTicket | None = None
     transfer: str = ""
+    kv: KvTicket | None = None
+    has_bytes: bool = False
     room: RoomCall | None = None
     lease_s: float | None = None
     is_pooling: bool = False
@@ -277,6 +298,7 @@ class DenyReason(StrEnum):
     LEASE_EXPIRED = "lease-expired"
     WRONG_BLOCKS = "wrong-blocks"
     PREFILL_FAILED = "prefill-failed"
+    BYTES_FAILED = "bytes-failed"
     ROOM_IN_USE = "room-in-use"
 
 

@@ -187,7 +187,7 @@ class Producer:
         return min(before_last, int(by_link / settings.kv_bytes_per_token))
 
     def give_up(self, transfer: str) -> None:
-        """The prefill ended without KV to hand over: a decode that waits for it is told."""
+        """A prefill that names this transfer, or none, ended without KV to hand over: its decode is told."""
         pull_id = self._early_pulls.pop(transfer, None)
         if pull_id is not None:
             self._deny(pull_id, DenyReason.PREFILL_FAILED)

@@ -1,10 +1,11 @@
 """Vendor profiles of emulated engines: every figure with where it comes from."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pdcoord.core.costs import SpeedFigures
-from transfer.layout import KvDtype, KvLayout, Order
+from transfer.layout import KvLayout, Order
+from transfer.presets import PRESETS
 
 # Llama-3.1-8B in bfloat16: 32 layers, 4,096 wide, 8 KV heads of 128 (its published config.json).
 PARAMETER_COUNT = 8.0e9
@@ -132,6 +133,8 @@ def policy_layout(layout: KvLayout) -> dict[str, Any]:
         "dtype": layout.dtype.value,
         "tensor_parallel": layout.tensor_parallel,
         "tiling": layout.tiling,
+        "split": layout.split.value,
+        "head_dim_multiple": layout.head_dim_multiple,
     }
 
 
@@ -256,19 +259,15 @@ def _profile(
     )
 
 
-def _layout(block_tokens: int, order: Order) -> KvLayout:
-    return KvLayout(block_tokens, order, KvDtype.BFLOAT16)
-
-
 _CUDA = (
-    _layout(16, Order.HND),
+    replace(PRESETS["nvidia-flash-attn"].layout, order=Order.HND),
     "vLLM 0.32: default block of 16; HND is what NixlConnector asks for",
 )
 _ROCM = (
-    _layout(64, Order.HND),
+    PRESETS["amd-aiter-unified"].layout,
     "vLLM 0.32: ROCM_AITER_UNIFIED_ATTN prefers blocks of 64, HND only with a KV connector",
 )
-_HPU = (_layout(128, Order.NHD), "vllm-gaudi: default block of 128, tokens before heads")
+_HPU = (PRESETS["intel-gaudi"].layout, "vllm-gaudi: default block of 128, tokens before heads, K and V apart")
 
 PROFILES: dict[str, Profile] = {
     profile.name: profile

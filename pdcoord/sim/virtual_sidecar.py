@@ -11,7 +11,7 @@ from pdcoord.core.plan import Plan
 from pdcoord.gateway.upstream import plan_header
 from pdcoord.protocol.errors import RefuseReason
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.plans import PrefillTarget, ServedHeader
+from pdcoord.protocol.plans import DialectName, PrefillTarget, ServedHeader
 from pdcoord.protocol.tickets import ROOM_MAX, Ticket
 from pdcoord.sim import messages as m
 from pdcoord.sim.loop import Timer, VirtualLoop
@@ -134,10 +134,15 @@ class VirtualHandoff:
                 pass
 
     def _send_prefill(self, leg: int, attempt: int, target: PrefillTarget) -> None:
-        request = self._leg_request(leg, is_prefill_leg=True, output_tokens_max=1)
-        if target.bootstrap_port is not None:
-            room = m.RoomCall(target.address, self._room(attempt))
-            request = self._leg_request(leg, room=room, output_tokens_max=1)
+        match self._machine.order.dialect:
+            case DialectName.NIXLV2:
+                request = self._leg_request(leg, is_prefill_leg=True, output_tokens_max=1)
+            case DialectName.PDCOORD:
+                transfer = self._transfer(attempt)
+                request = self._leg_request(leg, is_prefill_leg=True, transfer=transfer, output_tokens_max=1)
+            case DialectName.SGLANG:
+                room = m.RoomCall(target.address, self._room(attempt))
+                request = self._leg_request(leg, room=room, output_tokens_max=1)
         self._submit(leg, target.address, request, lambda heard: self._hear_prefill(leg, heard))
 
     def _send_decode(self, leg: int, attempt: int, ticket: Ticket | None, peer: PrefillTarget | None) -> None:
@@ -148,7 +153,9 @@ class VirtualHandoff:
             remote = m.RemoteTicket(
                 body.engine_id, body.request_id, body.block_ids, body.address, body.token_count
             )
-        if peer is not None:
+        if peer is not None and self._machine.order.dialect is DialectName.PDCOORD:
+            remote = m.RemoteTicket("", self._transfer(attempt), (), peer.address)
+        elif peer is not None:
             room = m.RoomCall(peer.address, self._room(attempt))
         request = self._leg_request(
             leg, ticket=remote, room=room, output_tokens_max=self._request.output_tokens_max
@@ -157,8 +164,11 @@ class VirtualHandoff:
         self._submit(leg, address, request, lambda heard: self._hear_decode(leg, heard))
 
     def _room(self, attempt: int) -> int:
-        named = f"{self._request.id}/{self._plan.attempt}.{attempt}"
-        return xxhash.xxh3_64_intdigest(named.encode()) & ROOM_MAX
+        return xxhash.xxh3_64_intdigest(self._transfer(attempt).encode()) & ROOM_MAX
+
+    def _transfer(self, attempt: int) -> str:
+        """What both legs of an attempt name: unique, as a sidecar's own is."""
+        return f"{self._request.id}/{self._plan.attempt}.{attempt}"
 
     def _leg_request(self, leg: int, **changes: Any) -> m.EngineRequest:
         own_id = f"{self._request.id}/{self._plan.attempt}.{leg}"
@@ -222,7 +232,7 @@ class VirtualHandoff:
         elif self._is_committed:
             self._handle(v.DecodeLost(leg, v.Fault.LOST_IN_BODY))
         else:
-            # Held back (sglang): the edge reads on only once the prefill leg is known good.
+            # Held back (sglang, pdcoord): the edge reads on only once the prefill leg is known good.
             self._loop.after(HELD_POLL_S, lambda: self._fail_held(leg, before))
 
     def _fail_held(self, leg: int, before: v.DecodeRejected | v.DecodeLost) -> None:

@@ -24,12 +24,15 @@ from pdcoord.protocol.tickets import PREFILL_TICKET
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import StreamError
 from pdcoord.wire.server import Listener, serve
+from sidecar import exchange
 from sidecar.guard import Allowlist
+from sidecar.handoff import Handoff
 from sidecar.health import Health
 from sidecar.main import make_proxy
 from sidecar.observe import Metrics
 from sidecar.proxy import Backstage, Proxy
 from sidecar.settings import parse
+from sidecar.vocabulary import Order, State
 
 WAIT_S = 10.0
 CHAT = "/v1/chat/completions"
@@ -765,6 +768,144 @@ async def test_sglang_pairs_anew_in_another_room_and_no_byte_of_the_first_shows(
         rooms = [seen.body["bootstrap_room"] for seen in (*p1.requests, *p2.requests)]
         assert len(set(rooms)) == 2
         assert {seen.body["bootstrap_room"] for seen in d.requests} == set(rooms)
+
+
+# pdcoord.
+
+
+async def test_pdcoord_both_legs_carry_one_transfer_and_the_decode_leg_where_to_fetch_it() -> None:
+    async with engine(give_ticket) as p, engine(speak) as d, sidecar(d, p, flags="--dialect pdcoord") as s:
+        answer = await s.call(request(stream=True, max_tokens=5), foreign(p))
+        assert answer.body == ROLE + TOKEN + USAGE.replace(b"317", b"64") + LAST
+        assert (answer.served.mode, answer.served.prefill) == (Mode.SPLIT, p.address)
+        prefill, decode = p.requests[0].body, d.requests[0].body
+        asked, told = prefill.pop("kv_transfer_params"), decode.pop("kv_transfer_params")
+        pairing = asked.pop("pdcoord")
+        assert asked == PREFILL_TICKET
+        assert (pairing["version"], len(pairing["transfer"]), len(pairing["nonce"])) == (1, 32, 32)
+        assert told == {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_host": "127.0.0.1",
+            "remote_port": 14_579,
+            "pdcoord": {**pairing, "address": "127.0.0.1:14579"},
+        }
+        assert (decode["max_tokens"], decode["stream"]) == (5, True)
+        assert (prefill["max_tokens"], prefill["stream"]) == (1, False)
+        assert p.requests[0].headers["x-pdcoord-leg"] == "prefill"
+
+
+async def test_pdcoord_the_kv_port_is_the_plans() -> None:
+    async with engine(give_ticket) as p, engine(speak) as d, sidecar(d, p) as s:
+        targets = (PrefillTarget(address=p.address, kv_port=15_000),)
+        header = encode_plan(PlanHeader(prefills=targets, dialect=DialectName.PDCOORD))
+        assert (await s.call(request(), (b"x-pdcoord-plan", header))).status == 200
+        assert d.requests[0].body["kv_transfer_params"]["pdcoord"]["address"] == "127.0.0.1:15000"
+
+
+async def test_pdcoord_gives_no_byte_before_the_prefill_is_known_good() -> None:
+    is_prefill_free = asyncio.Event()
+
+    async def wait_then_answer(seen: Seen) -> None:
+        await is_prefill_free.wait()
+        await give_ticket(seen)
+
+    async with engine(wait_then_answer) as p, engine(stream) as d, sidecar(d, p) as s:
+        async with asyncio.TaskGroup() as group:
+            routing = plan(p, dialect=DialectName.PDCOORD)
+            call = group.create_task(s.call(request(stream=True), routing))
+            await until(lambda: len(d.requests) == 1 and len(p.requests) == 1)
+            done, _ = await asyncio.wait([call], timeout=0.2)
+            assert not done
+            is_prefill_free.set()
+        assert call.result().served.mode is Mode.SPLIT
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (always(500), "prefill-error"),
+        (always(400), "prefill-error"),
+        (always(200, {"choices": []}), "prefill-no-ticket"),
+        (reset, "prefill-error"),
+    ],
+)
+async def test_pdcoord_output_that_is_there_when_the_prefill_fails_is_the_answer(
+    script: Script, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines: list[Handoff] = []
+
+    class Watched(Handoff):
+        def __init__(self, order: Order) -> None:
+            super().__init__(order)
+            machines.append(self)
+
+    monkeypatch.setattr(exchange, "Handoff", Watched)
+    has_output = asyncio.Event()
+
+    async def fail_late(seen: Seen) -> None:
+        await has_output.wait()
+        await script(seen)
+
+    async with engine(fail_late) as p, engine(stream) as d, sidecar(d, p) as s:
+        async with asyncio.TaskGroup() as group:
+            routing = plan(p, dialect=DialectName.PDCOORD)
+            call = group.create_task(s.call(request(stream=True), routing))
+            await until(lambda: len(p.requests) == 1 and machines[0].state is State.HELD)
+            has_output.set()
+        answer = call.result()
+        assert answer.rungs == [f"colocated {reason} {p.address}"]
+        assert answer.body == ROLE + TOKEN + USAGE + LAST
+        assert len(d.requests) == 1
+
+
+async def test_pdcoord_pairs_anew_under_another_transfer_where_the_decode_leg_still_waits() -> None:
+    waiting: list[Engine] = []
+    is_decode_there = asyncio.Event()
+
+    async def wait_for_kv(seen: Seen) -> None:
+        is_decode_there.set()
+        await hanging(waiting)(seen)
+
+    async def refuse_then(seen: Seen) -> None:
+        await is_decode_there.wait()
+        seen.answer(503, b"{}")
+
+    async with (
+        engine(refuse_then) as p1,
+        engine(give_ticket) as p2,
+        engine(in_turn(wait_for_kv, stream)) as d,
+        sidecar(d, p1, p2) as s,
+    ):
+        waiting.append(d)
+        answer = await s.call(request(stream=True), plan(p1, p2, dialect=DialectName.PDCOORD))
+        assert answer.rungs == [f"other-prefill prefill-overloaded {p1.address}"]
+        assert (answer.served.mode, answer.served.prefill) == (Mode.SPLIT, p2.address)
+        prefills = [seen.body["kv_transfer_params"]["pdcoord"] for seen in (*p1.requests, *p2.requests)]
+        decodes = [seen.body["kv_transfer_params"]["pdcoord"] for seen in d.requests]
+        await d.wait_aborts(1)
+        assert [one["transfer"] for one in decodes] == [one["transfer"] for one in prefills]
+        assert [one["nonce"] for one in decodes] == [one["nonce"] for one in prefills]
+        assert len({one["transfer"] for one in prefills}) == len({one["nonce"] for one in prefills}) == 2
+
+
+async def test_pdcoord_a_prefill_pod_that_is_not_there_ends_colocated() -> None:
+    dead = Engine(reset, address=await dead_address())
+    async with engine(speak) as d, sidecar(d, dead) as s:
+        answer = await s.call(request(stream=True), plan(dead, dialect=DialectName.PDCOORD))
+        assert answer.rungs == [f"colocated prefill-unreachable {dead.address}"]
+        assert answer.body == ROLE + TOKEN + USAGE + LAST
+
+
+async def test_pdcoord_no_secret_is_logged() -> None:
+    async with engine(always(500)) as p, engine(stream) as d, sidecar(d, p) as s:
+        with capture_logs() as lines:
+            await s.call(request(stream=True), plan(p, dialect=DialectName.PDCOORD))
+            await until(lambda: s.proxy.in_flight == 0)
+        pairing = p.requests[0].body["kv_transfer_params"]["pdcoord"]
+        assert lines
+        assert pairing["nonce"] not in str(lines)
+        assert pairing["transfer"] not in str(lines)
 
 
 # Guarding.

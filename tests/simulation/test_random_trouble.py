@@ -1,10 +1,12 @@
 """Whole deployments in virtual time, each from a seed: pods die, links break, pods drain, clients leave."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from pdcoord.core.events import Outcome
+from pdcoord.core.model import LegOrder
 from pdcoord.protocol.plans import Mode
 from pdcoord.sim.scenario import draw
 from pdcoord.sim.simulation import Result, Simulation
@@ -22,6 +24,15 @@ def test_every_request_ends_once_and_nothing_is_left_behind(seed: int) -> None:
     scenario = draw(seed)
     result = Simulation(scenario).run()
     assert sum(result.outcomes.values()) == len(scenario.arrivals), f"replay: draw({seed})"
+
+
+@pytest.mark.parametrize("seed", range(max(SEED_COUNT // 2, 1)))
+def test_so_does_every_request_whose_legs_go_at_once(seed: int) -> None:
+    scenario = draw(seed)
+    rules = replace(scenario.model.disaggregation, order=LegOrder.CONCURRENT)
+    scenario = replace(scenario, model=replace(scenario.model, disaggregation=rules))
+    result = Simulation(scenario).run()
+    assert sum(result.outcomes.values()) == len(scenario.arrivals), f"replay: draw({seed}), concurrent"
 
 
 @pytest.mark.parametrize("seed", [3, 18])

@@ -1,5 +1,6 @@
 """The demo's fleet: its emulated engines, the policy over them, and the command of every process."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from pdcoord.sim.profiles import PROFILES, policy_layout, policy_speed
 
 MODEL = "demo/llama-8b"
 API_VERSION = "pdcoord.io/v1alpha1"
+KV_BACKEND = "nixl" if importlib.util.find_spec("nixl") else "tcp"
+"""What carries the real KV of the emulated engines: NIXL where it is installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,29 @@ POOLS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A pair of unlike vendors that is to prove itself.
+
+    Attributes:
+        sidecar: of the decode pod.
+    """
+
+    prefill_name: str
+    decode_name: str
+    prefill: HostPort
+    sidecar: HostPort
+    kv_port: int
+
+
 @dataclass(slots=True)
 class Deployment:
     """Where everything listens and how it is started.
 
     Attributes:
         pods: where a load balancer without pdcoord would send requests.
+        canaries: one pair for each pool that prefills.
+        kv_ports: of every engine, where its transfer agent listens.
         victim: the process that the demo kills.
         ready_checks: address and path that answer 200 when a process is ready, by process.
     """
@@ -48,6 +68,8 @@ class Deployment:
     admin: HostPort
     victim: str
     pods: list[HostPort] = field(default_factory=list)
+    canaries: list[Canary] = field(default_factory=list)
+    kv_ports: dict[str, int] = field(default_factory=dict)
     commands: dict[str, list[str]] = field(default_factory=dict)
     ready_checks: dict[str, tuple[HostPort, str]] = field(default_factory=dict)
 
@@ -73,7 +95,7 @@ class Deployment:
 def lay_out(folder: Path, seed: int) -> Deployment:
     """Write the fleet and policy files into `folder` and say how to start everything."""
     names = [(pool, f"{pool.name}-{index}") for pool in POOLS for index in range(pool.pod_count)]
-    ports = iter(free_ports(2 + 4 * len(names)))
+    ports = iter(free_ports(2 + 5 * len(names)))
     deployment = Deployment(
         model=MODEL,
         gateway=HostPort(f"127.0.0.1:{next(ports)}"),
@@ -84,7 +106,7 @@ def lay_out(folder: Path, seed: int) -> Deployment:
     engines: list[dict[str, Any]] = []
     addresses: dict[str, HostPort] = {}
     for pool, name in names:
-        engine_port, side_port, pod_port, metrics_port = (next(ports) for _ in range(4))
+        engine_port, side_port, kv_port, pod_port, metrics_port = (next(ports) for _ in range(5))
         engines.append(
             {
                 "name": name,
@@ -92,10 +114,13 @@ def lay_out(folder: Path, seed: int) -> Deployment:
                 "role": pool.role,
                 "port": engine_port,
                 "side_channel_port": side_port,
+                "kv_port": kv_port,
+                "kv_backend": KV_BACKEND,
             }
         )
         engine = HostPort(f"127.0.0.1:{engine_port}")
         addresses[name] = engine
+        deployment.kv_ports[name] = kv_port
         deployment.commands[name] = ["pdcoord", "emulate", str(fleet_file), "--engine", name]
         deployment.ready_checks[name] = (engine, "/health")
         if pool.role == "decode":
@@ -110,10 +135,17 @@ def lay_out(folder: Path, seed: int) -> Deployment:
         if name.endswith("-sidecar"):
             command += [word for address in prefills for word in ("--allow", address)]
     deployment.pods = list(addresses.values())
+    deployment.canaries = _canaries(addresses, deployment.kv_ports)
     _dump(fleet_file, {"kind": "EmulatedFleet", "seed": seed, "model": MODEL, "engines": engines})
     _dump(policy_file, _policy(addresses))
     _add_gateway(deployment, policy_file)
     return deployment
+
+
+def _canaries(addresses: dict[str, HostPort], kv_ports: dict[str, int]) -> list[Canary]:
+    decode = next(f"{pool.name}-0" for pool in POOLS if pool.role == "decode")
+    prefills = [f"{pool.name}-0" for pool in POOLS if pool.role == "prefill"]
+    return [Canary(name, decode, addresses[name], addresses[decode], kv_ports[name]) for name in prefills]
 
 
 def _add_gateway(deployment: Deployment, policy_file: Path) -> None:

@@ -15,7 +15,8 @@ import uvloop
 from rich.console import Console
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.sim.demo.deployment import Deployment, lay_out
+from pdcoord.sim.demo.canary import prove
+from pdcoord.sim.demo.deployment import Canary, Deployment, lay_out
 from pdcoord.sim.demo.processes import DemoError, Processes
 from pdcoord.sim.demo.report import Progressed, comparison_table, served_table
 from pdcoord.sim.demo.traffic import Answer, Prompt, mixed, replay, send, text
@@ -118,6 +119,8 @@ class _Stage:
         short = await self._ask("a short prompt", "What is a lease?")
         again = await self._ask("the same prefix again", shared + "\nTranslate this.")
         failures = [f"{a.prompt.kind}: {a.error}" for a in (split, short, again) if a.error]
+        for canary in self.deployment.canaries:
+            failures += await self._prove(canary)
         if not split.decision.startswith("split"):
             failures.append(f"a long prompt was served '{split.decision}', not split")
         if not short.decision.startswith("colocated"):
@@ -125,6 +128,13 @@ class _Stage:
         if not again.cached_tokens:
             failures.append("a shared prefix was not found in any cache")
         return failures
+
+    async def _prove(self, canary: Canary) -> list[str]:
+        """A fixed prompt split over a pair, its KV compared with what the decode engine computes alone."""
+        proof = await prove(self.client, self.deployment.model, canary)
+        pair = f"{canary.prefill_name} -> {canary.decode_name}"
+        self.console.print(f"  canary {pair}: {proof}", soft_wrap=True)
+        return [] if proof.is_right else [f"canary {pair}: {proof}"]
 
     async def _ask(self, kind: str, content: str) -> Answer:
         prompt = Prompt(0.0, kind, content, 24)

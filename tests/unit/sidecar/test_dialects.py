@@ -11,7 +11,7 @@ from pdcoord.protocol.errors import RefusedError, RefuseReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.openai import APIS
 from pdcoord.protocol.plans import DialectName, PrefillTarget
-from pdcoord.protocol.tickets import PREFILL_TICKET, Ticket
+from pdcoord.protocol.tickets import PREFILL_TICKET, Pairing, Ticket
 from sidecar import dialects
 
 CHAT = APIS["/v1/chat/completions"]
@@ -270,3 +270,67 @@ def test_sglang_splits_only_where_it_has_the_members() -> None:
 @pytest.mark.parametrize(("value", "is_stream"), [(True, True), (False, False), (None, False), ("x", False)])
 def test_is_stream(value: object, *, is_stream: bool) -> None:
     assert dialects.read_body(CHAT, chat(stream=value)).is_stream is is_stream
+
+
+# pdcoord: both legs at once.
+
+PAIRING = Pairing("ab" * 16, "cd" * 16)
+MEMBER = {"version": 1, "transfer": "ab" * 16, "nonce": "cd" * 16}
+
+
+def test_a_paired_prefill_leg_is_nixlv2s_with_the_transfer() -> None:
+    body = dialects.read_body(CHAT, chat(stream=True, max_tokens=50))
+    alone = json.loads(dialects.nixlv2_prefill(body))
+    paired = json.loads(dialects.pdcoord_prefill(body, PAIRING))
+    assert paired.pop("kv_transfer_params") == {**alone.pop("kv_transfer_params"), "pdcoord": MEMBER}
+    assert paired == alone
+
+
+@pytest.mark.parametrize(
+    ("peer", "host", "port", "address"),
+    [
+        (PEER, "10.0.0.1", 14_579, "10.0.0.1:14579"),
+        (PrefillTarget(address=HostPort("pod:1"), kv_port=7), "pod", 7, "pod:7"),
+        (PrefillTarget(address=HostPort("[fd00::1]:1")), "fd00::1", 14_579, "[fd00::1]:14579"),
+    ],
+)
+def test_a_paired_decode_leg_is_the_clients_bytes_with_the_place_to_fetch_from(
+    peer: PrefillTarget, host: str, port: int, address: str
+) -> None:
+    raw = chat(stream=True, max_tokens=50)
+    decode = dialects.pdcoord_decode(dialects.read_body(CHAT, raw), peer, PAIRING, kv_port=14_579)
+    assert decode.endswith(raw[1:])
+    assert json.loads(decode)["kv_transfer_params"] == {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_host": host,
+        "remote_port": port,
+        "pdcoord": {**MEMBER, "address": address},
+    }
+
+
+def test_all_apis_are_split_in_pdcoord() -> None:
+    for api in (CHAT, COMPLETIONS, RESPONSES, MESSAGES):
+        assert dialects.read_body(api, chat(prompt="p")).splittable_in(DialectName.PDCOORD)
+
+
+def test_another_sidecars_prefill_leg_may_name_a_transfer() -> None:
+    leg = dialects.pdcoord_prefill(dialects.read_body(CHAT, chat()), PAIRING)
+    body = dialects.read_body(CHAT, leg, is_prefill_leg=True)
+    assert json.loads(body.raw) == json.loads(leg)
+    assert "kv_transfer_params" not in json.loads(dialects.read_body(CHAT, leg).raw)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"do_remote_decode": True, "pdcoord": {**MEMBER, "address": "10.0.0.9:1"}},
+        {"do_remote_decode": True, "pdcoord": {**MEMBER, "transfer": "x"}},
+        {"do_remote_decode": True, "pdcoord": 5},
+        {"do_remote_prefill": True, "pdcoord": MEMBER},
+        {"do_remote_decode": True, "remote_host": "h", "pdcoord": MEMBER},
+    ],
+)
+def test_a_prefill_leg_may_say_no_more_than_that(asked: dict[str, Any]) -> None:
+    body = dialects.read_body(CHAT, chat(kv_transfer_params=asked), is_prefill_leg=True)
+    assert "kv_transfer_params" not in json.loads(body.raw)

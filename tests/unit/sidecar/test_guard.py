@@ -17,6 +17,7 @@ from sidecar.guard import (
     for_client,
     for_engine,
     normal_address,
+    read_target,
 )
 
 P1, P2, P3 = (HostPort(f"10.0.0.{n}:8000") for n in (1, 2, 3))
@@ -24,7 +25,7 @@ P1, P2, P3 = (HostPort(f"10.0.0.{n}:8000") for n in (1, 2, 3))
 
 def guard(*allowed: HostPort, dialect: DialectName = DialectName.NIXLV2, is_open: bool = False) -> Guard:
     return Guard(
-        allowlist=Allowlist(allowed, is_open=is_open),
+        allowlist=Allowlist(map(read_target, allowed), is_open=is_open),
         dialect=dialect,
         is_colocated_allowed=True,
         prefill_deadline_ms=1_000.0,
@@ -85,16 +86,42 @@ def test_an_empty_allowlist_allows_nothing_and_an_open_one_anything() -> None:
 
 
 def test_host_and_port_both_count() -> None:
-    allowlist = Allowlist([P1])
+    allowlist = Allowlist([read_target(P1)])
     assert allowlist.allows(P1)
     assert not allowlist.allows(HostPort("10.0.0.1:8001"))
     assert not allowlist.allows(P2)
 
 
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("Pod:1", PrefillTarget(address=HostPort("pod:1"))),
+        ("Pod:1/14600 ", PrefillTarget(address=HostPort("pod:1"), kv_port=14_600)),
+        ("[FD00::1]:1/2", PrefillTarget(address=HostPort("[fd00::1]:1"), kv_port=2)),
+    ],
+)
+def test_a_target_may_name_its_kv_port(text: str, target: PrefillTarget) -> None:
+    assert read_target(text) == target
+
+
+@pytest.mark.parametrize("text", ["pod:1/", "pod:1/0", "pod:1/65536", "pod:1/x", "pod:1/2/3", "pod/2", "/2"])
+def test_what_is_no_target_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not host:port"):
+        read_target(text)
+
+
+def test_the_file_goes_before_the_flags_and_each_target_is_listed_once(tmp_path: Path) -> None:
+    path = tmp_path / "allow"
+    path.write_text(f"{P2}/9\n{P3}\n")
+    allowlist = Allowlist([read_target(f"{P1}/7"), read_target(f"{P2}/8")], path=path)
+    assert [(t.address, t.kv_port) for t in allowlist.targets()] == [(P1, 7), (P2, 9), (P3, None)]
+    assert [allowlist.kv_port(p) for p in (P1, P2, P3, HostPort("other:1"))] == [7, 9, None, None]
+
+
 def test_a_file_adds_to_the_flags_and_is_read_again_when_it_changes(tmp_path: Path) -> None:
     path = tmp_path / "allow"
     path.write_text(f"# prefill pods\n{P2}  # second\n\n")
-    allowlist = Allowlist([P1], path=path)
+    allowlist = Allowlist([read_target(P1)], path=path)
     assert [allowlist.allows(p) for p in (P1, P2, P3)] == [True, True, False]
     assert len(allowlist) == 2
     assert allowlist.reload() is False
@@ -120,7 +147,9 @@ def test_a_bad_file_leaves_the_last_good_list_and_is_reported_once(tmp_path: Pat
     path.write_text(f"{P1}\n")
     allowlist = Allowlist(path=path)
     path.write_text("ok:1\nnot an address\n")
-    with pytest.raises(SettingsError, match=r"--allow-file .*line 2.*one host:port a line"):
+    with pytest.raises(
+        SettingsError, match=r"--allow-file .*line 2.*one host:port or host:port/kv_port a line"
+    ):
         allowlist.reload()
     assert allowlist.reload() is False
     assert allowlist.allows(P1)
@@ -140,6 +169,26 @@ def test_a_file_that_cannot_be_read_at_the_start_is_an_error(tmp_path: Path) -> 
 
 
 # What headers ask for.
+
+
+def test_the_kv_port_is_the_plans_or_else_the_lists() -> None:
+    reader = guard(HostPort(f"{P1}/7"), HostPort(f"{P2}/8"), P3)
+    targets = tuple(PrefillTarget(address=p, kv_port=k) for p, k in ((P1, None), (P2, 9), (P3, None)))
+    asked = reader.read([(b"x-pdcoord-plan", encode_plan(PlanHeader(prefills=targets)))])
+    assert [target.kv_port for target in asked.plan.prefills] == [7, 9, None]
+    asked = reader.read([foreign(f"{P1},{P3}")])
+    assert [target.kv_port for target in asked.plan.prefills] == [7, None]
+
+
+@pytest.mark.parametrize("port", [0, -1, 65_536])
+def test_a_kv_port_that_is_none_is_refused(port: int) -> None:
+    header = encode_plan(PlanHeader(prefills=(PrefillTarget(address=P1, kv_port=port),)))
+    with pytest.raises(RefusedError, match="kv_port"):
+        guard(P1).read([(b"x-pdcoord-plan", header)])
+
+
+def test_a_foreign_pdcoord_request_may_fall_back_colocated() -> None:
+    assert guard(P1, dialect=DialectName.PDCOORD).read([foreign(P1)]).plan.is_colocated_allowed
 
 
 def test_without_routing_headers_nobody_asks_for_a_split() -> None:

@@ -432,6 +432,114 @@ def test_sglang_leaves_no_lease_to_orphan() -> None:
     ]
 
 
+# pdcoord.
+
+
+def pdcoord(
+    *prefills: PrefillTarget, is_colocated_allowed: bool = True, is_stream: bool = True
+) -> Transcript:
+    return Transcript(
+        order(
+            *prefills,
+            dialect=DialectName.PDCOORD,
+            is_colocated_allowed=is_colocated_allowed,
+            is_stream=is_stream,
+        )
+    )
+
+
+FAILED_PREFILLS = [
+    (PrefillLost(1, Fault.UNREACHABLE), RungReason.PREFILL_UNREACHABLE),
+    (PrefillLost(1, Fault.LOST_IN_BODY), RungReason.PREFILL_ERROR),
+    (PrefillRejected(1, 500), RungReason.PREFILL_ERROR),
+    (PrefillRejected(1, 503), RungReason.PREFILL_OVERLOADED),
+    (PrefillAnswered(1, None), RungReason.PREFILL_NO_TICKET),
+    (DeadlinePassed(), RungReason.PREFILL_TIMEOUT),
+]
+
+
+def test_pdcoord_sends_both_legs_and_commits_when_prefill_then_output() -> None:
+    t = pdcoord(P1)
+    assert t.last == [SendPrefill(1, 1, P1), SendDecode(2, 1, peer=P1)]
+    assert t.give(PrefillAnswered(1, TICKET, 4)) == []
+    assert t.handoff.deadline_s == t.now_s + 5.0
+    assert t.give(DecodeOpened(2)) == [Commit(2)]
+    assert t.give(DecodeEnded(2)) == [End(Outcome.SERVED)]
+    served = t.handoff.served()
+    assert (served.mode, served.prefill, served.cached_tokens) == (Mode.SPLIT, "p1:8000", 4)
+    assert (served.prefill_ms, served.transfer_ms) == (1000.0, 1000.0)
+
+
+def test_pdcoord_holds_output_until_the_prefill_is_known_good() -> None:
+    t = pdcoord(P1)
+    deadline_s = t.handoff.deadline_s
+    assert t.give(DecodeOpened(2)) == []
+    assert (t.handoff.state, t.handoff.deadline_s) == (State.HELD, deadline_s)
+    assert t.give(PrefillAnswered(1, TICKET)) == [Commit(2)]
+    assert t.handoff.served().mode is Mode.SPLIT
+
+
+@pytest.mark.parametrize(("event", "reason"), FAILED_PREFILLS)
+def test_pdcoord_a_prefill_that_fails_while_the_decode_leg_waits_cancels_it_and_pairs_anew(
+    event: Event, reason: RungReason
+) -> None:
+    t = pdcoord(P1, P2)
+    cut = [CancelLeg(1)] if event == DeadlinePassed() else []
+    assert t.give(event) == [*cut, CancelLeg(2), SendPrefill(3, 2, P2), SendDecode(4, 2, peer=P2)]
+    assert t.rungs() == [(RungKind.OTHER_PREFILL, reason, "p1:8000")]
+
+
+@pytest.mark.parametrize(("event", "reason"), FAILED_PREFILLS)
+@pytest.mark.parametrize("is_colocated_allowed", [True, False])
+def test_pdcoord_output_that_is_held_when_the_prefill_fails_is_the_answer(
+    event: Event, reason: RungReason, *, is_colocated_allowed: bool
+) -> None:
+    t = pdcoord(P1, P2, is_colocated_allowed=is_colocated_allowed)
+    t.give(DecodeOpened(2))
+    cut = [CancelLeg(1)] if event == DeadlinePassed() else []
+    assert t.give(event) == [*cut, Commit(2)]
+    assert t.rungs() == [(RungKind.COLOCATED, reason, "p1:8000")]
+    assert t.handoff.state is State.RELAYING
+    assert t.give(DecodeEnded(2)) == [End(Outcome.SERVED)]
+    served = t.handoff.served()
+    assert (served.mode, served.prefill, served.prefill_ms) == (Mode.COLOCATED, None, None)
+    assert served.cached_tokens is None
+
+
+def test_pdcoord_a_prefill_4xx_is_passed_on_unless_there_is_output() -> None:
+    t = pdcoord(P1, P2)
+    assert t.give(PrefillRejected(1, 400)) == [CancelLeg(2), PassOn(1), End(Outcome.PASSED_ON)]
+    t = pdcoord(P1, P2)
+    t.give(DecodeOpened(2))
+    assert t.give(PrefillRejected(1, 400)) == [Commit(2)]
+    assert t.rungs() == [(RungKind.COLOCATED, RungReason.PREFILL_ERROR, "p1:8000")]
+
+
+def test_pdcoord_an_error_event_is_no_output() -> None:
+    t = pdcoord(P1)
+    assert t.give(DecodeOpened(2, is_error=True)) == [CancelLeg(2), CancelLeg(1), SendDecode(3, 2)]
+    assert t.rungs() == [(RungKind.COLOCATED, RungReason.TRANSFER_FAILED, ENGINE)]
+
+
+def test_pdcoord_the_ladder_ends_colocated() -> None:
+    t = pdcoord(P1)
+    assert t.give(PrefillLost(1, Fault.UNREACHABLE)) == [CancelLeg(2), SendDecode(3, 2)]
+    assert t.handoff.state is State.LOCAL
+    t = pdcoord(P1, is_colocated_allowed=False)
+    assert t.give(PrefillLost(1, Fault.UNREACHABLE)) == [
+        CancelLeg(2),
+        Refuse(RefuseReason.LADDER_EXHAUSTED),
+        End(Outcome.REFUSED),
+    ]
+
+
+def test_pdcoord_a_ticket_that_nobody_came_for_orphans_its_lease() -> None:
+    t = pdcoord(P1)
+    t.give(PrefillAnswered(1, TICKET))
+    assert t.give(DeadlinePassed()) == [CancelLeg(2), OrphanLease(P1.address), SendDecode(3, 2)]
+    assert t.rungs() == [(RungKind.COLOCATED, RungReason.TRANSFER_TIMEOUT, ENGINE)]
+
+
 # The table.
 
 
@@ -483,6 +591,7 @@ class World:
         self.rejected: set[int] = set()
         self.opened: set[int] = set()
         self.good_attempts: set[int] = set()
+        self.failed_attempts: set[int] = set()
         self.tickets: dict[int, Ticket] = {}
         self.answers = 0
         self.committed: int | None = None
@@ -505,10 +614,16 @@ class World:
                 self.check_sent(action)
             case CancelLeg(leg):
                 self.cancelled[leg] = self.live.pop(leg)  # KeyError: an action on a finished leg.
+                if isinstance(self.cancelled[leg], SendPrefill):
+                    self.failed_attempts.add(self.cancelled[leg].attempt)
             case Commit(leg):
                 sent = self.live[leg]
                 assert leg in self.opened
-                assert sent.attempt in self.good_attempts or not _is_split(sent)
+                is_whole = self.order.dialect is DialectName.PDCOORD and sent.attempt in self.failed_attempts
+                assert sent.attempt in self.good_attempts or not _is_split(sent) or is_whole
+                if is_whole:
+                    assert self.handoff.served().mode is Mode.COLOCATED
+                    assert self.handoff.rungs[-1].rung is RungKind.COLOCATED
                 self.committed = leg
                 self.answers += 1
             case PassOn(leg):
@@ -585,17 +700,19 @@ class World:
         attempt = self.live.pop(leg).attempt
         match self.rng.choice(["answered", "answered", "rejected", "lost"]):
             case "answered":
-                is_nixlv2 = self.order.dialect is DialectName.NIXLV2
-                ticket = self.rng.choice([None, TICKET, Ticket(b'{"a":1}')]) if is_nixlv2 else None
+                has_tickets = self.order.dialect is not DialectName.SGLANG
+                ticket = self.rng.choice([None, TICKET, Ticket(b'{"a":1}')]) if has_tickets else None
                 if ticket is not None:
                     self.tickets[attempt] = ticket
-                if ticket is not None or not is_nixlv2:
-                    self.good_attempts.add(attempt)
+                is_good = ticket is not None or not has_tickets
+                (self.good_attempts if is_good else self.failed_attempts).add(attempt)
                 self.give(PrefillAnswered(leg, ticket, self.rng.choice([None, 0, 9])))
             case "rejected":
                 self.rejected.add(leg)
+                self.failed_attempts.add(attempt)
                 self.give(PrefillRejected(leg, self.rng.choice([302, 400, 429, 500, 503])))
             case _:
+                self.failed_attempts.add(attempt)
                 self.give(PrefillLost(leg, self.rng.choice(list(Fault))))
 
     def hear_decode(self, leg: int) -> None:
@@ -629,15 +746,19 @@ def test_whatever_the_order_of_events_a_request_ends_exactly_once(block: int) ->
 
 def test_the_random_orders_reach_every_row_of_the_table() -> None:
     seen: set[tuple[State, type[object]]] = {(State.IDLE, ClientLeft)}
+    led: dict[tuple[State, type[object]], set[State]] = {(State.IDLE, ClientLeft): {State.DONE}}
 
     class Watched(World):
         def give(self, event: Event) -> None:
-            seen.add((self.handoff.state, type(event)))
+            pair = (self.handoff.state, type(event))
+            seen.add(pair)
             super().give(event)
+            led.setdefault(pair, set()).add(self.handoff.state)
 
-    for seed in range(2000):
+    for seed in range(4000):
         world = Watched(random.Random(seed))
         for _ in range(30):
             if world.outcome is None:
                 world.step()
     assert seen == set(TRANSITIONS)
+    assert led == {pair: set(row.leads_to) for pair, row in TRANSITIONS.items()}

@@ -31,8 +31,20 @@ def test_the_command_line_goes_before_the_environment() -> None:
 
 def test_allow_is_repeatable_takes_lists_and_is_normal() -> None:
     settings = parse(["--allow", "Pod-A:1,[FD00::2]:2", "--allow", "c:3"], {ENV_PREFIX + "ALLOW": "d:4"})
-    assert settings.allow == ("pod-a:1", "[fd00::2]:2", "c:3")
-    assert parse([], {ENV_PREFIX + "ALLOW": "d:4,e:5"}).allow == ("d:4", "e:5")
+    assert [t.address for t in settings.allow] == ["pod-a:1", "[fd00::2]:2", "c:3"]
+    assert [t.address for t in parse([], {ENV_PREFIX + "ALLOW": "d:4,e:5"}).allow] == ["d:4", "e:5"]
+
+
+def test_an_allowed_target_may_name_its_kv_port() -> None:
+    assert [target.kv_port for target in parse(["--allow", "a:1/2,b:3"], {}).allow] == [2, None]
+
+
+def test_what_is_probed_and_how() -> None:
+    settings = parse([], {})
+    assert (settings.kv_port, settings.kv_agent, settings.kv_key_file) == (14_579, None, None)
+    settings = parse(["--kv-agent", "127.0.0.1:14579", "--kv-key-file", "k", "--probe-interval-s", "5"], {})
+    assert (settings.kv_agent, settings.kv_key_file) == ("127.0.0.1:14579", Path("k"))
+    assert settings.probe_interval_s == 5.0
 
 
 def test_a_switch_takes_no_value_on_the_command_line() -> None:
@@ -51,7 +63,7 @@ def test_a_file_is_a_path() -> None:
         (["--port", "65536"], "--port"),
         (["--bootstrap-port", "0"], r"--bootstrap-port is '0': give a port in 1\.\.65535"),
         (["--engine", "localhost"], "--engine is 'localhost': give host:port"),
-        (["--dialect", "nixl"], "--dialect is 'nixl': give one of nixlv2, sglang"),
+        (["--dialect", "nixl"], "--dialect is 'nixl': give one of nixlv2, sglang, pdcoord"),
         (["--allow", "a:1,b"], "--allow is 'a:1,b': give host:port"),
         (["--drain-s", "nan"], "--drain-s is 'nan': give a number of seconds"),
         (["--drain-s", "-1"], "--drain-s"),
@@ -63,6 +75,11 @@ def test_a_file_is_a_path() -> None:
         (["--host", "a b"], "--host is 'a b'"),
         (["--metrics-host", ""], "--metrics-host is ''"),
         (["--allow-any", "--allow", "a:1"], "--allow-any"),
+        (["--allow", "a:1/b"], "--allow is 'a:1/b': give host:port, or host:port/kv_port"),
+        (["--allow-any", "--kv-agent", "a:1"], "--kv-agent is 'a:1': with --allow-any no target is known"),
+        (["--kv-agent", "a"], "--kv-agent is 'a': give host:port"),
+        (["--kv-port", "0"], "--kv-port is '0'"),
+        (["--probe-interval-s", "0.5"], "--probe-interval-s"),
         (["--host", "h", "--metrics-host", "h", "--port", "5", "--metrics-port", "5"], "--metrics-port is 5"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--port"], "--port"),

@@ -10,12 +10,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pdcoord.core.blocks import block_keys
 from pdcoord.core.coordinator import Coordinator
-from pdcoord.core.costs import SpeedFigures
+from pdcoord.core.costs import PathFigures, SpeedFigures
 from pdcoord.core.events import (
     DecodeFailed,
     Dispatch,
     ModelsReplaced,
     Outcome,
+    PathProbed,
     Refuse,
     RequestArrived,
     RequestEnded,
@@ -38,9 +39,10 @@ from pdcoord.core.fleet import (
     SampleFailed,
     SampleTaken,
 )
-from pdcoord.core.model import Disaggregation, Fallback, Model, Slo, SplitMode
+from pdcoord.core.model import Disaggregation, Fallback, LegOrder, Model, Slo, SplitMode
 from pdcoord.core.paths import BreakerState
 from pdcoord.core.plan import DropReason, Plan, Why
+from pdcoord.core.probes import Probe
 from pdcoord.core.request import Request, RequestId
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
@@ -118,6 +120,10 @@ class Story:
         served: ServedHeader | None = None,
     ) -> Plan | Refusal:
         return self.only(self.tell(DecodeFailed(RequestId(name), reason, served)), name)
+
+    def probed(self, prefill: str, decode: str, **more: object) -> None:
+        probe = Probe(self.now_s, 30.0, **more)  # type: ignore[arg-type]
+        assert self.tell(PathProbed(HostPort(prefill), EndpointId(decode), probe)) == []
 
     def begin(self, name: str = "r", served: ServedHeader | None = None) -> None:
         assert self.tell(ResponseBegan(RequestId(name), served)) == []
@@ -470,6 +476,116 @@ def test_paths_are_shown_with_verdict_breaker_and_bandwidth() -> None:
     assert all(view.verdict.is_possible and view.bandwidth_bytes_per_s == 1e10 for view in views.values())
 
 
+# Both legs at once.
+
+
+@pytest.mark.parametrize(
+    ("connector", "order", "dialect"),
+    [
+        (Connector.PDCOORD, LegOrder.CONCURRENT, DialectName.PDCOORD),
+        (Connector.PDCOORD, LegOrder.SEQUENTIAL, DialectName.NIXLV2),
+        (Connector.NIXL, LegOrder.CONCURRENT, DialectName.NIXLV2),
+    ],
+)
+def test_both_legs_go_at_once_where_the_policy_and_both_connectors_allow_it(
+    connector: Connector, order: LegOrder, dialect: DialectName
+) -> None:
+    side = Side(connector, KvLayout(16))
+    pools = pool("p", Role.PREFILL, side), pool("d", Role.DECODE, side)
+    story = Story(Model(M, pools, disaggregation=Disaggregation(order=order)), prefills=0, decodes=0)
+    for of in pools:
+        story.ready(endpoint(of, 0))
+    plan = story.plan()
+    assert (plan.mode, plan.dialect) == (Mode.SPLIT, dialect)
+
+
+# Probes.
+
+
+def test_a_path_whose_probe_failed_is_not_used_until_a_good_one() -> None:
+    story = Story(prefills=1, decodes=1)
+    story.probed("p-0:80", "d/0", failure="unreachable")
+    plan = story.plan("one")
+    assert (plan.mode, plan.why, plan.is_outage) == (Mode.COLOCATED, Why.NO_OPEN_PATH, True)
+    assert plan.drops[DropReason.PROBE_FAILED] == 1
+    story.now_s += 1.0
+    story.probed("p-0:80", "d/0")
+    assert story.plan("two", block_keys=()).mode is Mode.SPLIT
+
+
+def test_another_path_is_taken_where_one_probe_failed() -> None:
+    story = Story(prefills=2, decodes=2)
+    for decode in ("d/0", "d/1"):
+        story.probed("p-0:80", decode, verdict="impossible")
+    plan = story.plan()
+    assert plan.prefill is not None
+    assert plan.prefill.id == "p/1"
+    assert [rung.kind for rung in plan.rungs] == [RungKind.COLOCATED], "no rung is a path that is shut"
+
+
+def test_a_path_that_fell_back_to_tcp_is_not_used_in_silence() -> None:
+    rules = Disaggregation(bandwidth_bytes_per_s_min=1e9)
+    story = Story(replace(MODEL, disaggregation=rules), prefills=1, decodes=1)
+    story.probed("p-0:80", "d/0", transport="tcp", is_degraded=True, bandwidth_bytes_per_s=6e8)
+    plan = story.plan()
+    assert (plan.mode, plan.drops[DropReason.BANDWIDTH_TOO_LOW]) == (Mode.COLOCATED, 1)
+
+
+def test_a_transfer_takes_as_long_as_its_path_was_measured_to_take() -> None:
+    story = Story(prefills=1, decodes=1)
+    fast = story.plan("fast").chosen.figures.transfer_s
+    story.end("fast")
+    story.probed("p-0:80", "d/0", bandwidth_bytes_per_s=2e9, latency_s=0.05)
+    slow = story.plan("slow", block_keys=()).chosen.figures
+    assert slow.transfer_s == pytest.approx(0.05 + slow.transfer_bytes / 2e9)
+    assert slow.transfer_s > fast
+
+
+def test_the_faster_of_two_paths_is_taken_though_the_slow_one_is_idle_longest() -> None:
+    story = Story(prefills=2, decodes=1)
+    story.probed("p-0:80", "d/0", bandwidth_bytes_per_s=1.1e9)
+    plan = story.plan()
+    assert plan.prefill is not None
+    assert plan.prefill.id == "p/1"
+
+
+def test_a_probe_of_nobody_is_no_news() -> None:
+    story = Story(prefills=1, decodes=1)
+    for prefill, decode in (("gone:80", "d/0"), ("p-0:80", "d/9"), ("d-0:80", "d/0"), ("p-0:81", "d/0")):
+        story.probed(prefill, decode, failure="unreachable")
+    assert story.coordinator.paths.probe_count == 0
+
+
+def test_a_probe_is_of_the_decode_endpoints_own_model() -> None:
+    story = Story(prefills=1, decodes=1)
+    of_n = pool("p-n", Role.PREFILL, model=N)
+    story.ready(replace(endpoint(of_n, 0), address=HostPort("p-0:80")))
+    story.probed("p-0:80", "d/0", failure="unreachable")
+    assert story.coordinator.paths.probe_count == 1
+    assert story.coordinator.paths.fault(EndpointId("p/0"), EndpointId("d/0"), 0.0) == "unreachable"
+
+
+def test_an_endpoint_that_moves_takes_its_probes_along() -> None:
+    story = Story(prefills=1, decodes=1)
+    story.probed("p-0:80", "d/0", failure="unreachable")
+    story.ready(endpoint(P, 0, port=81))
+    assert story.plan().mode is Mode.SPLIT
+
+
+def test_the_last_probe_is_shown() -> None:
+    story = Story(prefills=1, decodes=1)
+    (view,) = story.coordinator.paths_view(0.0)
+    assert (view.probe, view.fault) == (None, "")
+    story.probed("p-0:80", "d/0", bandwidth_bytes_per_s=2e9, transport="rc_mlx5")
+    (view,) = story.coordinator.paths_view(0.0)
+    assert view.probe is not None
+    assert (view.probe.transport, view.bandwidth_bytes_per_s, view.fault) == ("rc_mlx5", 2e9, "")
+    story.now_s = 1.0
+    story.probed("p-0:80", "d/0", failure="peer-lost")
+    (view,) = story.coordinator.paths_view(1.0)
+    assert (str(view.state), view.fault, view.bandwidth_bytes_per_s) == ("open", "peer-lost", 1e10)
+
+
 @pytest.mark.parametrize("event", ["plan", "begin", "fail"])
 def test_what_is_not_legal_is_our_own_bug(event: str) -> None:
     story = Story()
@@ -609,6 +725,10 @@ class CoordinatorMachine(RuleBasedStateMachine):
             assert prefill.pool.engine is plan.decode.pool.engine
             bandwidth = min(prefill.pool.link_bytes_per_s, plan.decode.pool.link_bytes_per_s)
             assert bandwidth >= model.disaggregation.bandwidth_bytes_per_s_min
+            path, seeded = (prefill.id, plan.decode.id), PathFigures(0.0, bandwidth)
+            assert self.coordinator.paths.fault(*path, self.now_s) == ""
+            figures = self.coordinator.paths.figures(*path, seeded, self.now_s)
+            assert figures.bandwidth_bytes_per_s >= model.disaggregation.bandwidth_bytes_per_s_min
             state, lets_pass = before.get((prefill.id, plan.decode.id), (BreakerState.CLOSED, True))
             assert lets_pass
             assert state is BreakerState.CLOSED or prefill is plan.prefill
@@ -661,6 +781,16 @@ class CoordinatorMachine(RuleBasedStateMachine):
                 for _ in range(2):
                     self.tell(SampleFailed(found.id, "timeout"))
                 self.unfit |= {found.id} & set(self.addresses)
+
+    @rule(
+        prefill=addresses,
+        decode=endpoints,
+        failure=st.sampled_from(["", "", "unreachable", "overloaded"]),
+        bandwidth=st.sampled_from([None, 0.0, 1e8, 4e9, 1e12]),
+    )
+    def probe(self, prefill: HostPort, decode: Endpoint, failure: str, bandwidth: float | None) -> None:
+        probe = Probe(self.now_s, 10.0, failure, bandwidth_bytes_per_s=bandwidth)
+        assert self.tell(PathProbed(prefill, decode.id, probe)) == []
 
     @rule(
         new=st.none() | models,
@@ -765,7 +895,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         for name in list(self.addresses):
             self.tell(EndpointGone(name))
         self.coordinator.validate()
-        assert self.coordinator.paths.breaker_count == 0
+        assert self.coordinator.paths.breaker_count == self.coordinator.paths.probe_count == 0
         assert self.coordinator.prefix.block_count == 0
         assert list(ledger.loads()) == []
 

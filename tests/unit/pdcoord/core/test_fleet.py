@@ -193,6 +193,20 @@ def test_validate_sees_a_group_that_was_tampered_with() -> None:
         fleet.validate()
 
 
+def test_endpoints_are_found_by_address_and_one_may_serve_several_models() -> None:
+    fleet = Fleet()
+    one, two = endpoint("a", pool("p", M), "x:1"), endpoint("b", pool("q", N), "x:1")
+    for seen in (one, two):
+        fleet.handle(EndpointSeen(seen))
+    assert [state.endpoint.id for state in fleet.at(HostPort("x:1"))] == ["a", "b"]
+    fleet.handle(EndpointSeen(replace(one, address=HostPort("y:1"))))
+    assert [state.endpoint.id for state in fleet.at(HostPort("x:1"))] == ["b"]
+    assert [state.endpoint.id for state in fleet.at(HostPort("y:1"))] == ["a"]
+    fleet.handle(EndpointGone(EndpointId("b")))
+    assert fleet.at(HostPort("x:1")) == []
+    fleet.validate()
+
+
 class FleetMachine(RuleBasedStateMachine):
     """Signals in any order; only what answered since it was last seen anew is ready."""
 

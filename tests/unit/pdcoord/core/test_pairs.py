@@ -13,6 +13,7 @@ from pdcoord.core.model import Disaggregation, Fallback, Model, SplitMode
 from pdcoord.core.pairs import BestPair, Pairs, has_way_to_split
 from pdcoord.core.paths import PathTable
 from pdcoord.core.plan import Candidate, DropReason, Figures, Why
+from pdcoord.core.probes import Probe
 from pdcoord.core.request import RequestId
 from pdcoord.core.shortlist import TROUBLED_MAX
 from pdcoord.core.speed import SeededSpeed
@@ -76,6 +77,11 @@ class Table:
         pair = (prefill.endpoint.id, decode.endpoint.id)
         self.paths.fail(pair, RungReason.PREFILL_UNREACHABLE, RequestId("x"), at_s)
 
+    def probed(self, prefill: Leg, decode: Leg, *, failure: str = "", bandwidth: float | None = None) -> None:
+        pair = (prefill.endpoint.id, decode.endpoint.id)
+        probe = Probe(NOW_S, 30.0, failure, bandwidth_bytes_per_s=bandwidth)
+        self.paths.note_probe(pair, probe, is_slow=bandwidth is not None, now_s=NOW_S)
+
     def pairs(self) -> Pairs:
         return Pairs(self.model, self.paths, SeededSpeed(), self.drops, NOW_S)
 
@@ -115,6 +121,30 @@ def test_a_cached_prefix_on_the_decode_side_saves_its_transfer() -> None:
     model = replace(MODEL, disaggregation=Disaggregation(uncached_tokens_min=0, saving_s_min=0.0))
     decodes = legs(DECODE, *(leg(DECODE, i) for i in range(10)), leg(DECODE, 10, own_s=0.10001, uncached=10))
     assert chosen(Table(model).best(idle(PREFILL, 1), decodes)) == ("prefill/0", "decode/10")
+
+
+def test_a_path_that_was_probed_in_vain_or_is_slow_is_passed_over_and_counted() -> None:
+    rules = Disaggregation(bandwidth_bytes_per_s_min=0.0)
+    workers, decodes = idle(PREFILL, 4), idle(DECODE, 1)
+    table = Table(replace(MODEL, disaggregation=rules))
+    table.probed(workers.legs[0], decodes.legs[0], failure="unreachable")
+    table.probed(workers.legs[1], decodes.legs[0], bandwidth=0.0)
+    table.probed(workers.legs[2], decodes.legs[0], bandwidth=1e6)
+    found = table.best(workers, decodes)
+    assert chosen(found) == ("prefill/3", "decode/0")
+    assert found is not None
+    assert [other.id for other in found.other_prefills] == ["prefill/2"]
+    assert table.drops == {DropReason.PROBE_FAILED: 1, DropReason.BANDWIDTH_TOO_LOW: 1}
+
+
+def test_what_was_measured_is_what_a_pair_costs() -> None:
+    workers, decodes = idle(PREFILL, 1), idle(DECODE, 1)
+    table = Table()
+    table.probed(workers.legs[0], decodes.legs[0], bandwidth=2e9)
+    found = table.best(workers, decodes)
+    assert found is not None
+    figures = found.candidate.figures
+    assert figures.transfer_s == pytest.approx(0.002 + figures.transfer_bytes / 2e9)
 
 
 def test_a_closed_path_is_passed_over_and_counted() -> None:

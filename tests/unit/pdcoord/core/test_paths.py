@@ -1,4 +1,4 @@
-"""The breaker of a path, as a transcript, and the verdicts of pools."""
+"""The breaker and the probes of a path, as transcripts, and the verdicts of pools."""
 
 import itertools
 from dataclasses import replace
@@ -8,15 +8,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pdcoord.core.costs import SpeedFigures
+from pdcoord.core import paths
+from pdcoord.core.costs import PathFigures, SpeedFigures
 from pdcoord.core.fleet import EndpointId, EngineKind, ModelName, Pool, PoolName, Role
 from pdcoord.core.paths import FAILURES_MAX, OPEN_S_MAX, OPEN_S_MIN, BreakerState, PathTable
+from pdcoord.core.probes import STALE_INTERVALS, Probe, ProbeState
 from pdcoord.core.request import RequestId
 from pdcoord.protocol.errors import RungReason
 from transfer.layout import KvDtype, KvLayout
 from transfer.verdict import Connector, Side, VerdictKind
 
 P, D = EndpointId("p"), EndpointId("d")
+INTERVAL_S = 30.0
+STALE_S = STALE_INTERVALS * INTERVAL_S
+SEEDED = PathFigures(0.002, 1e10)
 TIMEOUT, REFUSED = RungReason.TRANSFER_TIMEOUT, RungReason.PREFILL_UNREACHABLE
 COUNTED = {
     RungReason.PREFILL_UNREACHABLE: FAILURES_MAX,
@@ -51,6 +56,11 @@ class Path:
 
     def trip(self, now_s: float) -> None:
         self.fail(REFUSED, now_s)
+
+    def probed(self, at_s: float, failure: str = "", *, is_slow: bool = False, **more: object) -> None:
+        probe = Probe(at_s, INTERVAL_S, failure, **more)  # type: ignore[arg-type]
+        self.table.note_probe((P, D), probe, is_slow=is_slow, now_s=at_s)
+        self.table.validate({P, D}, ())
 
 
 def test_a_path_opens_after_failures_in_a_row_and_closes_after_a_good_probe() -> None:
@@ -158,6 +168,129 @@ def test_an_endpoint_that_is_gone_takes_its_paths_along() -> None:
     table.validate({EndpointId("q"), *others}, ())
 
 
+# Probes.
+
+
+def test_a_failed_probe_shuts_the_path_until_a_good_one() -> None:
+    path = Path()
+    path.probed(0.0)
+    assert (path.state(0.0), P in path.table.troubled) == ("closed", False)
+    path.probed(1.0, "unreachable")
+    assert (path.state(60.0), path.lets_pass(60.0)) == ("open", False)
+    assert path.table.fault(P, D, 60.0) == "unreachable"
+    assert P in path.table.troubled
+    assert D in path.table.troubled
+    path.probed(61.0)
+    assert (path.state(61.0), path.lets_pass(61.0), path.table.fault(P, D, 61.0)) == ("closed", True, "")
+    assert P not in path.table.troubled
+
+
+def test_a_probe_that_finds_the_layouts_impossible_shuts_the_path() -> None:
+    path = Path()
+    path.probed(0.0, verdict="impossible")
+    assert not path.lets_pass(0.0)
+    assert path.table.fault(P, D, 0.0) == "impossible"
+
+
+def test_a_probe_says_nothing_any_more_once_it_is_old() -> None:
+    path = Path()
+    path.probed(0.0, "unreachable")
+    assert not path.lets_pass(STALE_S - 0.1)
+    assert path.lets_pass(STALE_S)
+    assert path.table.probe(P, D) is not None
+    assert path.table.probe_states(STALE_S) == {ProbeState.STALE: 1}
+    path.table.note_probe((P, EndpointId("e")), Probe(STALE_S, INTERVAL_S), is_slow=False, now_s=STALE_S)
+    assert path.table.probe(P, D) is None
+    assert P not in path.table.troubled
+
+
+@pytest.mark.parametrize("failure", ["overloaded", "staging-full", "staging-timeout", "cancelled", "closed"])
+def test_overload_shuts_no_path_and_opens_none(failure: str) -> None:
+    path = Path()
+    path.probed(0.0, failure)
+    assert path.lets_pass(0.0)
+    path.probed(1.0, "unreachable")
+    path.probed(2.0, failure)
+    assert not path.lets_pass(2.0)
+
+
+def test_an_older_probe_does_not_replace_a_newer_one() -> None:
+    path = Path()
+    path.probed(5.0, "unreachable")
+    path.table.note_probe((P, D), Probe(4.0, INTERVAL_S), is_slow=False, now_s=6.0)
+    assert not path.lets_pass(6.0)
+
+
+def test_a_good_probe_lets_one_request_try_a_tripped_path_and_no_more() -> None:
+    path = Path()
+    path.trip(0.0)
+    path.probed(0.2)
+    assert path.state(0.2) == "half-open"
+    path.begin("tries")
+    assert not path.lets_pass(0.3)
+    path.fail(TIMEOUT, 0.4, "tries")
+    assert path.state(0.4) == "open"
+    assert path.state(0.4 + 2 * OPEN_S_MIN) == "half-open", "the wait was doubled, not begun anew"
+
+
+def test_a_failed_probe_does_not_make_a_tripped_path_be_tried_sooner() -> None:
+    path = Path()
+    path.trip(0.0)
+    probe = Probe(0.1, 0.2, "unreachable")
+    path.table.note_probe((P, D), probe, is_slow=False, now_s=0.1)
+    assert not probe.is_fresh(0.8)
+    assert path.state(0.8) == "open"
+
+
+def test_a_good_probe_from_before_the_failure_says_nothing_of_it() -> None:
+    path = Path()
+    path.trip(5.0)
+    path.table.note_probe((P, D), Probe(4.9, INTERVAL_S), is_slow=False, now_s=5.1)
+    assert path.state(5.1) == "open"
+
+
+def test_figures_are_no_better_than_measured_lately() -> None:
+    path = Path()
+    assert path.table.figures(P, D, SEEDED, 0.0) == SEEDED
+    path.probed(0.0, latency_s=0.5, bandwidth_bytes_per_s=1e9, is_slow=True)
+    assert path.table.figures(P, D, SEEDED, 0.0) == PathFigures(0.5, 1e9)
+    assert path.table.figures(D, P, SEEDED, 0.0) == SEEDED
+    assert path.table.figures(P, D, SEEDED, STALE_S) == SEEDED
+    assert D in path.table.troubled
+    path.probed(1.0, latency_s=0.0, bandwidth_bytes_per_s=1e12)
+    assert path.table.figures(P, D, SEEDED, 1.0) == SEEDED
+    assert D not in path.table.troubled
+
+
+def test_what_the_probes_say_is_counted() -> None:
+    path = Path()
+    table = path.table
+    for decode, failure, is_slow in (("a", "", False), ("b", "", True), ("c", "peer-lost", False)):
+        probe = Probe(0.0, INTERVAL_S, failure)
+        table.note_probe((P, EndpointId(decode)), probe, is_slow=is_slow, now_s=0.0)
+    assert table.probe_states(1.0) == {ProbeState.GOOD: 1, ProbeState.SLOW: 1, ProbeState.SHUT: 1}
+
+
+def test_no_more_probes_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "PROBES_MAX", 2)
+    table = PathTable()
+    for index in range(4):
+        path = (P, EndpointId(f"d{index}"))
+        table.note_probe(path, Probe(0.0, INTERVAL_S, "unreachable"), is_slow=False, now_s=0.0)
+    assert table.probe_count == 2
+    table.note_probe((P, EndpointId("d1")), Probe(1.0, INTERVAL_S), is_slow=False, now_s=1.0)
+    assert table.lets_pass(P, EndpointId("d1"), 1.0)
+
+
+def test_an_endpoint_that_is_gone_takes_its_probes_along() -> None:
+    table = PathTable()
+    table.note_probe((P, D), Probe(0.0, INTERVAL_S, "unreachable"), is_slow=True, now_s=0.0)
+    table.forget(P)
+    assert table.probe_count == 0
+    assert D not in table.troubled
+    table.validate({D}, ())
+
+
 class PathMachine(RuleBasedStateMachine):
     """Anything may be heard of any path at any time."""
 
@@ -182,7 +315,23 @@ class PathMachine(RuleBasedStateMachine):
     @rule(one=endpoints, two=endpoints)
     def succeed(self, one: EndpointId, two: EndpointId) -> None:
         self.table.succeed(one, two)
-        assert self.table.lets_pass(one, two, self.now_s)
+        is_shut = bool(self.table.fault(one, two, self.now_s))
+        assert self.table.lets_pass(one, two, self.now_s) is not is_shut
+
+    @rule(
+        one=endpoints,
+        two=endpoints,
+        failure=st.sampled_from(["", "unreachable", "overloaded", "wrong-digest"]),
+        age_s=st.floats(0.0, 30.0),
+        interval_s=st.floats(1.0, 60.0),
+        is_slow=st.booleans(),
+    )
+    def probe(
+        self, one: EndpointId, two: EndpointId, failure: str, age_s: float, interval_s: float, is_slow: bool
+    ) -> None:
+        if one != two:
+            probe = Probe(self.now_s - age_s, interval_s, failure)
+            self.table.note_probe((one, two), probe, is_slow=is_slow, now_s=self.now_s)
 
     @rule(one=endpoints, two=endpoints, request=requests)
     def abandon(self, one: EndpointId, two: EndpointId, request: RequestId) -> None:
@@ -202,6 +351,7 @@ class PathMachine(RuleBasedStateMachine):
         names = [EndpointId(name) for name in "abc"]
         self.table.validate(names, [RequestId(f"r{i}") for i in range(4)])
         assert self.table.breaker_count <= 6
+        assert self.table.probe_count <= 6
         for pair in itertools.permutations(names, 2):
             state, lets_pass = self.table.state(*pair, self.now_s), self.table.lets_pass(*pair, self.now_s)
             assert lets_pass or state is not BreakerState.CLOSED

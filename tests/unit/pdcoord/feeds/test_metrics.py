@@ -19,7 +19,8 @@ from pdcoord.core.fleet import (
     SampleFailed,
     SampleTaken,
 )
-from pdcoord.feeds.metrics import MetricsFeed, ScrapeFailure, ScrapeLimits
+from pdcoord.feeds.metrics import MetricsFeed
+from pdcoord.feeds.scrapes import ScrapeFailure, ScrapeLimits
 from pdcoord.protocol.headers import HostPort
 from pdcoord.wire.errors import BodyTooLargeError, ConnectError, HeadTimeoutError, StreamError
 from transfer.verdict import Connector, Side

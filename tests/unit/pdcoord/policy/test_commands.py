@@ -3,12 +3,14 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema_rs
 import pytest
 
 from pdcoord.policy.commands import check, schema
-from pdcoord.policy.load import load_policies
+from pdcoord.policy.errors import PolicyError
+from pdcoord.policy.load import load_policies, parse_policies
 
 ROOT = Path(__file__).resolve().parents[4]
 EXAMPLES = sorted((ROOT / "deploy" / "policies").glob("*.yaml"))
@@ -65,7 +67,7 @@ def test_every_problem_is_a_line_and_the_status_is_one(tmp_path: Path, good: str
     status, lines = run(bad, sound, missing)
     assert status == 1
     assert lines[:3] == [
-        f'{bad}:25: pools[1].layout.order: is "x", expected one of HND, NHD',
+        f'{bad}:25: pools[1].layout.order: is "x", expected one of HND, NHD, LHBNC, BLHNC, BLNHC, BHLNC',
         f"{bad}:32: slo.ttft: is not a known key; did you mean ttft_ms?",
         f"{sound}: ok, 1 model, 0 warnings",
     ]
@@ -141,3 +143,30 @@ def test_the_schema_is_json_schema_of_a_policy() -> None:
     assert places[:2] == ["", "fallback/ladder/0"]
     assert places[2].startswith("pools/0/layout")
     assert places[3] == "pools/1"
+
+
+@pytest.mark.parametrize(
+    ("layout", "is_sound"),
+    [
+        ({"block_tokens": 16}, True),
+        ({"preset": "cpu-vec"}, True),
+        ({"preset": "cpu-vec", "block_tokens": 32, "split": "halved", "head_dim_multiple": 16}, True),
+        ({"preset": None, "block_tokens": 16}, True),
+        ({"preset": None}, False),
+        ({"preset": "cpu"}, False),
+        ({"order": "HND"}, False),
+        ({"block_tokens": 16, "split": "apart"}, False),
+        ({}, False),
+    ],
+)
+def test_the_schema_and_check_agree_on_layouts(layout: dict[str, Any], is_sound: bool) -> None:
+    policy: Any = load_policies(ROOT / "deploy/policies/two-vendor.yaml")[0].document.data
+    policy = json.loads(json.dumps(policy))
+    policy["pools"][0]["layout"] = layout
+    assert jsonschema_rs.Draft202012Validator(json.loads(schema())).is_valid(policy) is is_sound
+    try:
+        parse_policies(json.dumps(policy).encode(), "p")
+    except PolicyError as error:
+        assert not is_sound, str(error)
+    else:
+        assert is_sound

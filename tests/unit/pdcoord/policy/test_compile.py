@@ -8,12 +8,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pdcoord.core.fleet import EngineKind, Role
-from pdcoord.core.model import Disaggregation, Fallback, Slo, SplitMode
+from pdcoord.core.model import Disaggregation, Fallback, LegOrder, Slo, SplitMode
 from pdcoord.policy.compile import CompiledPolicy, PoolBinding, compile_policy
 from pdcoord.policy.errors import PolicyError
 from pdcoord.policy.load import parse_policies
 from pdcoord.protocol.plans import RungKind
-from transfer.layout import KvDtype, Order
+from transfer.layout import KvDtype, KvSplit, Order
+from transfer.presets import PRESETS
 from transfer.verdict import Connector
 
 
@@ -147,24 +148,31 @@ class Writer:
         return {
             "address": f"host{self._rng.randint(0, 10**6)}:{self._rng.randint(1, 65_535)}",
             **self._some(
-                name=f"n{self._rng.randint(0, 10**6)}.x_Y", bootstrap_port=self._rng.randint(1, 65_535)
+                name=f"n{self._rng.randint(0, 10**6)}.x_Y",
+                bootstrap_port=self._rng.randint(1, 65_535),
+                kv_port=self._rng.randint(1, 65_535),
+                metrics_port=self._rng.randint(1, 65_535),
             ),
         }
 
     def _layout(self) -> dict[str, Any]:
+        least = {"block_tokens": self._rng.choice([1, 16, 128, 10**12])}
         return {
-            "block_tokens": self._rng.choice([1, 16, 128, 10**12]),
+            **(least if self._rng.random() < 0.7 else {"preset": self._rng.choice(list(PRESETS))}),
             **self._some(
                 order=self._rng.choice(list(Order)),
                 dtype=self._rng.choice(list(KvDtype)),
                 tensor_parallel=self._rng.randint(1, 1024),
                 tiling=self._rng.choice(["plain", "amx"]),
+                split=self._rng.choice(list(KvSplit)),
+                head_dim_multiple=self._rng.choice([1, 64]),
             ),
         }
 
     def _disaggregation(self) -> dict[str, Any]:
         return self._some(
             mode=self._rng.choice(list(SplitMode)),
+            order=self._rng.choice(list(LegOrder)),
             uncached_tokens_min=self._rng.randint(0, 10**7),
             saving_ms_min=self._figure(),
             prefill_deadline_ms=self._figure() + 1,
@@ -219,3 +227,14 @@ def test_every_accepted_policy_compiles_and_survives_a_dump(seed: int) -> None:
     assert [binding.pool.name for binding in one.bindings] == [pool["name"] for pool in policy["pools"]]
     ids = [endpoint.id for binding in one.bindings for endpoint in binding.endpoints]
     assert len(set(ids)) == len(ids)
+
+
+def test_the_order_of_legs_and_the_ports_of_endpoints_reach_the_core(good: str) -> None:
+    text = good.replace("mode: auto", "order: concurrent").replace(
+        '"10.0.0.1:8000"}', '"10.0.0.1:8000", kv_port: 15000, metrics_port: 9091}'
+    )
+    result = compiled(text)
+    assert result.models[0].disaggregation.order is LegOrder.CONCURRENT
+    first, second = result.bindings[0].endpoints
+    assert (first.kv_port, first.metrics_port) == (15_000, 9_091)
+    assert (second.kv_port, second.metrics_port) == (None, None)

@@ -7,12 +7,13 @@ from pdcoord.core.fleet import EndpointId, EngineKind, ModelName, Pool, PoolLimi
 from pdcoord.policy.pools import compile_pool, make_endpoint
 from pdcoord.policy.poolschema import PoolSpec
 from pdcoord.protocol.headers import HostPort
-from transfer.layout import KvDtype, KvLayout, Order
+from transfer.layout import KvDtype, KvLayout, KvSplit, Order
 from transfer.verdict import Connector, Side
 
 FULL = """{
   "name": "p", "role": "both", "vendor": "amd", "engine": "vllm", "connector": "pdcoord",
-  "layout": {"block_tokens": 32, "order": "HND", "dtype": "float16", "tensor_parallel": 2, "tiling": "t"},
+  "layout": {"block_tokens": 32, "order": "HND", "dtype": "float16", "tensor_parallel": 2, "tiling": "t",
+             "split": "halved", "head_dim_multiple": 64},
   "kv_bytes_per_token": 1000, "link_gbit_per_s": 100, "selector": {"match_labels": {"a": "b"}},
   "speed": {"prefill_base_ms": 8, "prefill_ms_per_token": 0.5, "prefill_ns_per_token_squared": 4,
             "step_base_ms": 10, "step_us_per_sequence": 50, "step_ns_per_context_token": 20},
@@ -30,7 +31,9 @@ def pool_of(text: str) -> Pool:
 
 def test_every_figure_arrives_in_the_cores_units() -> None:
     pool = pool_of(FULL)
-    assert pool.side == Side(Connector.PDCOORD, KvLayout(32, Order.HND, KvDtype.FLOAT16, 2, "t"))
+    assert pool.side == Side(
+        Connector.PDCOORD, KvLayout(32, Order.HND, KvDtype.FLOAT16, 2, "t", KvSplit.HALVED, 64)
+    )
     assert pool.speed == SpeedFigures(
         prefill_base_s=0.008,
         prefill_s_per_token=0.0005,
@@ -69,3 +72,9 @@ def test_sglang_prefill_has_its_usual_bootstrap_port(
     pool = pool_of(text)
     assert (pool.engine is EngineKind.SGLANG) is (text is LEAST)
     assert make_endpoint(pool, HostPort("h:1"), None, given).bootstrap_port == expected
+
+
+def test_ports_of_an_endpoint_are_kept() -> None:
+    endpoint = make_endpoint(pool_of(FULL), HostPort("h:1"), None, None, kv_port=14_580, metrics_port=9_090)
+    assert (endpoint.kv_port, endpoint.metrics_port) == (14_580, 9_090)
+    assert make_endpoint(pool_of(FULL), HostPort("h:1"), None, None).kv_port is None

@@ -1,10 +1,14 @@
 """Tests of a pool by itself: every rule's golden line."""
 
+from dataclasses import replace
+
 import pytest
 
 from pdcoord.policy.errors import PolicyError
 from pdcoord.policy.load import parse_policies
-from pdcoord.policy.poolschema import PoolSpec
+from pdcoord.policy.poolschema import LayoutSpec, PoolSpec
+from transfer.layout import KvDtype, KvLayout, Order
+from transfer.presets import PRESETS
 
 
 def problems_of(text: str) -> list[str]:
@@ -24,7 +28,48 @@ def problems_of(text: str) -> list[str]:
         (
             "order: NHD",
             "order: nhd",
-            'p:25: pools[1].layout.order: is "nhd", expected one of HND, NHD',
+            'p:25: pools[1].layout.order: is "nhd", expected one of HND, NHD, LHBNC, BLHNC, BLNHC, BHLNC',
+        ),
+        (
+            "order: NHD",
+            "split: both",
+            'p:25: pools[1].layout.split: is "both", expected one of packed, halved, separate',
+        ),
+        (
+            "order: NHD",
+            "head_dim_multiple: 0",
+            "p:25: pools[1].layout.head_dim_multiple: is 0, expected a whole number from 1 to 1024",
+        ),
+        (
+            "layout: {block_tokens: 64, order: NHD}",
+            "layout: {preset: cpu-vek}",
+            (
+                'p:25: pools[1].layout.preset: is "cpu-vek", expected one of nvidia-flash-attn, '
+                "nvidia-flashinfer, amd-aiter, amd-aiter-unified, amd-aiter-shuffle, amd-rocm-attn, "
+                "intel-gaudi, intel-xpu, cpu-vec, cpu-vec16, cpu-amx; did you mean cpu-vec?"
+            ),
+        ),
+        (
+            "layout: {block_tokens: 64, order: NHD}",
+            "layout: {preset: cpu-vec, dtype: fp8}",
+            (
+                'p:25: pools[1].layout.dtype: is "fp8", expected one of bfloat16, float16, float32, '
+                "fp8_e4m3fn, fp8_e4m3fnuz, fp8_e5m2"
+            ),
+        ),
+        (
+            "layout: {block_tokens: 64, order: NHD}",
+            "layout: {preset: 5}",
+            (
+                "p:25: pools[1].layout.preset: is 5, expected one of nvidia-flash-attn, nvidia-flashinfer, "
+                "amd-aiter, amd-aiter-unified, amd-aiter-shuffle, amd-rocm-attn, intel-gaudi, intel-xpu, "
+                "cpu-vec, cpu-vec16, cpu-amx"
+            ),
+        ),
+        (
+            "layout: {block_tokens: 64, order: NHD}",
+            "layout: {order: NHD}",
+            "p:25: pools[1].layout.block_tokens: is missing, expected a whole number of at least 1",
         ),
         (
             "order: NHD",
@@ -72,7 +117,7 @@ def problems_of(text: str) -> list[str]:
             '[{address: "10.0.1.1:8000", labels: {a: b}}]',
             (
                 "p:28: pools[1].endpoints[0].labels: is not a known key; keys here are address, name, "
-                "bootstrap_port"
+                "bootstrap_port, kv_port, metrics_port"
             ),
         ),
         (
@@ -166,3 +211,25 @@ def test_each_rule_has_its_line(good: str, old: str, new: str, expected: str) ->
 def test_every_field_says_what_it_is() -> None:
     for name, field in PoolSpec.model_fields.items():
         assert field.description, name
+
+
+def layout_of(text: str) -> KvLayout:
+    return LayoutSpec.model_validate_json(text, strict=True).compiled()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_backends_layout(name: str) -> None:
+    spec = LayoutSpec.model_validate_json(f'{{"preset": "{name}"}}', strict=True)
+    assert spec.compiled() == PRESETS[name].layout
+    assert LayoutSpec.model_validate_json(spec.model_dump_json(), strict=True) == spec
+
+
+def test_what_is_written_beside_a_preset_overrides_it() -> None:
+    text = '{"preset": "cpu-vec", "block_tokens": 32, "dtype": "float16", "tensor_parallel": 2}'
+    expected = replace(PRESETS["cpu-vec"].layout, block_tokens=32, dtype=KvDtype.FLOAT16, tensor_parallel=2)
+    assert layout_of(text) == expected
+
+
+def test_without_a_preset_the_defaults_are_those_of_a_layout() -> None:
+    assert layout_of('{"block_tokens": 16}') == KvLayout(16)
+    assert layout_of('{"block_tokens": 16, "preset": null, "order": "BHLNC"}') == KvLayout(16, Order.BHLNC)

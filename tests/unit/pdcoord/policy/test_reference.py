@@ -17,6 +17,7 @@ from pdcoord.policy.reference import (
     reference_text,
     with_reference,
 )
+from transfer.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[4]
 HOW = "run python -m pdcoord.policy.reference at the top of the repository"
@@ -39,7 +40,7 @@ def test_the_page_has_every_key_with_type_default_and_meaning() -> None:
         cells = re.split(r"(?<!\\)\|", row)[1:-1]
         assert len(cells) == 4
         assert all(cell.strip() for cell in cells), row
-    assert "| `block_tokens` | a whole number of at least 1 | required |" in reference_text()
+    assert "| `block_tokens` | a whole number of at least 1 | required without a preset |" in reference_text()
     assert "### pools[].layout" in reference_text()
 
 
@@ -65,7 +66,7 @@ def test_what_the_page_shows_is_what_is_printed(
 ) -> None:
     """The worked example, its summary, and the problems of its broken twin."""
     page = (ROOT / DOCS_FILE).read_text(encoding="utf-8")
-    example, endpoints = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    example, layout, endpoints = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     summary, problems = re.findall(r"```text\n(.*?)\n```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("llama.yaml").write_text(example, encoding="utf-8")
@@ -78,3 +79,17 @@ def test_what_the_page_shows_is_what_is_printed(
     assert capsys.readouterr().out.rstrip() == problems
     Path("endpoints.yaml").write_text(endpoints, encoding="utf-8")
     assert len(load_endpoints(Path("endpoints.yaml")).entries) == 2
+    assert example.count("    layout: {block_tokens: 64}\n") == 1
+    Path("preset.yaml").write_text(
+        example.replace("    layout: {block_tokens: 64}\n", layout), encoding="utf-8"
+    )
+    assert check([Path("preset.yaml")]) == 0
+    assert "64 HND fp8_e4m3fnuz TP 2" in capsys.readouterr().out
+
+
+def test_the_page_lists_every_preset_with_its_evidence() -> None:
+    text = reference_text()
+    for name, preset in PRESETS.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        assert f"| {preset.evidence}: {preset.source} |" in row
+        assert f"block_tokens: {preset.layout.block_tokens}, order: {preset.layout.order}" in row

@@ -64,6 +64,11 @@ def problems_of(text: str) -> list[str]:
         ),
         (
             "disaggregation: {mode: auto}",
+            "disaggregation: {order: parallel}",
+            'p:30: disaggregation.order: is "parallel", expected one of sequential, concurrent',
+        ),
+        (
+            "disaggregation: {mode: auto}",
             "disaggregation: {transfer_deadline_ms: 30000}",
             (
                 "p:30: disaggregation.transfer_deadline_ms: is 30000, expected less than lease_ms (30000): "
@@ -164,6 +169,7 @@ def test_defaults_are_the_cores_own() -> None:
     """Whoever leaves a key out gets what a test of the core gets."""
     rules, core_rules = DisaggregationSpec(), Disaggregation()
     assert rules.mode == core_rules.mode
+    assert rules.order == core_rules.order
     assert rules.uncached_tokens_min == core_rules.uncached_tokens_min
     assert rules.saving_ms_min / 1e3 == core_rules.saving_s_min
     assert rules.prefill_deadline_ms / 1e3 == core_rules.prefill_deadline_s

@@ -25,8 +25,8 @@ def test_a_model_is_described_with_its_pools_and_verdicts(good: str) -> None:
             "1: 10.0.1.1:8000"
         ),
         "",
-        "  prefill  decode  verdict  reason",
-        "  fast     wide    regroup  layouts differ in block_tokens, order",
+        "  prefill  decode  verdict  core s/GB  reason",
+        "  fast     wide    regroup  0.58       layouts differ in block_tokens, order",
     ]
 
 
@@ -56,3 +56,21 @@ def test_a_model_whose_pools_all_decode_has_no_pairs(good: str) -> None:
     assert lines[4] == "  slo: none"
     assert "unknown" in lines[7]
     assert lines[-1] == "  no pool prefills for another"
+
+
+def test_what_is_out_of_the_ordinary_in_a_layout_is_shown(good: str) -> None:
+    text = good.replace(
+        "{block_tokens: 64, order: NHD}", "{preset: cpu-vec, tensor_parallel: 2, dtype: float16}"
+    )
+    lines = list(describe_policy(compile_policy(parse_policies(text.encode(), "p")), None))
+    assert any("  128 HND float16 cpu-vec halved TP 2  " in line for line in lines)
+
+
+def test_an_impossible_pair_has_no_cost(good: str) -> None:
+    text = good.replace("order: NHD", "tiling: fractal-nz")
+    (row,) = [
+        line
+        for line in describe_policy(compile_policy(parse_policies(text.encode(), "p")), None)
+        if line.startswith("  fast     wide    impossible  -          layouts differ in")
+    ]
+    assert "unpack tiling fractal-nz" in row

@@ -10,6 +10,8 @@ from pdcoord.protocol.tickets import (
     PREFILL_TICKET,
     ROOM_MAX,
     TICKET_FIELD,
+    Pairing,
+    decode_pairing,
     decode_prefill_answer,
     is_steering,
 )
@@ -116,3 +118,59 @@ def test_fields_that_tell_an_engine_where_to_fetch_kv_are_known(field: str) -> N
 @pytest.mark.parametrize("field", ["", "model", "prompt", "bootstrap", "kv_transfer", "cache_salt"])
 def test_other_fields_are_the_clients_own(field: str) -> None:
     assert not is_steering(field)
+
+
+# Both legs at once.
+
+PAIRING = Pairing("0123456789abcdef" * 2, "fedcba9876543210" * 2)
+MEMBER = {"version": 1, "transfer": PAIRING.transfer, "nonce": PAIRING.nonce}
+
+
+def test_a_prefill_leg_that_is_paired_asks_as_any_other_and_names_the_transfer() -> None:
+    assert PAIRING.asked() == {**PREFILL_TICKET, "pdcoord": MEMBER}
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("10.0.0.1", "10.0.0.1:14579"), ("fd00::1", "[fd00::1]:14579"), ("pod", "pod:14579")],
+)
+def test_a_decode_leg_that_is_paired_is_told_where_to_fetch_what(host: str, address: str) -> None:
+    assert PAIRING.told(host, 14_579) == {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_host": host,
+        "remote_port": 14_579,
+        "pdcoord": {**MEMBER, "address": address},
+    }
+
+
+def test_a_nonce_is_not_shown() -> None:
+    assert PAIRING.nonce not in repr(PAIRING)
+
+
+def test_a_pairing_is_read_as_it_was_written() -> None:
+    assert decode_pairing(json.dumps(MEMBER).encode()) == PAIRING
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        {},
+        {**MEMBER, "version": 2},
+        {**MEMBER, "version": True},
+        {**MEMBER, "transfer": "0" * 31},
+        {**MEMBER, "transfer": "0" * 31 + "G"},
+        {**MEMBER, "transfer": "0" * 32 + "\n"},
+        {**MEMBER, "nonce": 5},
+        {**MEMBER, "address": "10.0.0.1:14579"},
+        [MEMBER],
+        None,
+    ],
+)
+def test_what_is_not_exactly_a_pairing_is_none(member: object) -> None:
+    assert decode_pairing(json.dumps(member).encode()) is None
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_what_is_no_json_is_no_pairing(raw: bytes) -> None:
+    assert decode_pairing(raw) is None

@@ -6,6 +6,7 @@ from typing import Any
 from pdcoord.core.events import Outcome
 from pdcoord.core.fleet import EndpointId, SampleFailed
 from pdcoord.core.request import RequestId
+from pdcoord.feeds.scrapes import ScrapeFailure
 from pdcoord.gateway.ports import CallRecord
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.plans import RungKind
@@ -34,6 +35,7 @@ def test_names_are_unique_and_say_what_they_are() -> None:
 def test_the_process_has_the_metrics_of_the_table_and_no_others(bench: Any) -> None:
     bench.arrive()
     bench.loop.handle(SampleFailed(EndpointId("wide/d0"), "timeout"))
+    bench.loop.report_failed(EndpointId("wide/d0"), ScrapeFailure.STATUS)
     bench.metrics.count_rung(RungKind.REFUSE, RungReason.DECODE_ERROR)
     record = CallRecord(
         RequestId("r"), "/v1/completions", 1.0, status=200, outcome=Outcome.OK, first_byte_s=2.0

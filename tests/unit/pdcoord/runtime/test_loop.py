@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
-from pdcoord.core.events import DecodeFailed, Outcome, RequestEnded, ResponseBegan
+from pdcoord.core.events import DecodeFailed, Outcome, PathProbed, RequestEnded, ResponseBegan
 from pdcoord.core.fleet import EndpointDraining, EndpointId, SampleFailed
 from pdcoord.core.plan import Plan
-from pdcoord.feeds.metrics import ScrapeFailure
+from pdcoord.core.probes import Probe
+from pdcoord.feeds.scrapes import ScrapeFailure
 from pdcoord.protocol.errors import RefuseReason, RungReason
+from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import Mode, RungKind, RungTaken, ServedHeader
 
 
@@ -158,6 +160,47 @@ def test_paths_that_are_not_closed_are_shown_first(bench: Any) -> None:
     bench.coordinator.paths.fail(path, RungReason.PREFILL_UNREACHABLE, "r", bench.now_s)
     (row,) = bench.loop.paths_view(limit=1).paths
     assert (row.prefill, row.decode, row.breaker) == (last.prefill, last.decode, "open")
+
+
+def probed(bench: Any, decode: str, **more: Any) -> None:
+    probe = Probe(bench.now_s, 30.0, **more)
+    bench.loop.handle(PathProbed(HostPort("10.0.0.1:8000"), EndpointId(decode), probe))
+
+
+def test_the_last_probe_of_a_path_is_shown_and_what_it_shuts_comes_first(bench: Any) -> None:
+    probed(
+        bench, "wide/d0", verdict="native", transport="rc_mlx5", latency_s=0.001, bandwidth_bytes_per_s=1e9
+    )
+    probed(bench, "wide/d1", failure="unreachable", detail="refused")
+    bench.now_s += 2.0
+    rows = bench.loop.paths_view(limit=4).paths
+    assert (rows[0].prefill, rows[0].decode, rows[0].breaker) == ("fast/p0", "wide/d1", "open")
+    assert rows[0].fault == rows[0].probe.failure == "unreachable"
+    assert not rows[0].probe.is_usable
+    by_pair = {(row.prefill, row.decode): row for row in rows}
+    good = by_pair["fast/p0", "wide/d0"]
+    assert (good.breaker, good.fault, good.bandwidth_gbit_per_s) == ("closed", "", pytest.approx(8.0))
+    assert (good.probe.is_fresh, good.probe.is_usable, good.probe.transport) == (True, True, "rc_mlx5")
+    assert (good.probe.latency_ms, good.probe.age_ms) == (pytest.approx(1.0), pytest.approx(2_000.0))
+    assert by_pair["fast/p1", "wide/d0"].probe is None
+    bench.now_s += 100.0
+    assert not any(row.probe.is_fresh for row in bench.loop.paths_view(limit=4).paths if row.probe)
+    assert {row.breaker for row in bench.loop.paths_view(limit=4).paths} == {"closed"}
+
+
+def test_probed_paths_and_their_breakers_are_counted(bench: Any) -> None:
+    probed(bench, "wide/d0", bandwidth_bytes_per_s=1e9)
+    probed(bench, "wide/d1", failure="unreachable")
+    assert bench.metric('pdcoord_gateway_probed_paths{state="slow"}') == 1.0
+    assert bench.metric('pdcoord_gateway_probed_paths{state="shut"}') == 1.0
+    assert bench.metric('pdcoord_gateway_probed_paths{state="good"}') == 0.0
+    assert bench.metric('pdcoord_gateway_path_breakers{state="open"}') == 1.0
+
+
+def test_reports_that_could_not_be_had_are_counted_by_pool(bench: Any) -> None:
+    bench.loop.report_failed(EndpointId("wide/d0"), ScrapeFailure.STATUS)
+    bench.loop.report_failed(EndpointId("gone/x"), ScrapeFailure.STATUS)
+    assert bench.metric('pdcoord_gateway_path_report_failures_total{pool="wide",why="status"}') == 1.0
 
 
 def test_failed_scrapes_are_counted_by_pool(bench: Any) -> None:

@@ -48,6 +48,9 @@ def test_settings_become_bounds() -> None:
     assert settings.limits().body_bytes_max == 2_048
     assert settings.limits().stream_idle_s == 5.0
     assert settings.scrape_limits().interval_s == 0.5
+    assert settings.paths_limits().interval_s == 2.0
+    slow = load_settings(policy=Path("p"), paths_interval_s=60.0).paths_limits()
+    assert (slow.interval_s, slow.backoff_s_max) == (60.0, 60.0)
 
 
 def test_other_processes_variables_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pdcoord.core.costs import SpeedFigures
 from pdcoord.core.fleet import EngineKind, Role
 from pdcoord.protocol.headers import HostPort
 from pdcoord.sim.emulator_call import CallError, Generation, read_call, read_generation, read_ticket
-from pdcoord.sim.messages import RemoteTicket, RoomCall
+from pdcoord.sim.messages import KvTicket, RemoteTicket, RoomCall
 from pdcoord.sim.settings import EngineSettings
 from pdcoord.sim.text import decode
 from transfer.layout import KvLayout
@@ -206,3 +206,20 @@ def test_the_context_is_for_prompt_and_answer_together() -> None:
         generation({"prompt": [1] * 900, "max_tokens": 101})
     with pytest.raises(CallError, match="maximum context length is 1000 tokens"):
         generation({"prompt": [1] * 1_000})
+
+
+TRANSFER = "0123456789abcdef" * 2
+
+
+def test_a_leg_that_names_a_transfer_and_no_engine_is_read_as_such() -> None:
+    params = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_host": "p",
+        "remote_port": 1,
+        "pdcoord": {"version": 1, "transfer": TRANSFER, "nonce": "ab" * 16, "address": "p:1"},
+    }
+    kv = KvTicket(TRANSFER, "ab" * 16, "p:1")
+    assert read_ticket(params) == RemoteTicket("", TRANSFER, (), HostPort("p:1"), kv=kv)
+    assert read_ticket({**params, "pdcoord": {"transfer": TRANSFER.upper(), "nonce": "ab" * 16}}) is None
+    assert read_ticket({**params, "pdcoord": None}) is None
