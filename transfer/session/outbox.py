@@ -236,7 +236,9 @@ class Outbox:
 
     def _abort(self, event: Aborted, now_s: float) -> None:
         transfer = self._live.get(event.transfer)
-        if transfer is not None and transfer.phase is Phase.FILLING and not transfer.is_computed:
+        if transfer is None or transfer.phase is not Phase.FILLING:
+            return
+        if transfer.pieces or not transfer.is_computed:
             failure = Failure(FailureKind.PREFILL_ABORTED, "the engine gave the prefill up")
             self._end(transfer, failure, now_s)
 

@@ -96,7 +96,7 @@ class PackFailed:
 
 @dataclass(frozen=True, slots=True)
 class Aborted:
-    """The engine gave the prefill up, before its last chunk."""
+    """The engine gave the prefill up, or takes its blocks back; without effect once all Packs are ordered."""
 
     transfer: TransferId
 

@@ -256,6 +256,18 @@ def test_4_an_abort_after_the_last_chunk_changes_nothing() -> None:
     assert only(rank.pack(), BlocksFree) == [BlocksFree("r1")]
 
 
+def test_4_an_abort_ends_pieces_that_still_wait_for_room() -> None:
+    """Their blocks are about to be another request's: what would be packed then has a right digest."""
+    rank = Rank(OutboxLimits(chunk_tokens_max=16), staging_bytes=KIB)
+    rank.open()
+    rank.open(OTHER)
+    rank.compute(0, 32, is_last=True)
+    rank.compute(0, 32, transfer=OTHER, is_last=True)
+    failure = Failure(FailureKind.PREFILL_ABORTED, "the engine gave the prefill up")
+    assert rank.tell(Aborted(OTHER)) == [BlocksFree("r2"), TransferEnded(OTHER, failure)]
+    assert only(rank.pack(), BlocksFree) == [BlocksFree("r1")]
+
+
 @pytest.mark.parametrize("is_early", [True, False])
 @pytest.mark.parametrize(
     ("proof", "kind"),
