@@ -102,16 +102,15 @@ def is_wholly(run: Run, block_tokens: int) -> bool:
 
 def split(run: Run, block_tokens: int) -> tuple[Run, ...]:
     """Cut a run so that a block of which it has only some tokens is a run of its own."""
-    cuts = [run.tokens.first]
-    if run.skip:
-        cuts.append(run.tokens.first - run.skip + block_tokens)
-    cuts.append(run.tokens.end - (run.skip + run.tokens.count) % block_tokens)
-    cuts.append(run.tokens.end)
+    first, end = run.tokens.first, run.tokens.end
+    start = first - run.skip
+    lead = min(end, start + block_tokens) if run.skip else first
+    tail = max(lead, end - (end - start) % block_tokens)
     found = []
-    for low, high in pairwise(cuts):
+    for low, high in pairwise((first, lead, tail, end)):
         if low >= high:
             continue
-        skipped = run.skip + low - run.tokens.first
+        skipped = low - start
         tokens = TokenRange(low, high - low)
         block = run.block + skipped // block_tokens if run.block != MISSING else MISSING
         skip = skipped % block_tokens

@@ -68,12 +68,15 @@ class HostKernels:
                 alignment = _alignment(memory, base, there, dense_base, *steps)
                 ends = (outer, inner) if is_gather else (inner, outer)
                 plan = strided.plan(shape, *ends, item, alignment)
-                for block, row in zip(copy.blocks or (0,), copy.rows or (0,), strict=True):
-                    place, dense_place = base + block * steps[0], dense_base + row * steps[1]
-                    if is_gather:
-                        strided.carry_out(plan, there, dense_place, memory, place)
-                    else:
-                        strided.carry_out(plan, memory, place, there, dense_place)
+                place, at_dense = (
+                    strided.End(memory, base, steps[0]),
+                    strided.End(there, dense_base, steps[1]),
+                )
+                blocks, rows = copy.blocks or (0,), copy.rows or (0,)
+                if is_gather:
+                    strided.carry_out(plan, at_dense, place, list(zip(rows, blocks, strict=True)))
+                else:
+                    strided.carry_out(plan, place, at_dense, list(zip(blocks, rows, strict=True)))
 
 
 class _Indexes(threading.local):

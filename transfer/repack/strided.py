@@ -1,6 +1,8 @@
 """Strided copies in host memory: wide elements, and transposes by way of a buffer that the cache holds."""
 
+import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -14,6 +16,7 @@ Bytes = NDArray[np.uint8]
 """A flat array over all of a piece of memory; offsets and strides count its bytes."""
 
 WIDE_BYTES_MAX = 16
+WORD_BYTES = 8
 SCRATCH_BYTES = 256 * 1024
 """A transpose's buffer stays in the second-level cache."""
 NEAR_BYTES = 32 * 1024
@@ -24,7 +27,6 @@ FAR_STRIDE_BYTES = 1024
 SHORT_AXIS = 8
 """An innermost loop of no more elements costs more to begin than to run."""
 
-_ONCE = ((0, 0),)
 _TYPES: dict[int, type[np.generic]] = {
     1: np.uint8,
     2: np.uint16,
@@ -48,13 +50,15 @@ class _View(NamedTuple):
 
 
 class _Move(NamedTuple):
-    """One call of numpy; offsets count from where the ends of its step stand."""
+    """One call of numpy; offsets count from where the repetition of the copy stands, or the buffer."""
 
     kind: type[np.generic]
     to: _View
     to_offset: int
     source: _View
     source_offset: int
+    source_kind: type[np.generic] | None = None
+    """Where it differs: a narrower whole number, which is widened with zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +66,15 @@ class Plan:
     """How to carry out a strided copy, wherever its two ends stand.
 
     Attributes:
-        steps: offsets of the two ends of each repetition, in bytes.
+        repeats: axes that are gone through one by one, the slowest first.
         filling: from the source to the buffer; empty for copies without one.
+        joining: from one half of the buffer to the other, after `filling`.
         moves: from the source, or the buffer where `filling` is not empty, to the destination.
     """
 
-    steps: tuple[tuple[int, int], ...]
+    repeats: tuple[Dim, ...]
     filling: tuple[_Move, ...]
+    joining: tuple[_Move, ...]
     moves: tuple[_Move, ...]
 
 
@@ -90,10 +96,12 @@ def plan(
     """
     dims, item_bytes = simplified(shape, to, source, item_bytes, alignment_bytes=alignment_bytes)
     if not dims:
-        return Plan(_ONCE, (), _moves([], [], item_bytes))
+        return Plan((), (), (), _moves([], [], item_bytes))
     fast_to, fast_source = _fastest(dims, 1), _fastest(dims, 2)
     if fast_to == fast_source or _is_near(dims, fast_to, fast_source):
-        return Plan(_ONCE, (), _moves(dims, [dim.source for dim in dims], item_bytes))
+        return Plan((), (), (), _moves(dims, [dim.source for dim in dims], item_bytes))
+    if _is_paired(dims, fast_to, item_bytes):
+        return _paired_in_buffer(dims, item_bytes)
     return _swapped_in_buffer(dims, item_bytes)
 
 
@@ -128,32 +136,79 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def carry_out(plan: Plan, to: Bytes, to_offset: int, source: Bytes, source_offset: int) -> None:
-    """Copy; the buffers are those of the two ends, offsets in bytes."""
-    for to_step, source_step in plan.steps:
-        there, here = _End(to, to_offset + to_step), _End(source, source_offset + source_step)
-        if plan.filling:
-            buffer = _End(_scratch.buffer, 0)
-            for move in plan.filling:
-                _carry(move, buffer, here)
-            here = buffer
-        for move in plan.moves:
-            _carry(move, there, here)
+class End(NamedTuple):
+    """Where one end of a copy stands.
 
+    Attributes:
+        memory: the buffer.
+        offset: of the first element, in bytes.
+        step: bytes from one repetition of the whole copy to the next one's place.
+    """
 
-class _End(NamedTuple):
     memory: Bytes
     offset: int
+    step: int = 0
 
 
-def _carry(move: _Move, to: _End, source: _End) -> None:
-    there: NDArray[Any] = np.ndarray(
-        move.to.shape, move.kind, to.memory, to.offset + move.to_offset, move.to.strides
-    )
-    here: NDArray[Any] = np.ndarray(
-        move.source.shape, move.kind, source.memory, source.offset + move.source_offset, move.source.strides
-    )
-    np.copyto(there, here)
+def carry_out(plan: Plan, to: End, source: End, pairs: Sequence[tuple[int, int]] = ((0, 0),)) -> None:
+    """Copy, once for each pair of repetitions (of the destination, of the source)."""
+    to_count, source_count = (max(pair[end] for pair in pairs) + 1 for end in (0, 1))
+    steps = tuple(product(*(range(dim.size) for dim in plan.repeats)))
+    if not plan.filling:
+        for move in plan.moves:
+            there, here = _to(plan, move, to, to_count), _source(plan, move, source, source_count)
+            for to_index, source_index in pairs:
+                for step in steps:
+                    np.copyto(_at(there, to_index, step), _at(here, source_index, step))
+        return
+    fills = [
+        (_view_of(move.kind, move.to, move.to_offset), _source(plan, move, source, source_count))
+        for move in plan.filling
+    ]
+    joins = [
+        (
+            _view_of(move.kind, move.to, move.to_offset),
+            _view_of(move.source_kind or move.kind, move.source, move.source_offset),
+        )
+        for move in plan.joining
+    ]
+    moves = [
+        (_to(plan, move, to, to_count), _view_of(move.kind, move.source, move.source_offset))
+        for move in plan.moves
+    ]
+    for to_index, source_index in pairs:
+        for step in steps:
+            for filled, here in fills:
+                np.copyto(filled, _at(here, source_index, step))
+            for joined, parts in joins:
+                np.copyto(joined, parts)
+            for there, taken in moves:
+                np.copyto(_at(there, to_index, step), taken)
+
+
+def _at(array: NDArray[Any], index: int, step: tuple[int, ...]) -> NDArray[Any]:
+    place: tuple[Any, ...] = (index, *step, ...)
+    found: NDArray[Any] = array[place]
+    return found
+
+
+def _view_of(kind: type[np.generic], view: _View, offset: int) -> NDArray[Any]:
+    """A view of this thread's buffer."""
+    return np.ndarray(view.shape, kind, _scratch.buffer, offset, view.strides)
+
+
+def _to(plan: Plan, move: _Move, end: End, count: int) -> NDArray[Any]:
+    """The destination of a move, with the pairs' and the plan's repetitions as axes before its own."""
+    shape = (count, *(dim.size for dim in plan.repeats), *move.to.shape)
+    strides = (end.step, *(dim.to for dim in plan.repeats), *move.to.strides)
+    return np.ndarray(shape, move.kind, end.memory, end.offset + move.to_offset, strides)
+
+
+def _source(plan: Plan, move: _Move, end: End, count: int) -> NDArray[Any]:
+    """The same for its source."""
+    shape = (count, *(dim.size for dim in plan.repeats), *move.source.shape)
+    strides = (end.step, *(dim.source for dim in plan.repeats), *move.source.strides)
+    return np.ndarray(shape, move.kind, end.memory, end.offset + move.source_offset, strides)
 
 
 def _merged(dims: list[Dim]) -> list[Dim]:
@@ -220,6 +275,46 @@ def _moves(dims: list[Dim], source: list[int], item_bytes: int) -> tuple[_Move, 
     return tuple(_Move(kind, there, index * last.to, here, index * last_source) for index in range(count))
 
 
+def _is_paired(dims: list[Dim], fast_to: Dim, item_bytes: int) -> bool:
+    """Whether two elements that stand side by side in the destination are far apart in the source."""
+    is_pair = fast_to.to == item_bytes and fast_to.size == 2 and item_bytes < WORD_BYTES
+    wide = 2 * item_bytes
+    return is_pair and all(dim.to % wide == 0 for dim in dims if dim is not fast_to)
+
+
+def _paired_in_buffer(dims: list[Dim], item_bytes: int) -> Plan:
+    """Bring rows of the source into the cache, join two of them to one of wider elements, move those.
+
+    Widening works on vectors, while a copy to every other element works on one at a time.
+    """
+    fast_to, fast_source = _fastest(dims, 1), _fastest(dims, 2)
+    chain = _chain(dims, fast_source, fast_to, 2)
+    others = [dim for dim in dims if dim not in chain and dim is not fast_to]
+    others.sort(key=lambda dim: -max(dim.to, dim.source))
+    repeated, inner = _bounded([*others, *chain], SCRATCH_BYTES // 2 // item_bytes // 2)
+    wide, half = 2 * item_bytes, SCRATCH_BYTES // 2
+    count = prod(dim.size for dim in inner)
+    rows = [fast_to, *inner]
+    into = [
+        Dim(dim.size, stride, dim.source)
+        for dim, stride in zip(rows, _dense_strides(rows, item_bytes), strict=True)
+    ]
+    flat, every_other = _View((count,), (item_bytes,)), _View((count,), (wide,))
+    narrow = _TYPES[item_bytes]
+    second = _Move(narrow, every_other, half + item_bytes, flat, count * item_bytes)
+    if sys.byteorder == "little":
+        first = _Move(_TYPES[wide], every_other, half, flat, 0, narrow)
+    else:
+        first = _Move(narrow, every_other, half, flat, 0)
+    moves = _moves(inner, _dense_strides(inner, wide), wide)
+    return Plan(
+        tuple(repeated),
+        _moves(into, [dim.source for dim in rows], item_bytes),
+        (first, second),
+        tuple(move._replace(source_offset=move.source_offset + half) for move in moves),
+    )
+
+
 def _swapped_in_buffer(dims: list[Dim], item_bytes: int) -> Plan:
     """A copy whose two ends run along different axes.
 
@@ -239,18 +334,7 @@ def _swapped_in_buffer(dims: list[Dim], item_bytes: int) -> Plan:
     strides = _dense_strides(inner, item_bytes)
     into = [Dim(dim.size, stride, dim.source) for dim, stride in zip(inner, strides, strict=True)]
     filling = _moves(into, [dim.source for dim in inner], item_bytes)
-    return Plan(_steps(repeated), filling, _moves(inner, strides, item_bytes))
-
-
-def _steps(repeated: list[Dim]) -> tuple[tuple[int, int], ...]:
-    """Offsets of both ends for each combination of indices."""
-    return tuple(
-        (
-            sum(index * dim.to for index, dim in zip(indices, repeated, strict=True)),
-            sum(index * dim.source for index, dim in zip(indices, repeated, strict=True)),
-        )
-        for indices in product(*(range(dim.size) for dim in repeated))
-    )
+    return Plan(tuple(repeated), filling, (), _moves(inner, strides, item_bytes))
 
 
 def _dense_strides(dims: list[Dim], item_bytes: int) -> list[int]:

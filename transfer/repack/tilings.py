@@ -169,7 +169,9 @@ def _check_tiling(layout: KvLayout, shape: GroupShape) -> None:
     if layout.split is not KvSplit.HALVED:
         raise LayoutError("split", str(layout.split), f"{KvSplit.HALVED}, as in every {tiling} page")
     if tiling == CPU_AMX and layout.dtype.item_bytes != 2:
-        raise LayoutError("dtype", str(layout.dtype), f"an element of two bytes, as {tiling} puts two in a word")
+        raise LayoutError(
+            "dtype", str(layout.dtype), f"an element of two bytes, as {tiling} puts two in a word"
+        )
     if layout.order not in HEAD_MAJOR:
         raise LayoutError("order", str(layout.order), f"a head-major order, as in every {tiling} page")
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -63,8 +63,9 @@ class Lanes(threading.local):
         return known[:length_bytes]
 
     def _current_device(self) -> Any:
-        """Makes an accelerator of several the current one."""
-        return self._module.device(self._device)
+        """Makes an accelerator of several the current one, where torch can choose."""
+        chooser = getattr(self._module, "device", None)
+        return nullcontext() if chooser is None else chooser(self._device)
 
     def _wait(self) -> None:
         module = None if self._device.type == HOST else getattr(torch, self._device.type, None)

@@ -25,10 +25,13 @@ from transfer.repack.torch_pages import (
 )
 from transfer.session.vocabulary import Slot, Tables, Unpack
 
-DEVICE_BATCH_BYTES = 64 << 20
-"""Layers are carried through a device's own memory so many bytes at a time, where staging is elsewhere."""
-HOST_BATCH_BYTES = 64 << 20
-"""Layers are repacked together up to this size: what is read twice then stays in the last-level cache."""
+BATCH_BYTES = 64 << 20
+"""Layers of so many bytes are moved at a time, by way of as much device memory where staging is elsewhere.
+
+More layers at a time are fewer calls, which is what short blocks cost.
+"""
+CONVERTED_BATCH_BYTES = 8 << 20
+"""The same where numbers are converted on the way, which needs room for what came of them."""
 
 
 class TorchRepacker:
@@ -74,6 +77,11 @@ class TorchRepacker:
         return self._layout
 
     def pack(self, slots: Sequence[Slot], tables: Tables) -> tuple[bytes, ...]:
+        self.fill(slots, tables)
+        return tuple(self._digest(slot.offset, slot.length_bytes) for slot in slots)
+
+    def fill(self, slots: Sequence[Slot], tables: Tables) -> None:
+        """Pack without digests, for whoever proves the bytes in another way; errors as in `pack`."""
         jobs = []
         for slot in slots:
             check_place("offset", slot.offset, slot.length_bytes, self._staging.numel())
@@ -82,16 +90,24 @@ class TorchRepacker:
         with self._lanes.entered():
             for slot, job in jobs:
                 self._pack(job, slot.offset, slot.length_bytes)
-        return tuple(self._digest(slot.offset, slot.length_bytes) for slot in slots)
 
     def unpack(self, order: Unpack) -> bool:
-        check_place("landing", order.landing, order.length_bytes, self._staging.numel())
-        job = unpack_job(self._layout, order, self._block_count(order.shape.group))
+        job = self._checked(order)
         if self._digest(order.landing, order.length_bytes) != order.digest:
             return False
         with self._lanes.entered():
             self._unpack(job, order)
         return True
+
+    def spread(self, order: Unpack) -> None:
+        """Unpack a part that was verified already; errors as in `unpack`."""
+        job = self._checked(order)
+        with self._lanes.entered():
+            self._unpack(job, order)
+
+    def _checked(self, order: Unpack) -> Job:
+        check_place("landing", order.landing, order.length_bytes, self._staging.numel())
+        return unpack_job(self._layout, order, self._block_count(order.shape.group))
 
     def _block_count(self, group: int) -> int:
         """Of a group that may be none: `jobs` refuses that by name."""
@@ -118,12 +134,9 @@ class TorchRepacker:
             raise LayoutError("offset", offset, f"an address that is a multiple of {item_bytes}")
         return self._staging[offset : offset + length_bytes].view(INTEGERS[item_bytes])
 
-    def _batches(self, layer_count: int, layer_bytes: int) -> Iterator[tuple[int, int]]:
+    @staticmethod
+    def _batches(layer_count: int, layer_bytes: int, bound: int = BATCH_BYTES) -> Iterator[tuple[int, int]]:
         """First layer and count of what is moved at a time."""
-        if self._device.type == HOST:
-            bound = HOST_BATCH_BYTES
-        else:
-            bound = layer_count * layer_bytes if self._is_direct else DEVICE_BATCH_BYTES
         step = max(1, bound // max(1, layer_bytes))
         for first in range(0, layer_count, step):
             yield first, min(step, layer_count - first)
@@ -178,7 +191,8 @@ class TorchRepacker:
         size = landed.numel() // layer_count
         is_converted = job.form is Form.TOKENS and self._is_converted(job, order)
         writes = self._writers(job, group, is_converted=is_converted)
-        for first, count in self._batches(layer_count, size * source.item_bytes):
+        bound = CONVERTED_BATCH_BYTES if is_converted else BATCH_BYTES
+        for first, count in self._batches(layer_count, size * source.item_bytes, bound):
             part = landed[first * size : (first + count) * size]
             if not self._is_direct:
                 buffer = self._lanes.scratch("landed", count * size, part.dtype)
