@@ -25,6 +25,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "chunk_tokens_max": (1, 1 << 20),
     "head_runs": (1, 64),
     "transfer_timeout_s": (0.05, 600.0),
+    "prefill_timeout_s": (0.0, 600.0),
     "lease_s": (0.1, 3_600.0),
     "heartbeat_s": (0.05, 60.0),
     "handshake_timeout_s": (0.05, 60.0),
@@ -56,11 +57,13 @@ class AgentSettings:
         staging_bytes: size of the staging buffer, which offers and landings share.
         staging_device: `cpu`, or a device as torch names it, or `auto`: the engine's device if the first
             backend reaches it, else pinned host memory.
-        pattern_bytes: most that a probe reads; twice this is cut from the staging buffer, at most an eighth.
+        pattern_bytes: most that a probe reads; five times this is cut from the staging buffer, at most a sixth.
         repack_threads: threads that pack and unpack.
         chunk_tokens_max: tokens packed and offered as one.
         head_runs: cuts of a rank's heads, so that consumers of more ranks read only their own.
         transfer_timeout_s: longest time from the engine's asking for a prompt's KV to its last byte in place.
+        prefill_timeout_s: with both legs sent at once, how much longer the decode leg waits, for the prompt to
+            be computed; the sidecar ends the wait sooner when the prefill leg fails.
         lease_s: how long staged KV is kept for its readers; above `transfer_timeout_s`.
         heartbeat_s: time between signs of life on a connection; after three without one it is closed.
         handshake_timeout_s: longest time of a connect and of a handshake.
@@ -91,6 +94,7 @@ class AgentSettings:
     chunk_tokens_max: int = 512
     head_runs: int = 1
     transfer_timeout_s: float = 5.0
+    prefill_timeout_s: float = 60.0
     lease_s: float = 20.0
     heartbeat_s: float = 5.0
     handshake_timeout_s: float = 2.0

@@ -64,7 +64,7 @@ def vllm(folder: Path) -> Iterator[Pair]:
         for started, address in zip(engines, (prefill, decode), strict=True):
             wait_ready(started, address, "/health")
         address = stack.enter_context(sidecar(folder, prefill, decode))
-        yield Pair(MODEL, prefill, decode, address, ports[2], "vllm:pdcoord_transfer_seconds_sum")
+        yield Pair(MODEL, prefill, decode, address, ports[2], "vllm:pdcoord_load_seconds_sum")
 
 
 def _flags(model: Path, port: int, kv_port: int, block_tokens: int) -> list[str]:

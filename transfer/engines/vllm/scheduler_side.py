@@ -87,6 +87,7 @@ class SchedulerSide:
     Args:
         tensor_parallel: ranks of this engine, for the ticket.
         wait_s: longest time that a load may take.
+        prefill_wait_s: how much longer it may take if its prompt may not be computed yet.
         has_windows: some group gives blocks back while a request runs.
         mint: as os.urandom.
     """
@@ -97,12 +98,14 @@ class SchedulerSide:
         tensor_parallel: int,
         wait_s: float,
         *,
+        prefill_wait_s: float,
         has_windows: bool,
         mint: Callable[[int], bytes],
     ) -> None:
         self._engine_id = engine_id
         self._tensor_parallel = tensor_parallel
         self._wait_s = wait_s
+        self._prefill_wait_s = prefill_wait_s
         self._has_windows = has_windows
         self._mint = mint
         self._producer: Producer | None = None
@@ -279,6 +282,8 @@ class SchedulerSide:
         self._forget_fetch(request, fetch)
 
     def _load(self, request: str, fetch: _Fetch, tables: Tables, tokens: TokenRange) -> LoadAsked:
+        # A ticket tells the epoch; without one both legs were sent at once.
+        wait_s = self._wait_s + (0.0 if fetch.ticket.epoch else self._prefill_wait_s)
         return LoadAsked(
             request=request,
             transfer=fetch.ticket.transfer,
@@ -287,7 +292,7 @@ class SchedulerSide:
             epoch=fetch.ticket.epoch,
             tables=tables,
             tokens=tokens,
-            wait_s=self._wait_s,
+            wait_s=wait_s,
         )
 
     def _forget_fetch(self, request: str, fetch: _Fetch) -> None:

@@ -34,7 +34,9 @@ class Engine:
     side: SchedulerSide = field(init=False)
 
     def __post_init__(self) -> None:
-        self.side = SchedulerSide("engine", 1, 2.5, has_windows=self.has_windows, mint=self.mint)
+        self.side = SchedulerSide(
+            "engine", 1, 2.5, prefill_wait_s=30.0, has_windows=self.has_windows, mint=self.mint
+        )
         self.side.set_producer("10.0.0.2:14579", "epoch-1")
 
     def mint(self, count: int) -> bytes:
@@ -222,6 +224,16 @@ def load(tokens: int, first: int, count: int, table: Any, extra: tuple[str, ...]
         TokenRange(first, count),
         2.5,
     )
+
+
+def test_a_decode_leg_sent_with_its_prefill_leg_waits_for_the_prompt_as_well() -> None:
+    engine = Engine()
+    early = TICKET | {"pdcoord": OURS | {"address": "10.0.0.1:14579"}}
+    engine.arrive("d", early, 10)
+    assert engine.side.matched_tokens("d", 0) == 10
+    engine.allocate("d", 10)
+    (asked,) = engine.step().loads
+    assert (asked.epoch, asked.wait_s) == ("", 32.5)
 
 
 def test_a_decode_loads_once_whatever_is_asked_how_often() -> None:
