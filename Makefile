@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+# The environment of the real engines, which tests/e2e/setup.sh makes.
+ENGINE_PYTHON = $${PDCOORD_E2E_VLLM_PYTHON:-.venv-vllm/bin/python}
+# What is skipped where there is no torch and no vLLM.
+ENGINE_TESTS := tests/contract $(wildcard tests/unit/transfer/repack/test_torch_*.py) tests/unit/transfer/repack/test_numbers.py tests/gpu
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit check format e2e-vllm bench-relay bench-transfer bench-handover bench-decide docs constraints clean
+.PHONY: help venv demo test unit check format e2e-vllm bench-relay bench-transfer bench-repack bench-handover bench-decide docs constraints clean
 
 help: ## List the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,15 +40,21 @@ format: $(VENV)/.installed ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-e2e-vllm: $(VENV)/.installed ## Two real vLLM servers on CPU behind the sidecar and the gateway
+e2e-vllm: $(VENV)/.installed ## Real vLLM servers on CPU, stock connector and ours, behind the sidecar and the gateway
 	tests/e2e/setup.sh
+	$(ENGINE_PYTHON) -m pytest -q -p no:cacheprovider $(ENGINE_TESTS)
 	$(BIN)/pytest -v -m e2e -p no:randomly tests/e2e $(PYTEST_ARGS)
 
 bench-relay: $(VENV)/.installed ## CPU per relayed event of gateway and sidecar, beside a plain splice and two other routers; BENCH_ARGS
 	$(BIN)/python -m benchmarks.relay --peers $(BENCH_ARGS)
 
 bench-transfer: $(VENV)/.installed ## GB/s of KV between unlike layouts, by backend, beside raw NIXL and a plain copy
-	@$(BIN)/python -m benchmarks.transfer $(BENCH_ARGS)
+	@tests/e2e/setup.sh
+	@UCX_TLS=$${UCX_TLS:-tcp,self,sm} $(ENGINE_PYTHON) -m benchmarks.transfer $(BENCH_ARGS)
+
+bench-repack: $(VENV)/.installed ## Pack and unpack by layout beside a plain copy, on one core, or on a GPU with BENCH_ARGS='--device cuda'
+	@tests/e2e/setup.sh
+	@$(ENGINE_PYTHON) -m benchmarks.transfer.repack $(BENCH_ARGS)
 
 bench-handover: $(VENV)/.installed ## From the last prompt token to the first decode step, both orders; BENCH_ARGS=--engines=emulator,vllm
 	@$(BIN)/python -m benchmarks.handover $(BENCH_ARGS)
