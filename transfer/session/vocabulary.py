@@ -54,12 +54,17 @@ class StagedPart:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The engine took a prefill whose KV is to be handed over."""
+    """The engine took a prefill whose KV is to be handed over.
+
+    Attributes:
+        is_equal_expected: the consumers that are known all store their KV as this rank does.
+    """
 
     transfer: TransferId
     request: str
     proof: Proof
     token_count: int
+    is_equal_expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)

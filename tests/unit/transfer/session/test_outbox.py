@@ -489,6 +489,28 @@ def test_10_pages_are_staged_for_readers_of_the_same_layout() -> None:
     assert len(only(rank.tell(fetch("d", readers=2, is_equal=True)), SendOffer)) == 1
 
 
+@pytest.mark.parametrize("is_expected", [True, False])
+def test_10_pages_are_staged_before_any_reader_comes_if_all_that_are_known_are_equal(
+    *, is_expected: bool
+) -> None:
+    rank = Rank()
+    rank.tell(Opened(ID, "r1", PROOF, 32, is_equal_expected=is_expected))
+    rank.compute(0, 32, is_last=True)
+    forms = {slot.shape.form for order in rank.packs for slot in order.slots}
+    assert forms == {Form.PAGES if is_expected else Form.TOKENS}
+    rank.pack()
+    expected = [("c", FailureKind.IMPOSSIBLE_LAYOUT)] if is_expected else []
+    assert denials(rank.tell(fetch())) == expected
+
+
+def test_10_a_reader_that_waits_counts_more_than_what_is_expected() -> None:
+    rank = Rank()
+    rank.tell(fetch())
+    rank.tell(Opened(ID, "r1", PROOF, 32, is_equal_expected=True))
+    rank.compute(0, 32, is_last=True)
+    assert {slot.shape.form for order in rank.packs for slot in order.slots} == {Form.TOKENS}
+
+
 @pytest.mark.parametrize("is_over", [True, False])
 def test_11_a_transfer_opened_twice_is_refused(*, is_over: bool) -> None:
     rank = Rank()
