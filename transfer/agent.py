@@ -208,7 +208,16 @@ class Agent:
             if not self._workers.close(WORK_END_S_MAX):
                 _log.error("a pack or unpack has not ended in %g s", WORK_END_S_MAX)
             self._results.close()
+            self._end_tasks()
             self._loop.close()
+
+    def _end_tasks(self) -> None:
+        """Nothing is left by now but what asyncio itself began, such as a look-up of a name."""
+        left = asyncio.all_tasks(self._loop)
+        for task in left:
+            task.cancel()
+        if left:
+            self._loop.run_until_complete(asyncio.wait(left, timeout=CLOSE_S_MAX))
 
     def _fail(self) -> None:
         """Called while a fault of ours is handled: everything under way fails, and nothing begins."""

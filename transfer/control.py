@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from transfer.agent_state import Counters, Results
@@ -13,7 +13,7 @@ from transfer.backends.base import Backend, Piece, ReadReport
 from transfer.door import Door, House, Identity
 from transfer.errors import Failure, FailureKind, PeerLostError, ReadTimeoutError, TransferError
 from transfer.layout import RankLayout
-from transfer.links import Link, LinkError, LinkLimits
+from transfer.links import Link, LinkError, LinkLimits, is_wildcard
 from transfer.peers import Peers, PeersSettings
 from transfer.probe import PatternServer, Prober, failed_probe, may_ask_probes
 from transfer.repack.base import Repacker
@@ -141,7 +141,7 @@ class Control:
             identity,
             repacker.layout,
             backends,
-            _peers_settings(settings, limits),
+            PeersSettings.of(settings, limits),
             spawn=self._spawn,
             hear=self._on_producer_said,
             lost=self._on_producer_lost,
@@ -150,7 +150,9 @@ class Control:
 
     @property
     def address(self) -> str:
-        host = self._settings.advertise_host or "127.0.0.1"
+        host = self._settings.advertise_host
+        if is_wildcard(host):
+            host = "127.0.0.1"
         return f"[{host}]:{self._door.port}" if ":" in host else f"{host}:{self._door.port}"
 
     @property
@@ -179,7 +181,7 @@ class Control:
                 for _, waiter in self._pack_waiters:
                     waiter.cancel()
                 await self._door.close()
-                # Links say nothing at their end: whoever is cancelled has no more to tell the machines.
+                # Backends forget the peers of links that end, so that reads under way end soon.
                 for task in list(self._tasks):
                     task.cancel()
 
@@ -189,21 +191,27 @@ class Control:
 
     def probe_into(self, told: "Future[ProbeTold]", address: str, timeout_s: float) -> None:
         """Probe a producer and put into `told` how it went."""
+        answers: list[ProbeTold] = []
 
         async def work() -> None:
-            answer = failed_probe(address, FailureKind.CLOSED, "the transfer agent has stopped")
-            try:
-                answer = await self._prober.probe(address, timeout_s)
-            finally:
-                told.set_result(answer)
+            answers.append(await self._prober.probe(address, timeout_s))
 
-        self._spawn(work())
+        def ended(_: object) -> None:
+            closed = failed_probe(address, FailureKind.CLOSED, "the transfer agent has stopped")
+            told.set_result(answers[0] if answers else closed)
+
+        self._spawn(work()).add_done_callback(ended)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         assert self._group is not None, "the agent runs"
         task = self._group.create_task(self._watched(work))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def ended(_: object) -> None:
+            self._tasks.discard(task)
+            work.close()  # One that was cancelled before its first step has not begun it.
+
+        task.add_done_callback(ended)
         return task
 
     async def _watched(self, work: Coroutine[Any, Any, object]) -> None:
@@ -211,6 +219,8 @@ class Control:
             await work
         except Exception:  # noqa: BLE001  # a fault of ours must not hang the engine
             self._failed()
+        finally:
+            work.close()
 
     # Machines.
 
@@ -239,7 +249,10 @@ class Control:
     def open(self, opened: Opened) -> None:
         """See `Agent.open`."""
         self._ready.setdefault(opened.transfer, None)
-        self.tell_outbox(opened)
+        layouts = [link.peer.layout for link in self._consumers.values() if link.peer.layout is not None]
+        own = self._repacker.layout
+        is_expected = bool(layouts) and all(_is_layout_equal(layout, own) for layout in layouts)
+        self.tell_outbox(replace(opened, is_equal_expected=is_expected))
 
     def load(self, asked: LoadAsked) -> None:
         """See `Agent.load`."""
@@ -428,6 +441,10 @@ class Control:
     def _read_end(self, order: ReadPart, done: "Future[ReadReport]") -> InboxEvent:
         error = done.exception()
         if error is not None:
+            link = self._peers.link(order.source)
+            if link is not None and isinstance(error, PeerLostError):
+                # The transport has lost it while the side channel lives: only a new connection mends that.
+                link.end(FailureKind.PEER_LOST, _detail(error))
             return PartFailed(order.request, order.part, _read_failure(error))
         report = done.result()
         self._counters.read(report.read_bytes, report.moved_s)
@@ -455,17 +472,6 @@ def _is_layout_equal(theirs: RankLayout, own: RankLayout) -> bool:
         own.rank,
         own.groups,
         own.scales,
-    )
-
-
-def _peers_settings(settings: AgentSettings, limits: LinkLimits) -> PeersSettings:
-    return PeersSettings(
-        settings.key,
-        settings.advertise_host,
-        limits,
-        settings.peers_max,
-        settings.backoff_first_s,
-        settings.backoff_max_s,
     )
 
 

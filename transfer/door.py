@@ -72,6 +72,10 @@ STRANGERS_MAX = 64
 """Connections beyond `connections_max` that are still told so; any more are closed unheard."""
 
 
+_ACCEPT_TURNS = 8
+"""Turns of the event loop until a connection that was just accepted is certain to have met `come_in`."""
+
+
 class Door:
     """Listens, greets, and passes links on; at most `connections_max` at a time."""
 
@@ -81,6 +85,7 @@ class Door:
         self._limits = limits
         self._connections_max = connections_max
         self._count = 0
+        self._is_closing = False
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
@@ -93,7 +98,7 @@ class Door:
         """
 
         async def come_in(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if self._count >= self._connections_max + STRANGERS_MAX:
+            if self._is_closing or self._count >= self._connections_max + STRANGERS_MAX:
                 writer.transport.abort()
                 return
             task = asyncio.current_task()
@@ -121,9 +126,12 @@ class Door:
 
     async def close(self) -> None:
         """Let nobody in any more, and end the handshakes and links that are under way."""
+        self._is_closing = True
         if self._server is not None:
             self._server.close()
             self._server = None
+            for _ in range(_ACCEPT_TURNS):
+                await asyncio.sleep(0)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

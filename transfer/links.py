@@ -143,8 +143,7 @@ class Link:
             while self.is_open:
                 # `_beat` bounds this wait: a timeout around each read would cost more than the read.
                 data = await self._reader.read(READ_BYTES)
-                if not data:
-                    self._channel.close()
+                if not data:  # Perhaps inside a frame: so a process ends that is killed.
                     self.end(FailureKind.PEER_LOST, "the peer closed the side channel")
                     return
                 self._heard_count += 1
@@ -321,10 +320,14 @@ def is_loopback(host: str) -> bool:
     return (mapped or found).is_loopback
 
 
+def is_wildcard(host: str) -> bool:
+    """Whether this names no host at all, but all addresses of one, or nothing."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return not host
+
+
 def is_dialable(host: str) -> bool:
     """Whether peers on other hosts can dial this advertised address."""
-    try:
-        is_wildcard = ipaddress.ip_address(host.strip("[]")).is_unspecified
-    except ValueError:
-        is_wildcard = not host
-    return not is_wildcard and not is_loopback(host)
+    return not is_wildcard(host) and not is_loopback(host)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,11 @@ from transfer.errors import BackendError, Failure, FailureKind, LayoutError
 from transfer.layout import RankLayout
 from transfer.links import Link, LinkError, LinkLimits, dial, is_loopback, split_address
 from transfer.plan import sources_of
+from transfer.roce import read_ports
 from transfer.session.messages import VERSION, Hello, Message
 from transfer.session.vocabulary import Source
 from transfer.session.wire import rank_layout_to_wire
+from transfer.settings import AgentSettings
 
 BACKOFFS_MAX = 4_096
 """Addresses remembered to have failed; the one that failed longest ago is forgotten."""
@@ -23,7 +25,12 @@ BACKOFFS_MAX = 4_096
 
 @dataclass(frozen=True, slots=True)
 class PeersSettings:
-    """How producers are dialled; see the fields of the same name in AgentSettings."""
+    """How producers are dialled; see the fields of the same name in AgentSettings.
+
+    Attributes:
+        has_rdma: this node has an RDMA device. Without one UCX carries reads to other hosts over TCP, and
+            UCX 1.21 can then end the process that answers when the reading one dies: tcp goes before nixl.
+    """
 
     key: bytes
     host: str
@@ -31,6 +38,28 @@ class PeersSettings:
     peers_max: int
     backoff_first_s: float
     backoff_max_s: float
+    has_rdma: bool = True
+
+    @classmethod
+    def of(cls, settings: AgentSettings, limits: LinkLimits) -> "PeersSettings":
+        return cls(
+            settings.key,
+            settings.advertise_host,
+            limits,
+            settings.peers_max,
+            settings.backoff_first_s,
+            settings.backoff_max_s,
+            has_rdma=bool(read_ports()),
+        )
+
+    def preference(self, backends: Iterable[str], address: str) -> list[str]:
+        """Names of backends for this producer, the best first."""
+        names = list(backends)
+        host, _ = split_address(address)
+        is_here = is_loopback(host) or host == self.host.strip("[]")
+        if is_here or self.has_rdma or not {"nixl", "tcp"} <= set(names):
+            return names
+        return ["tcp", *(name for name in names if name != "tcp")]
 
 
 @dataclass(slots=True)
@@ -199,7 +228,9 @@ class Peers:
         if rank >= len(ranks):
             raise LinkError(FailureKind.UNREACHABLE, f"the producer has not told where its rank {rank} is")
         if is_loopback(split_address(ranks[rank])[0]) and not is_loopback(first.host):
-            detail = f"the producer's rank {rank} advertises {ranks[rank]}, this very host: set advertise_host"
+            detail = (
+                f"the producer's rank {rank} advertises {ranks[rank]}, this very host: set advertise_host"
+            )
             raise LinkError(FailureKind.UNREACHABLE, detail)
         link = await self._dial(ranks[rank])
         is_same = (link.peer.engine_id, link.peer.epoch) == (first.peer.engine_id, first.peer.epoch)
@@ -216,7 +247,10 @@ class Peers:
             engine_id=self._identity.engine_id,
             epoch=self._identity.epoch,
             layout=rank_layout_to_wire(self._layout),
-            backends=tuple((name, backend.metadata()) for name, backend in self._backends.items()),
+            backends=tuple(
+                (name, self._backends[name].metadata())
+                for name in settings.preference(self._backends, address)
+            ),
             host=settings.host,
         )
         link = await dial(address, hello, settings.key, settings.limits)

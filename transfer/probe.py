@@ -128,6 +128,9 @@ class Prober:
         landing = await self._landings.get()
         try:
             return await self._read_patterns(address, group, _Place(link, landing, until_s))
+        except PeerLostError as error:
+            link.end(FailureKind.PEER_LOST, str(error))  # So that the next one connects anew.
+            raise
         finally:
             self._landings.put_nowait(landing)
 

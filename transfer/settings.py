@@ -57,13 +57,14 @@ class AgentSettings:
         staging_bytes: size of the staging buffer, which offers and landings share.
         staging_device: `cpu`, or a device as torch names it, or `auto`: the engine's device if the first
             backend reaches it, else pinned host memory.
-        pattern_bytes: most that a probe reads; five times this is cut from the staging buffer, at most a sixth.
+        pattern_bytes: most that a probe reads; five times this is cut from the staging buffer, at most a
+            sixth.
         repack_threads: threads that pack and unpack.
         chunk_tokens_max: tokens packed and offered as one.
         head_runs: cuts of a rank's heads, so that consumers of more ranks read only their own.
         transfer_timeout_s: longest time from the engine's asking for a prompt's KV to its last byte in place.
-        prefill_timeout_s: with both legs sent at once, how much longer the decode leg waits, for the prompt to
-            be computed; the sidecar ends the wait sooner when the prefill leg fails.
+        prefill_timeout_s: with both legs sent at once, how much longer the decode leg waits, for the prompt
+            to be computed; the sidecar ends the wait sooner when the prefill leg fails.
         lease_s: how long staged KV is kept for its readers; above `transfer_timeout_s`.
         heartbeat_s: time between signs of life on a connection; after three without one it is closed.
         handshake_timeout_s: longest time of a connect and of a handshake.

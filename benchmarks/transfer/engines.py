@@ -81,7 +81,7 @@ class Side:
             port=0,
             backends=(backend,),
             staging_bytes=staging_bytes,
-            repack_threads=1, chunk_tokens_max=64,
+            repack_threads=2,
             transfer_timeout_s=WAIT_S_MAX,
             lease_s=2 * WAIT_S_MAX,
         )
