@@ -13,6 +13,9 @@ from transfer.backends.base import Region
 from transfer.errors import SettingError
 
 HOST = "cpu"
+# Private: pages that could be shared with a child are never huge, and copies between processes (NIXL's cma)
+# from and to them ran at half the speed, 4.2 instead of 8.5 GB/s.
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 def _torch() -> Any:
@@ -67,7 +70,7 @@ class HostStaging:
 
     def __init__(self, length_bytes: int, *, pin_device: str = HOST) -> None:
         try:
-            self._pages: mmap.mmap | None = mmap.mmap(-1, length_bytes)
+            self._pages: mmap.mmap | None = mmap.mmap(-1, length_bytes, flags=_FLAGS)
         except (OSError, ValueError, OverflowError) as error:
             raise SettingError(
                 "staging_bytes", length_bytes, f"cannot be had ({error}): give less"
