@@ -430,7 +430,7 @@ class Control:
         backend = None if link is None else self._backends.get(link.peer.backend)
         if backend is None:
             lost = Failure(FailureKind.PEER_LOST, "the side channel is closed")
-            self._call(lambda: self.tell_inbox(PartFailed(order.request, order.part, lost)))
+            self._call(lambda: self.tell_inbox(PartFailed(order.request, order.part, lost, order.read)))
             return
         piece = Piece(order.remote_offset, order.landing, order.length_bytes)
         future = backend.read(order.source, (piece,), timeout_s=order.wait_s)
@@ -445,10 +445,10 @@ class Control:
             if link is not None and isinstance(error, PeerLostError):
                 # The transport has lost it while the side channel lives: only a new connection mends that.
                 link.end(FailureKind.PEER_LOST, _detail(error))
-            return PartFailed(order.request, order.part, _read_failure(error))
+            return PartFailed(order.request, order.part, _read_failure(error), order.read)
         report = done.result()
         self._counters.read(report.read_bytes, report.moved_s)
-        return PartArrived(order.request, order.part)
+        return PartArrived(order.request, order.part, order.read)
 
 
 def _read_failure(error: BaseException) -> Failure:

@@ -7,11 +7,12 @@
 3.  Offers are checked before anything is read: a part outside the prompt, the source's heads or its staging
     buffer, of another size, or with a token that came before, ends the load (MALFORMED), and so does a hole
     when all sources have offered their last. Parts that are not needed here are not read.
-4.  Parts are read in order of their offers, so many at a time and as far as there is room to land; then
-    unpacked.
+4.  Parts are read in order of their source's offers, so many at a time, of one source too, and as far as
+    there is room to land; then unpacked.
 5.  A load succeeds when every token whose block is kept has come, of every head, and is unpacked.
 6.  Whatever fails first is what is reported. After that no read begins; the Report waits until nothing of the
-    load is read or unpacked.
+    load is unpacked. It does not wait for reads, which write to landing places only and may outlast their
+    deadline (NIXL cannot end one): such a place is kept until its read has ended.
 7.  A source is told Done when nothing is read from it any more and nothing more will be, however it went.
     A load that ended before its producer was connected leaves a farewell behind: Done is sent when PeerReady
     comes.
@@ -21,7 +22,6 @@
 10. Completions of parts that are over, and offers for loads that are gone, are dropped.
 """
 
-from collections import deque
 from dataclasses import dataclass, fields
 
 from transfer.errors import Failure, FailureKind, FrameError, LayoutError, SettingError
@@ -29,6 +29,7 @@ from transfer.layout import RankLayout
 from transfer.session.arena import Arena, Share
 from transfer.session.bounds import TRANSFERS_PER_RENEWAL_MAX
 from transfer.session.loads import Feed, Load, LoadState, Need, Part, PartState, needs_of
+from transfer.session.reads import Reads
 from transfer.session.vocabulary import (
     Connect,
     Denied,
@@ -66,6 +67,7 @@ class InboxLimits:
         heartbeat_s: time between renewals; with `read_s_max` it stays below the lease.
         lease_s: the producer's lease.
         reads_in_flight_max: parts that are read or unpacked at a time.
+        reads_per_source_max: those of them from one source, so that a silent one leaves room for others.
         landing_bytes_max: share of the arena for landing; None for all of it.
         parts_max: parts that may be offered for one load.
         room_retry_s: time between two looks for room while the other side of the arena is in the way.
@@ -80,7 +82,8 @@ class InboxLimits:
     read_s_max: float = 10.0
     heartbeat_s: float = 5.0
     lease_s: float = 20.0
-    reads_in_flight_max: int = 8
+    reads_in_flight_max: int = 16
+    reads_per_source_max: int = 4
     landing_bytes_max: int | None = None
     parts_max: int = 65_536
     room_retry_s: float = 0.05
@@ -120,8 +123,7 @@ class Inbox:
         self._farewells: dict[TransferId, Farewell] = {}
         self._connecting: dict[str, float] = {}
         """Addresses that are being connected, and when that is no longer believed."""
-        self._unread: deque[tuple[Load, Part]] = deque()
-        self._busy_count = 0
+        self._reads = Reads(limits.reads_in_flight_max, limits.reads_per_source_max, self._share)
         self._renew_at_s: float | None = None
         self._retry_at_s: float | None = None
         self._actions: list[InboxAction] = []
@@ -289,18 +291,21 @@ class Inbox:
             except FrameError as error:
                 return str(error)
             if part is not None:
-                self._unread.append((load, part))
+                self._reads.queue(load, part)
         feed.is_last = event.is_last
         return ""
 
     def _read(self, now_s: float) -> None:
-        """Begin the reads that there is room for, in order of the offers."""
+        """Begin the reads that there is room for, of each source in order of its offers."""
         self._retry_at_s = None
-        while self._unread and self._busy_count < self._limits.reads_in_flight_max:
-            load, part = self._unread[0]
-            if part.state is not PartState.WAITING:
-                self._unread.popleft()
-                continue
+        for source in self._reads.sources():
+            if not self._read_from(source, now_s):
+                return
+
+    def _read_from(self, source: str, now_s: float) -> bool:
+        """Begin reads from one source; False if there is no room to land."""
+        while (found := self._reads.next(source)) is not None:
+            load, part = found
             if not self._share.can_ever_hold(part.offered.length_bytes):
                 detail = (
                     f"a part takes {part.offered.length_bytes} bytes, landing has {self._share.bytes_max}"
@@ -309,48 +314,49 @@ class Inbox:
                 continue
             landing = self._share.allocate(part.offered.length_bytes)
             if landing is None:
-                if self._share.is_crowded:
+                if self._share.is_crowded or self._reads.is_waiting_for_late:
                     self._retry_at_s = now_s + self._limits.room_retry_s
-                return
-            self._unread.popleft()
-            part.state, part.landing = PartState.READING, landing
-            load.busy_count += 1
-            self._busy_count += 1
+                return False
+            self._reads.begin(load, part, landing)
             self._actions.append(
                 ReadPart(
                     load.asked.request,
                     part.index,
-                    part.feed.source.id,
+                    part.read,
+                    source,
                     part.offered.offset,
                     landing,
                     part.offered.length_bytes,
                     min(self._limits.read_s_max, max(load.deadline_s - now_s, 0.0)),
                 )
             )
+        return True
 
     def _settle_part(self, event: PartArrived | PartFailed | PartUnpacked, now_s: float) -> None:
+        if not isinstance(event, PartUnpacked) and (owed := self._reads.end_late(event.read)) is not None:
+            self._actions += owed
+            return
         load = self._loads.get(event.request)
         if load is None or not 0 <= event.part < len(load.parts):
             return
         part = load.parts[event.part]
+        if isinstance(event, PartArrived) and event.read != part.read:
+            return
         match event, part.state:
             case PartArrived(), PartState.READING:
                 part.feed.unread_count -= 1
-                if load.failure is None:
-                    part.state = PartState.UNPACKING
-                    self._unpack(load, part)
-                else:
-                    self._finish_part(load, part)
+                part.state = PartState.UNPACKING
+                self._unpack(load, part)
             case PartUnpacked(), PartState.UNPACKING:
                 part.run_index += 1
                 if part.run_index < len(part.runs) and load.failure is None:
                     self._unpack(load, part)
                 else:
                     load.loaded_bytes += part.offered.length_bytes
-                    self._finish_part(load, part)
+                    self._reads.finish(load, part)
             case PartFailed(), PartState.READING | PartState.UNPACKING:
                 part.feed.unread_count -= part.state is PartState.READING
-                self._finish_part(load, part)
+                self._reads.finish(load, part)
                 self._fail(load, event.failure, now_s)
                 return
             case _:
@@ -372,13 +378,6 @@ class Inbox:
             )
         )
 
-    def _finish_part(self, load: Load, part: Part) -> None:
-        """Nothing reads or writes for this part any more."""
-        self._share.free(part.landing)
-        part.state, part.landing = PartState.OVER, -1
-        load.busy_count -= 1
-        self._busy_count -= 1
-
     # Ends.
 
     def _lose(self, event: SourceLost, now_s: float) -> None:
@@ -396,6 +395,8 @@ class Inbox:
             load.failure = failure
             load.state = LoadState.CLOSING
             load.drop_waiting()
+            for part in [part for part in load.parts if part.state is PartState.READING]:
+                self._reads.abandon(load, part)
         self._advance(load, now_s)
 
     def _advance(self, load: Load, now_s: float) -> None:
@@ -411,7 +412,7 @@ class Inbox:
                 feed.is_over = True
                 source = feed.source
                 done = SendDone(source.id, load.asked.transfer, load.asked.proof, source.reader_count)
-                self._actions.append(done)
+                self._actions += self._reads.release(done)
         if is_closing and load.is_settled:
             del self._loads[load.asked.request]
             del self._requests[load.asked.transfer]
@@ -464,15 +465,10 @@ class Inbox:
         self._share.validate()
         for load in loads:
             load.validate()
-        assert self._busy_count == sum(load.busy_count for load in loads), "busy parts are counted"
-        assert self._busy_count <= self._limits.reads_in_flight_max, "reads in flight are bounded"
+        assert self._reads.busy_count == sum(load.busy_count for load in loads), "busy parts are counted"
         assert len(loads) <= self._limits.loads_max, "loads are bounded"
         assert len(self._farewells) <= self._limits.loads_max, "farewells are bounded"
         requests = {load.asked.transfer: request for request, load in self._loads.items()}
         assert self._requests == requests, "each live transfer has its load"
-        landing = [p.offered.length_bytes for load in loads for p in load.parts if p.landing >= 0]
-        assert sum(map(self._share.rounded, landing)) == self._share.used_bytes, "only busy parts land"
-        waiting = sum(p.state is PartState.WAITING for load in loads for p in load.parts)
-        queued = sum(part.state is PartState.WAITING for _, part in self._unread)
-        assert waiting == queued, "every part that waits is queued"
+        self._reads.validate(loads)
         assert self.deadline_s == self._next_deadline(), "the next deadline is known"

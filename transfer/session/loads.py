@@ -94,6 +94,7 @@ class Part:
         runs: its needed tokens; more than one only where a table has holes.
         run_index: which of them is unpacked now.
         landing: offset of its landing place, while it has one.
+        read: number of its read, once it has begun.
     """
 
     index: int
@@ -103,6 +104,7 @@ class Part:
     run_index: int = 0
     state: PartState = PartState.WAITING
     landing: int = -1
+    read: int = 0
 
 
 @dataclass(slots=True)

@@ -351,15 +351,21 @@ class PartArrived:
 
     request: str
     part: int
+    read: int
 
 
 @dataclass(frozen=True, slots=True)
 class PartFailed:
-    """A ReadPart or an Unpack ended badly, and nobody writes to its places any more."""
+    """A ReadPart or an Unpack ended badly, and nobody writes to its places any more.
+
+    Attributes:
+        read: the number of the ReadPart; 0 of an Unpack.
+    """
 
     request: str
     part: int
     failure: Failure
+    read: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,11 +418,13 @@ class ReadPart:
     """Read a part into staging memory; answer PartArrived or PartFailed.
 
     Attributes:
+        read: a number that no other read of this rank has; goes into the answer.
         landing: offset in this rank's staging buffer.
     """
 
     request: str
     part: int
+    read: int
     source: str
     remote_offset: int
     landing: int
@@ -466,7 +474,7 @@ class SendRenewal:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Tell the engine how a load ended; exactly once per LoadAsked, when nothing writes any more.
+    """Tell the engine how a load ended; exactly once per LoadAsked, when its blocks are not written any more.
 
     Attributes:
         failure: None if every wanted token is in the blocks.

@@ -58,9 +58,14 @@ class Rank:
     def __init__(self, limits: InboxLimits | None = None, *, layout: RankLayout = OWN) -> None:
         self.arena = Arena(1 << 16)
         self.inbox = Inbox(layout, limits or InboxLimits(), self.arena)
+        self.reads: dict[tuple[str, int], int] = {}
 
     def tell(self, event: InboxEvent, now_s: float = 0.0) -> list[InboxAction]:
+        if isinstance(event, PartArrived | PartFailed) and not event.read:
+            # As the agent answers: with the number of the part's own read, while it is under way.
+            event = replace(event, read=self.reads.pop((event.request, event.part), 0))
         actions = self.inbox.handle(event, now_s)
+        self.reads.update({(a.request, a.part): a.read for a in actions if isinstance(a, ReadPart)})
         self.inbox.validate()
         self.arena.validate()
         return actions
@@ -103,13 +108,13 @@ def test_1_to_7_a_load_is_fetched_read_unpacked_and_reported() -> None:
     [read] = rank.tell(offer(0, part(0, 0, 40)))
     assert isinstance(read, ReadPart)
     assert (read.source, read.remote_offset, read.length_bytes, read.wait_s) == ("s0", 0, 1280, 10.0)
-    [unpack, done] = rank.tell(PartArrived("r1", 0))
+    [unpack, done] = rank.tell(PartArrived("r1", 0, 0))
     assert isinstance(unpack, Unpack)
     assert (unpack.source, unpack.landing, unpack.tokens) == (HALVES[0], read.landing, TokenRange(0, 40))
     assert done == SendDone("s0", ID, PROOF, 1), "the source is free while we unpack"
     assert rank.tell(PartUnpacked("r1", 0)) == []
     rank.tell(offer(1, part(1, 0, 40)))
-    rank.tell(PartArrived("r1", 1))
+    rank.tell(PartArrived("r1", 1, 0))
     assert rank.tell(PartUnpacked("r1", 1)) == [Report("r1", None, 2560)]
     assert rank.arena.used_bytes == 0
     assert rank.inbox.live_count == 0
@@ -244,7 +249,7 @@ def test_3_offers_that_cannot_be_are_malformed(offers: Callable[[], list[Offered
     rank = Rank(InboxLimits(parts_max=6))
     actions = rank.tell_all(load(), READY, *offers())
     for read in only(actions, ReadPart):
-        actions += rank.tell(PartArrived("r1", read.part))
+        actions += rank.tell(PartArrived("r1", read.part, 0))
     assert reported(actions) == [("r1", FailureKind.MALFORMED)]
     assert sorted(done_sources(actions)) == ["s0", "s1"]
     assert rank.arena.used_bytes == 0
@@ -262,14 +267,14 @@ def test_3_tokens_of_blocks_that_are_gone_are_not_needed() -> None:
     rank.tell_all(replace(load(), tables=((0, 2, 3),)), READY)
     [read] = rank.tell(offer(0, part(0, 0, 40)))
     assert isinstance(read, ReadPart)
-    [unpack] = only(rank.tell(PartArrived("r1", 0)), Unpack)
+    [unpack] = only(rank.tell(PartArrived("r1", 0, 0)), Unpack)
     assert unpack.tokens == TokenRange(16, 24)
 
 
 def test_3_a_part_across_a_hole_in_the_table_is_unpacked_in_runs() -> None:
     rank = Rank()
     rank.tell_all(replace(load(), tables=((1, 0, 3),)), READY, offer(0, part(0, 0, 40)))
-    [first] = only(rank.tell(PartArrived("r1", 0)), Unpack)
+    [first] = only(rank.tell(PartArrived("r1", 0, 0)), Unpack)
     [second] = rank.tell(PartUnpacked("r1", 0))
     assert isinstance(second, Unpack)
     assert (first.tokens, second.tokens) == (TokenRange(0, 16), TokenRange(32, 8))
@@ -288,7 +293,7 @@ def test_4_reads_keep_to_their_number_and_to_the_room() -> None:
     rank.tell_all(load(), READY)
     parts = [part(0, i, i + 8) for i in range(0, 40, 8)]
     assert [r.part for r in only(rank.tell(offer(0, *parts)), ReadPart)] == [0, 1]
-    assert only(rank.tell(PartArrived("r1", 1)), ReadPart) == [], "it is still unpacked"
+    assert only(rank.tell(PartArrived("r1", 1, 0)), ReadPart) == [], "it is still unpacked"
     assert [r.part for r in only(rank.tell(PartUnpacked("r1", 1)), ReadPart)] == [2]
     rank = Rank(InboxLimits(landing_bytes_max=512))
     rank.tell_all(load(), READY)
@@ -317,21 +322,49 @@ def test_4_room_that_the_other_side_holds_is_looked_for_again() -> None:
     "failure",
     [FailureKind.WRONG_DIGEST, FailureKind.UNPACK_FAILED, FailureKind.READ_FAILED],
 )
-def test_6_the_first_failure_is_reported_when_all_is_quiet(failure: FailureKind) -> None:
-    """vLLM 32255: blocks are given back only when nothing writes to them any more."""
+def test_6_the_first_failure_is_reported_and_a_read_under_way_keeps_its_landing(failure: FailureKind) -> None:
     rank = Rank(InboxLimits(reads_in_flight_max=2))
     rank.tell_all(load(), READY, offer(0, part(0, 0, 16), part(0, 16, 32), part(0, 32, 40)))
     if failure is not FailureKind.READ_FAILED:
-        rank.tell(PartArrived("r1", 0))
+        rank.tell(PartArrived("r1", 0, 0))
     actions = rank.tell(PartFailed("r1", 0, Failure(failure)))
     assert only(actions, ReadPart) == [], "nothing more is read"
     assert done_sources(actions) == ["s1"]
-    assert reported(actions) == []
-    actions = rank.tell(PartArrived("r1", 1))
-    assert only(actions, Unpack) == [], "nothing more is written"
-    assert done_sources(actions) == ["s0"]
     assert reported(actions) == [("r1", failure)]
+    assert rank.arena.used_bytes == 512, "the other read may still write there"
+    late = rank.tell(PartArrived("r1", 1, 0))
+    assert late == [SendDone("s0", ID, PROOF, 1)], "nothing more is written, and now nothing is read"
     assert rank.arena.used_bytes == 0
+
+
+def test_6_blocks_are_given_back_only_when_nothing_writes_to_them() -> None:
+    """vLLM 32255: an abort while KV is being written."""
+    rank = Rank()
+    rank.tell_all(load(), READY, offer(0, part(0, 0, 16), part(0, 16, 40)), PartArrived("r1", 0, 0))
+    assert reported(rank.tell(LoadCancelled("r1"))) == [], "the first part is being unpacked"
+    assert reported(rank.tell(PartArrived("r1", 1, 0))) == []
+    assert reported(rank.tell(PartUnpacked("r1", 0))) == [("r1", FailureKind.CANCELLED)]
+    assert rank.arena.used_bytes == 0
+
+
+def test_6_a_silent_producer_does_not_keep_others_from_reading() -> None:
+    """NIXL 1.5.1 cannot end a transfer: the read of a peer that hangs ends when it pleases."""
+    rank = Rank(InboxLimits(reads_in_flight_max=4, reads_per_source_max=2))
+    rank.tell_all(load(), READY)
+    silent = [part(0, i, i + 8) for i in range(0, 40, 8)]
+    first = only(rank.tell(offer(0, *silent)), ReadPart)
+    assert [r.part for r in first] == [0, 1]
+    assert [r.source for r in only(rank.tell(offer(1, part(1, 0, 40))), ReadPart)] == ["s1"]
+    assert reported(rank.tell(Tick(), 30.0)) == [("r1", FailureKind.TRANSFER_TIMEOUT)]
+    again = rank.tell_all(load(), READY, offer(0, *silent), offer(1, part(1, 0, 40)))
+    second = only(again, ReadPart)
+    assert {r.landing for r in first}.isdisjoint(r.landing for r in second), "their places are still taken"
+    for late in first:
+        rank.tell(PartArrived("r1", late.part, late.read))
+    assert only(rank.tell(LoadCancelled("r1")), Report) != []
+    for late in second:
+        rank.tell(PartFailed("r1", late.part, LOST, late.read))
+    assert rank.tell(PartFailed("r1", 0, LOST, 99)) == []
 
 
 @pytest.mark.parametrize("after", range(6))
@@ -342,7 +375,7 @@ def test_6_a_load_is_cancelled_in_every_state(after: int) -> None:
         load(),
         READY,
         offer(0, part(0, 0, 16), is_last=False),
-        PartArrived("r1", 0),
+        PartArrived("r1", 0, 0),
         PartUnpacked("r1", 0),
         offer(0, part(0, 16, 40)),
     ]
@@ -351,9 +384,9 @@ def test_6_a_load_is_cancelled_in_every_state(after: int) -> None:
     # What was on its way still comes; late and doubled completions are dropped (vLLM 43226, 46240).
     late: list[InboxEvent] = [
         READY,
-        PartArrived("r1", 0),
+        PartArrived("r1", 0, 0),
         PartUnpacked("r1", 0),
-        PartArrived("r1", 1),
+        PartArrived("r1", 1, 0),
         PartUnpacked("r1", 1),
         offer(1, part(1, 0, 40)),
         SourceLost("s0", LOST),
@@ -378,12 +411,13 @@ def test_6_a_denial_ends_the_load_and_releases_all_sources() -> None:
 def test_6_a_lost_source_ends_the_loads_that_still_need_it() -> None:
     rank = Rank()
     rank.tell_all(load(), READY, offer(0, part(0, 0, 40)), offer(1, part(1, 0, 40)))
-    rank.tell(PartArrived("r1", 0))
+    rank.tell(PartArrived("r1", 0, 0))
     assert rank.tell(SourceLost("s0", LOST)) == [], "all it had is here"
-    assert rank.tell(SourceLost("s1", LOST)) == [], "its read has not ended"
-    assert rank.tell(PartUnpacked("r1", 0)) == []
-    actions = rank.tell(PartFailed("r1", 1, LOST))
+    assert rank.tell(SourceLost("s1", LOST)) == [], "what the other gave is being unpacked"
+    actions = rank.tell(PartUnpacked("r1", 0))
     assert actions == [Report("r1", LOST, 1280)], "nobody is there to be told"
+    assert rank.tell(PartFailed("r1", 1, LOST)) == []
+    assert rank.arena.used_bytes == 0
 
 
 def test_7_a_load_cancelled_while_connecting_still_releases_the_producer() -> None:
@@ -440,9 +474,11 @@ def test_9_a_load_has_a_deadline_and_its_reads_a_shorter_one() -> None:
     rank.tell_all(load(), READY)
     [read] = only(rank.tell(offer(0, part(0, 0, 40)), 27.0), ReadPart)
     assert read.wait_s == 3.0
-    assert reported(rank.tell(Tick(), 30.0)) == [], "the read has not ended"
-    actions = rank.tell(PartFailed("r1", 0, Failure(FailureKind.READ_FAILED)), 30.1)
-    assert reported(actions) == [("r1", FailureKind.TRANSFER_TIMEOUT)]
+    assert reported(rank.tell(Tick(), 30.0)) == [("r1", FailureKind.TRANSFER_TIMEOUT)]
+    assert rank.arena.used_bytes > 0, "the read has not ended"
+    late = rank.tell(PartFailed("r1", 0, Failure(FailureKind.READ_FAILED)), 30.1)
+    assert done_sources(late) == ["s0"]
+    assert rank.arena.used_bytes == 0
 
 
 def test_9_waiting_loads_are_renewed_until_their_source_is_over() -> None:
@@ -452,7 +488,7 @@ def test_9_waiting_loads_are_renewed_until_their_source_is_over() -> None:
     assert rank.tell(Tick(), 5.0) == [SendRenewal("s0", (ID, OTHER)), SendRenewal("s1", (ID, OTHER))]
     assert rank.inbox.deadline_s == 10.0
     rank.tell(offer(0, part(0, 0, 40)), 6.0)
-    rank.tell(PartArrived("r1", 0), 6.0)
+    rank.tell(PartArrived("r1", 0, 0), 6.0)
     assert rank.tell(Tick(), 10.0) == [SendRenewal("s1", (ID, OTHER)), SendRenewal("s0", (OTHER,))]
     rank.tell(LoadCancelled("r2"), 11.0)
     rank.tell(LoadCancelled("r1"), 11.0)
@@ -468,7 +504,7 @@ def test_10_words_for_nobody_are_dropped() -> None:
         offer(0, part(0, 0, 40)),
         Denied("s0", ID, LOST),
         SourceLost("s0", LOST),
-        PartArrived("r1", 0),
+        PartArrived("r1", 0, 0),
         PartUnpacked("r1", 0),
         PartFailed("r1", 0, LOST),
         LoadCancelled("r1"),
@@ -476,7 +512,9 @@ def test_10_words_for_nobody_are_dropped() -> None:
     ]
     assert rank.tell_all(*strays) == []
     rank.tell_all(load(), READY)
-    assert rank.tell_all(PartArrived("r1", 0), replace(offer(0), source="s7"), PartUnpacked("r1", -1)) == []
+    assert (
+        rank.tell_all(PartArrived("r1", 0, 0), replace(offer(0), source="s7"), PartUnpacked("r1", -1)) == []
+    )
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,6 @@ class World:
         self.reports: dict[tuple[int, str], Failure | None] = {}
         self.packing: Counter[tuple[int, TransferId]] = Counter()
         self.reading: Counter[tuple[str, TransferId]] = Counter()
-        self.busy: Counter[tuple[int, str]] = Counter()
         self.written: dict[tuple[int, str], Counter[tuple[int, int, int]]] = {}
         self.forms: Counter[Form] = Counter()
 
@@ -267,7 +266,6 @@ class World:
             case SendRenewal(source, transfers):
                 self.to_producer(source, RenewAsked(source, transfers))
             case ReadPart():
-                self.busy[rank, action.request] += 1
                 transfer = self.asked[rank, action.request].transfer
                 self.reading[action.source, transfer] += 1
                 delay_s = min(self.rng.uniform(0.001, 0.02), action.wait_s)
@@ -276,7 +274,6 @@ class World:
                 self.later(lambda: self.end_unpack(rank, action), self.rng.uniform(0.001, 0.02))
             case Report(request, failure, _):
                 assert (rank, request) not in self.reports, "a load is reported twice"
-                assert not self.busy[rank, request], "a load is reported under a read or an unpack"
                 self.reports[rank, request] = failure
 
     def link_of(self, name: str) -> Link:
@@ -315,14 +312,13 @@ class World:
                 end()
 
     def end_read(self, rank: int, order: ReadPart, transfer: TransferId) -> None:
-        self.busy[rank, order.request] -= 1
         self.reading[order.source, transfer] -= 1
         is_open = any(x.name == order.source and x.is_open for x in self.links.values())
         if not is_open or self.rng.random() < self.odds.read_fails:
             failure = Failure(FailureKind.READ_FAILED)
-            self.tell_inbox(rank, PartFailed(order.request, order.part, failure))
+            self.tell_inbox(rank, PartFailed(order.request, order.part, failure, order.read))
         else:
-            self.tell_inbox(rank, PartArrived(order.request, order.part))
+            self.tell_inbox(rank, PartArrived(order.request, order.part, order.read))
 
     def end_unpack(self, rank: int, order: Unpack) -> None:
         assert (rank, order.request) not in self.reports, "a load is reported under an unpack"
