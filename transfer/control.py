@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from transfer.agent_state import Counters, Results
@@ -249,10 +249,7 @@ class Control:
     def open(self, opened: Opened) -> None:
         """See `Agent.open`."""
         self._ready.setdefault(opened.transfer, None)
-        layouts = [link.peer.layout for link in self._consumers.values() if link.peer.layout is not None]
-        own = self._repacker.layout
-        is_expected = bool(layouts) and all(_is_layout_equal(layout, own) for layout in layouts)
-        self.tell_outbox(replace(opened, is_equal_expected=is_expected))
+        self.tell_outbox(opened)
 
     def load(self, asked: LoadAsked) -> None:
         """See `Agent.load`."""
@@ -306,6 +303,8 @@ class Control:
             case Unpack():
                 self._unpack(action)
             case Report():
+                if action.failure is not None and action.failure.kind is not FailureKind.CANCELLED:
+                    _log.warning("a prompt's KV did not come, it is computed here: %s", action.failure)
                 self._counters.loaded(action)
                 self._results.report(action)
 

@@ -30,7 +30,7 @@ from transfer.links import (
 )
 from transfer.session.bounds import NONCE_BYTES
 from transfer.session.frames import Channel
-from transfer.session.messages import VERSION, Hello, Message, Refusal, Welcome
+from transfer.session.messages import VERSION, Admission, Hello, Message, Refusal, Renewal, Welcome
 from transfer.session.wire import rank_layout_from_wire, rank_layout_to_wire
 from transfer.verdict import judge_ranks
 
@@ -150,6 +150,7 @@ class Door:
                 peer, welcome = self._judge(hello, nonce, host)
                 writer.write(channel.encode(welcome))
                 await writer.drain()
+                await self._admit(reader, writer, channel, peer.backend)
         except LinkError as error:
             await self._refuse(writer, channel, error.failure.kind, error.failure.detail)
         except NotAuthenticatedError as error:
@@ -163,6 +164,17 @@ class Door:
         else:
             return Link(reader, writer, channel, peer, self._limits)
         return None
+
+    async def _admit(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, channel: Channel, backend: str
+    ) -> None:
+        """Open the staging buffer to a peer that has proved itself in this session."""
+        first = await receive_one(reader, channel)
+        if not isinstance(first, Renewal):
+            raise FrameError(f"a {type(first).__name__} before the first Renewal")
+        metadata = self._house.backends[backend].metadata() if backend else b""
+        writer.write(channel.encode(Admission(metadata=metadata)))
+        await writer.drain()
 
     async def _refuse(
         self, writer: asyncio.StreamWriter, channel: Channel, kind: FailureKind, detail: str
@@ -215,7 +227,6 @@ class Door:
             ranks=ranks,
             layout=rank_layout_to_wire(house.layout),
             backend=backend,
-            metadata=house.backends[backend].metadata() if backend else b"",
             staging_bytes=house.staging_bytes,
             verdict=verdict,
             heartbeat_s=self._limits.heartbeat_s,

@@ -108,6 +108,7 @@ class FailureKind(StrEnum):
     UNPACK_FAILED = "unpack-failed"
     MALFORMED = "malformed"
     OVERLOADED = "overloaded"
+    NOT_A_CONSUMER = "not-a-consumer"
     CANCELLED = "cancelled"
     CLOSED = "closed"
 

@@ -14,7 +14,7 @@ from transfer.errors import Failure, FailureKind, FrameError, LayoutError, NotAu
 from transfer.layout import RankLayout
 from transfer.session.bounds import NONCE_BYTES
 from transfer.session.frames import Channel
-from transfer.session.messages import VERSION, Hello, Message, Refusal, Renewal, Welcome
+from transfer.session.messages import VERSION, Admission, Hello, Message, Refusal, Renewal, Welcome
 from transfer.session.wire import rank_layout_from_wire
 
 READ_BYTES = 64 << 10
@@ -283,13 +283,19 @@ async def _greet(
         raise LinkError(
             FailureKind.VERSION_MISMATCH, f"{address} speaks version {answer.version}, this side {VERSION}"
         )
+    # Signed with this session's key, which a recorded Hello does not give.
+    writer.write(channel.encode(Renewal(transfers=())))
+    await writer.drain()
+    admission = await receive_one(reader, channel)
+    if not isinstance(admission, Admission):
+        raise LinkError(FailureKind.MALFORMED, f"{address} answered with {type(admission).__name__}")
     peer = Peer(
         engine_id=answer.engine_id,
         epoch=answer.epoch,
         layout=rank_layout_from_wire(answer.layout),
         ranks=answer.ranks,
         backend=answer.backend,
-        metadata=answer.metadata,
+        metadata=admission.metadata,
         staging_bytes=answer.staging_bytes,
         verdict=answer.verdict,
     )

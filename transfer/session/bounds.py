@@ -7,6 +7,7 @@ from typing import Final
 from transfer.digest import DIGEST_BYTES
 from transfer.errors import FrameError
 from transfer.session.messages import (
+    Admission,
     Denial,
     Done,
     Fetch,
@@ -102,9 +103,12 @@ def _check_welcome(m: Welcome) -> None:
     _few(m.ranks, "ranks", RANKS_MAX)
     _short(m.ranks, "ranks")
     _in_range(m.staging_bytes, "staging_bytes", OFFSET_MAX)
+    _duration(m.heartbeat_s, "heartbeat_s")
+
+
+def _check_admission(m: Admission) -> None:
     if len(m.metadata) > METADATA_BYTES_MAX:
         raise _fail("metadata", f"at most {METADATA_BYTES_MAX} bytes")
-    _duration(m.heartbeat_s, "heartbeat_s")
 
 
 def _check_refusal(m: Refusal) -> None:
@@ -178,6 +182,7 @@ def _check_pattern_told(m: PatternTold) -> None:
 _CHECKS: dict[type, Callable[..., None]] = {
     Hello: _check_hello,
     Welcome: _check_welcome,
+    Admission: _check_admission,
     Refusal: _check_refusal,
     Fetch: _check_fetch,
     Offer: _check_offer,

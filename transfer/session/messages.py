@@ -1,8 +1,9 @@
 """What two agents say to each other on the side channel: msgpack maps, one a frame.
 
-A consumer dials and sends Hello; the producer answers Welcome or Refusal. Then the consumer fetches, renews
-and releases, the producer offers and denies. A sidecar dials its own engine's agent to ask for probes.
-Everything that is compared for equality, or that limits what is read, stands in the messages themselves.
+A consumer dials and sends Hello; the producer answers Welcome or Refusal. The consumer's first Renewal is
+answered with Admission. Then it fetches, renews and releases, and the producer offers and denies. A sidecar
+dials its own engine's agent to ask for probes. Everything that is compared for equality, or that limits what
+is read, stands in the messages themselves.
 """
 
 from typing import Any
@@ -46,7 +47,6 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
         nonce: 16 random bytes of this connection.
         ranks: side channel addresses of all ranks of the engine, by rank.
         backend: which of both sides' backends is used; empty to a sidecar.
-        metadata: that backend's, of the dialled side.
         staging_bytes: size of its staging buffer: reads beyond it are malformed.
         verdict: VerdictKind and reason, as the dialled side judges the pair.
     """
@@ -59,10 +59,22 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     ranks: tuple[str, ...]
     layout: Layout
     backend: str = ""
-    metadata: bytes = b""
     staging_bytes: int = 0
     verdict: tuple[str, str] = ("", "")
     heartbeat_s: float = 5.0
+
+
+class Admission(msgspec.Struct, frozen=True, kw_only=True, tag="admission"):
+    """What opens the dialled side's staging: sent when the dialling side has proved itself in this session.
+
+    A Hello can be recorded and sent again; the Renewal that must follow the Welcome is signed with the
+    session's own key. Whoever is admitted can read all of the staging buffer, if it knows where to look.
+
+    Attributes:
+        metadata: of the backend that Welcome named, of the dialled side; empty to a sidecar.
+    """
+
+    metadata: bytes = b""
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True, tag="refusal"):
@@ -176,6 +188,7 @@ class PatternTold(msgspec.Struct, frozen=True, kw_only=True, tag="pattern-told")
 Message = (
     Hello
     | Welcome
+    | Admission
     | Refusal
     | Fetch
     | Offer

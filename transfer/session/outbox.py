@@ -21,8 +21,8 @@
     transfer by the grace time, its connection is ordered closed: a dead reader pins nothing for ever, a live
     one is never read under.
 9.  An ended transfer is remembered, so that a late fetch is told why: as it failed, or REPLAYED_TICKET.
-10. Pages form is chosen if every reader is waiting at the first piece and stores its KV as this rank does, or
-    if none is waiting and all that are known do; one that does not is denied then (IMPOSSIBLE_LAYOUT).
+10. Pages form is chosen only if every reader is waiting at the first piece and stores its KV as this rank
+    does; one that does not and comes in the place of another is denied (IMPOSSIBLE_LAYOUT).
 11. A transfer opened twice is refused, and the first one with it: its chunks could be of either request.
 """
 
@@ -202,14 +202,7 @@ class Outbox:
             self._actions += [BlocksFree(event.request), TransferEnded(event.transfer, failure)]
             return
         is_one_too_many = len(self._live) >= self._limits.transfers_max
-        transfer = Transfer(
-            event.transfer,
-            event.request,
-            event.proof,
-            event.token_count,
-            now_s,
-            is_equal_expected=event.is_equal_expected,
-        )
+        transfer = Transfer(event.transfer, event.request, event.proof, event.token_count, now_s)
         self._live[transfer.id] = transfer
         refusal = self._packing.refusal(event.token_count)
         if not self._stages_anything:
@@ -243,9 +236,7 @@ class Outbox:
 
     def _abort(self, event: Aborted, now_s: float) -> None:
         transfer = self._live.get(event.transfer)
-        if transfer is None or transfer.phase is not Phase.FILLING:
-            return
-        if transfer.pieces or not transfer.is_computed:
+        if transfer is not None and transfer.phase is Phase.FILLING:
             failure = Failure(FailureKind.PREFILL_ABORTED, "the engine gave the prefill up")
             self._end(transfer, failure, now_s)
 

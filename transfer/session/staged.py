@@ -74,7 +74,6 @@ class Transfer:
     """What the Outbox knows of one hand-over.
 
     Attributes:
-        is_equal_expected: all known consumers store their KV as this rank does.
         promised_bytes: room in staging that others cannot be promised; what it holds, once no more comes.
         cut_end: tokens before it were cut into pieces.
         computed_end: tokens before it are computed.
@@ -90,7 +89,6 @@ class Transfer:
     proof: Proof
     token_count: int
     opened_s: float
-    is_equal_expected: bool = False
     phase: Phase = Phase.FILLING
     form: Form | None = None
     reader_count: int | None = None
@@ -139,9 +137,7 @@ class Transfer:
         return None
 
     def choose_form(self) -> Form:
-        """Pages if every reader is here, or else expected, to store its KV as this rank does; else tokens."""
-        if not self.readers and self.is_equal_expected:
-            return Form.PAGES
+        """Pages if every reader is here already and stores its KV as this rank does, else tokens."""
         is_everyone_here = len(self.readers) == self.reader_count
         if is_everyone_here and all(reader.is_layout_equal for reader in self.readers.values()):
             return Form.PAGES

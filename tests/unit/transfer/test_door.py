@@ -53,14 +53,14 @@ def test_a_peer_that_fits_is_told_all_that_it_needs(backend: LoopbackBackend) ->
     assert (peer.engine_id, peer.epoch, peer.backend) == ("x", "y", "loopback")
     assert peer.layout is not None
     assert peer.layout.layout.block_tokens == 32
-    assert (welcome.backend, welcome.metadata) == ("loopback", backend.metadata())
+    assert welcome.backend == "loopback"
     assert (welcome.ranks, welcome.epoch, welcome.verdict[0]) == (("a:1",), "epoch", "regroup")
 
 
 def test_a_sidecar_is_told_no_backend(backend: LoopbackBackend) -> None:
     peer, welcome = door(backend)._judge(hello(layout=None, backends=()), NONCE, "127.0.0.1")
     assert isinstance(welcome, Welcome)
-    assert (peer.layout, welcome.backend, welcome.metadata) == (None, "", b"")
+    assert (peer.layout, welcome.backend) == (None, "")
 
 
 def test_why_others_are_not_let_in(backend: LoopbackBackend) -> None:

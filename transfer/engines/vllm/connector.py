@@ -72,6 +72,7 @@ class PdcoordConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  
                 vllm_config.kv_transfer_config.engine_id,
                 vllm_config.parallel_config.tensor_parallel_size,
                 self._settings.transfer_timeout_s,
+                is_consumer=vllm_config.kv_transfer_config.is_kv_consumer,
                 prefill_wait_s=self._settings.prefill_timeout_s,
                 has_windows=has_windows(kv_cache_config),
                 mint=os.urandom,

@@ -87,6 +87,8 @@ class SchedulerSide:
     Args:
         tensor_parallel: ranks of this engine, for the ticket.
         wait_s: longest time that a load may take.
+        is_consumer: whether the engine may load. vLLM defers the reuse of blocks that a step in flight may
+            still write only where its role consumes, so that a load elsewhere could be overwritten.
         prefill_wait_s: how much longer it may take if its prompt may not be computed yet.
         has_windows: some group gives blocks back while a request runs.
         mint: as os.urandom.
@@ -98,6 +100,7 @@ class SchedulerSide:
         tensor_parallel: int,
         wait_s: float,
         *,
+        is_consumer: bool,
         prefill_wait_s: float,
         has_windows: bool,
         mint: Callable[[int], bytes],
@@ -106,6 +109,7 @@ class SchedulerSide:
         self._tensor_parallel = tensor_parallel
         self._wait_s = wait_s
         self._prefill_wait_s = prefill_wait_s
+        self._is_consumer = is_consumer
         self._has_windows = has_windows
         self._mint = mint
         self._producer: Producer | None = None
@@ -132,6 +136,8 @@ class SchedulerSide:
             return
         if ask is not None:
             self._arrived_prefill(arrival, ask, len(arrival.tokens))
+        elif found is not None and not self._is_consumer:
+            self._failures[FailureKind.NOT_A_CONSUMER] += 1
         elif found is not None:
             self._arrived_decode(arrival, found, len(arrival.tokens))
 

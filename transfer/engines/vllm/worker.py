@@ -1,6 +1,7 @@
 """Starts the agent of one vLLM worker over its KV caches, and makes an engine's ranks known to each other."""
 
 import importlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -11,16 +12,20 @@ from transfer.backends.base import Backend
 from transfer.backends.nixl import NixlBackend, nixl_settings_from_mapping
 from transfer.backends.tcp import TcpBackend
 from transfer.backends.ucx import UcxBackend, ucx_settings_from_mapping
+from transfer.canonical import row_bytes
+from transfer.control import SIDE_SHARE
 from transfer.door import Identity
 from transfer.engines.vllm.memory import learn_memory
 from transfer.engines.vllm.stats import PdcoordStats
 from transfer.engines.vllm.worker_side import Tally, WorkerSide
 from transfer.errors import SettingError, TransferError
+from transfer.layout import RankLayout
 from transfer.repack.torch_repacker import TorchRepacker
 from transfer.settings import AgentSettings
 from transfer.staging import make_staging
 
 EPOCH_BYTES = 8
+_log = logging.getLogger("pdcoord.transfer")
 
 
 class Worker:
@@ -99,6 +104,7 @@ def _start_rank(
     staging = make_staging(
         settings.staging_bytes, settings.staging_device, memory.device, is_reached=is_reached
     )
+    _warn_of_long_prompts(settings, memory.layout, vllm_config.model_config.max_model_len)
     repacker = TorchRepacker(memory.layout, memory.groups, staging.tensor())
     identity = Identity(vllm_config.kv_transfer_config.engine_id, epoch)
     agent = Agent(settings, identity, staging, repacker, backends)
@@ -106,6 +112,25 @@ def _start_rank(
     agent.set_ranks(_all_ranks(group, agent.address))
     side = WorkerSide(agent, memory.tables, time.monotonic)
     return Worker(agent, side, epoch, memory.device)
+
+
+def _warn_of_long_prompts(settings: AgentSettings, layout: RankLayout, longest_tokens: int) -> None:
+    """Say it at once if the longest prompts could never be handed over; they would be computed twice."""
+    per_token = sum(
+        shape.layer_count * layout.heads(index).count * row_bytes(shape, layout.layout)
+        for index, shape in enumerate(layout.groups)
+    )
+    fits_tokens = int(settings.staging_bytes * SIDE_SHARE) // per_token
+    if fits_tokens < longest_tokens:
+        needed = int(longest_tokens * per_token / SIDE_SHARE)
+        _log.warning(
+            "staging_bytes is %d: prompts of more than %d tokens are not handed over, --max-model-len is %d; "
+            "give %d or more",
+            settings.staging_bytes,
+            fits_tokens,
+            longest_tokens,
+            needed,
+        )
 
 
 def _all_ranks(group: Any, value: str) -> list[str]:

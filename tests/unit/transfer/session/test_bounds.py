@@ -9,6 +9,7 @@ from transfer.canonical import Form
 from transfer.errors import FailureKind, FrameError
 from transfer.session.bounds import check_message
 from transfer.session.messages import (
+    Admission,
     Denial,
     Done,
     Fetch,
@@ -87,7 +88,7 @@ def parts(**changes: object) -> dict[str, object]:
         (WELCOME, {"ranks": ("h",) * 1025}),
         (WELCOME, {"verdict": ("native", "x" * 1025)}),
         (WELCOME, {"staging_bytes": 1 << 63}),
-        (WELCOME, {"metadata": b"m" * (512 * 1024 + 1)}),
+        (Admission(), {"metadata": b"m" * (512 * 1024 + 1)}),
         (WELCOME, {"heartbeat_s": math.nan}),
         (FETCH, {"transfer": "A" * 32}),
         (FETCH, {"transfer": "a" * 31}),

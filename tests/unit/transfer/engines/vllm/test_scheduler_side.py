@@ -29,13 +29,20 @@ class Engine:
     """A scheduler with one group, in which block i of a request is `10 * number + i`."""
 
     has_windows: bool = False
+    is_consumer: bool = True
     minted: int = 0
     tables: dict[str, list[int]] = field(default_factory=dict)
     side: SchedulerSide = field(init=False)
 
     def __post_init__(self) -> None:
         self.side = SchedulerSide(
-            "engine", 1, 2.5, prefill_wait_s=30.0, has_windows=self.has_windows, mint=self.mint
+            "engine",
+            1,
+            2.5,
+            is_consumer=self.is_consumer,
+            prefill_wait_s=30.0,
+            has_windows=self.has_windows,
+            mint=self.mint,
         )
         self.side.set_producer("10.0.0.2:14579", "epoch-1")
 
@@ -224,6 +231,15 @@ def load(tokens: int, first: int, count: int, table: Any, extra: tuple[str, ...]
         TokenRange(first, count),
         2.5,
     )
+
+
+def test_an_engine_that_only_produces_computes_what_it_is_sent() -> None:
+    engine = Engine(is_consumer=False)
+    engine.arrive("d", TICKET, 10)
+    assert engine.side.matched_tokens("d", 0) == 0
+    assert engine.side.take_failures() == {"not-a-consumer": 1}
+    engine.arrive("p", ASK, 4)
+    assert len(engine.step(("p", 4)).opened) == 1
 
 
 def test_a_decode_leg_sent_with_its_prefill_leg_waits_for_the_prompt_as_well() -> None:
