@@ -261,7 +261,7 @@ def main() -> int:
     if options.json is not None:
         record = {"machine": facts(), "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(record, indent=1))
-    return 0
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

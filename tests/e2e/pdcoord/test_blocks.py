@@ -49,13 +49,16 @@ def test_two_producers_with_unlike_blocks_feed_one_server_at_once(
     assert [split(index) for index in range(len(prompts))] == alone
 
 
-@pytest.mark.parametrize("prefill", ["bf16-128", "bf16-32"])
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [("bf16-128", "bf16-128-b"), ("bf16-32", "bf16-128-b"), ("bf16-128", "bf16-32")],
+)
 def test_log_probabilities_are_those_of_the_prefill_server_to_the_bit(
-    running: Any, hand_over: Any, words: Any, read_logprobs: Any, prefill: str
+    running: Any, hand_over: Any, words: Any, read_logprobs: Any, prefill: str, decode: str
 ) -> None:
     for length in (1, 31, 129, 512, 513, 1300):
         prompt = words.prompt(length)
-        split = hand_over.one_after_the_other(running[prefill], running["bf16-128-b"], prompt, logprobs=0)
+        split = hand_over.one_after_the_other(running[prefill], running[decode], prompt, logprobs=0)
         assert read_logprobs(split) == read_logprobs(running[prefill].alone(prompt, logprobs=0)), length
 
 
