@@ -31,15 +31,20 @@ REST_MS_MAX = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One engine, order and prompt length; times in ms."""
+    """One engine, order and prompt length; times in ms.
+
+    Attributes:
+        bytes_p50_ms: None where the engine's counter also counts waiting for the prompt to be computed, as
+            vLLM's does with both legs at once.
+    """
 
     engine: str
     order: str
     prompt_tokens: int
     handover_p50_ms: float
     handover_p90_ms: float
-    bytes_p50_ms: float
-    rest_p50_ms: float
+    bytes_p50_ms: float | None
+    rest_p50_ms: float | None
 
 
 def parse() -> argparse.Namespace:
@@ -81,19 +86,21 @@ def measure(pair: Pair, engine: str, token_count: int, request_count: int) -> li
             if index >= 2:  # The first ones warm connections up.
                 handovers[order].append(1e3 * (timed.first_s - alone_s - timed.step_s))
                 moved[order].append(1e3 * (metric(pair.decode, pair.transfer_metric) - before_s))
+    if engine == "vllm":
+        moved["concurrent"] = []
     return [_row(engine, order, token_count, handovers[order], moved[order]) for order in ORDERS]
 
 
 def _row(engine: str, order: str, token_count: int, handovers: list[float], moved: list[float]) -> Row:
-    rest = [whole - part for whole, part in zip(handovers, moved, strict=True)]
+    rest = [whole - part for whole, part in zip(handovers, moved, strict=True)] if moved else []
     return Row(
         engine=engine,
         order=order,
         prompt_tokens=token_count,
         handover_p50_ms=statistics.median(handovers),
         handover_p90_ms=sorted(handovers)[min(len(handovers) - 1, len(handovers) * 9 // 10)],
-        bytes_p50_ms=statistics.median(moved),
-        rest_p50_ms=statistics.median(rest),
+        bytes_p50_ms=statistics.median(moved) if moved else None,
+        rest_p50_ms=statistics.median(rest) if rest else None,
     )
 
 
@@ -110,7 +117,7 @@ def table(rows: list[Row]) -> str:
     lines = [head]
     for row in rows:
         figures = (row.handover_p50_ms, row.handover_p90_ms, row.bytes_p50_ms, row.rest_p50_ms)
-        shown = (f"{figure:.1f}" for figure in figures)
+        shown = ("-" if figure is None else f"{figure:.1f}" for figure in figures)
         lines.append((row.engine, row.order, str(row.prompt_tokens), *shown))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
@@ -118,7 +125,7 @@ def table(rows: list[Row]) -> str:
 
 def worst_rest_ms(rows: list[Row]) -> float:
     """On the emulator, the longest median of all but the KV bytes; 0 if it was not measured."""
-    return max((row.rest_p50_ms for row in rows if row.engine == "emulator"), default=0.0)
+    return max((row.rest_p50_ms or 0.0 for row in rows if row.engine == "emulator"), default=0.0)
 
 
 def main() -> int:

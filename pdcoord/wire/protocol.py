@@ -22,7 +22,9 @@ _HEAD_TOO_LARGE = (
 )
 
 _silent = logging.getLogger("pdcoord.wire.silent")
-_silent.disabled = True
+# Not by `disabled`: a library that configures logging (NIXL's Python API does) enables all loggers again.
+_silent.addHandler(logging.NullHandler())
+_silent.propagate = False
 
 
 class BodyWriter:
