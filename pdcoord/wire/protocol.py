@@ -21,10 +21,8 @@ _HEAD_TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 )
 
-_silent = logging.getLogger("pdcoord.wire.silent")
-# Not by `disabled`: a library that configures logging (NIXL's Python API does) enables all loggers again.
-_silent.addHandler(logging.NullHandler())
-_silent.propagate = False
+# Of no hierarchy: a library that configures logging, as NIXL's Python API does, enables what is in one.
+_silent = logging.Logger("pdcoord.wire.silent", logging.CRITICAL + 1)
 
 
 class BodyWriter:
