@@ -22,7 +22,7 @@ _HEAD_TOO_LARGE = (
 )
 
 # Of no hierarchy: a library that configures logging, as NIXL's Python API does, enables what is in one.
-_silent = logging.Logger("pdcoord.wire.silent", logging.CRITICAL + 1)
+_silent = logging.Logger("pdcoord.wire.silent", logging.CRITICAL + 1)  # noqa: LOG001  # as said above
 
 
 class BodyWriter:
