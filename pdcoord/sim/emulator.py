@@ -171,8 +171,8 @@ class EmulatedEngine:
         address = f"{spec.host}:{spec.kv_port}"
         backend = make_backend(spec.kv_backend, spec.host, self._network)
         kv = KvBytes(self._settings, f"{spec.name}-{uuid.uuid4()}", address, backend)
-        await kv.start()
         stack.push_async_callback(kv.close)
+        await kv.start()
         return kv
 
     # Failures.

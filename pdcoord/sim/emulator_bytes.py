@@ -112,7 +112,7 @@ class KvBytes:
             agent_settings, Identity(engine_id, self._epoch), self._staging, repacker, [self._backend]
         )
         self._reports: dict[str, asyncio.Future[Report]] = {}
-        self._is_polling = False
+        self._starting: asyncio.Future[None] | None = None
         self._tickets: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.arrivals: OrderedDict[str, Arrival] = OrderedDict()
 
@@ -122,9 +122,13 @@ class KvBytes:
         Raises:
             TransferError: if the address or the backend cannot be had.
         """
-        await asyncio.to_thread(self._agent.start)
+        self._starting = asyncio.get_running_loop().run_in_executor(None, self._agent.start)
+        await asyncio.shield(self._starting)
 
     async def close(self) -> None:
+        """Give everything back, also after a start that failed or that nobody waited for."""
+        if self._starting is not None:
+            await asyncio.wait([self._starting])
         await asyncio.to_thread(self._agent.close)
         self._staging.close()
 

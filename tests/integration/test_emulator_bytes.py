@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pdcoord.protocol.headers import HostPort, format_host_port
-from pdcoord.sim.demo.processes import free_ports
-from pdcoord.sim.emulator import EmulatedEngine, running
-from pdcoord.sim.fleetfile import EmulatedFleet
+from pdcoord.sim.demo.processes import Processes, free_ports
 from pdcoord.wire.client import Client
 
 HOST = "127.0.0.1"
@@ -19,17 +19,26 @@ TRANSFER = {"version": 1, "transfer": "ab" * 16, "nonce": "cd" * 16}
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
+@dataclass(frozen=True)
+class Started:
+    """One engine of a running process."""
+
+    address: HostPort
+    kv_port: int
+
+
 @pytest.fixture(params=["loopback", "tcp", "nixl"])
-async def engines(request: pytest.FixtureRequest) -> AsyncIterator[dict[str, EmulatedEngine]]:
+async def engines(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[dict[str, Started]]:
+    """All engines in one process of their own: two libraries of UCX must not meet in this one."""
     if request.param == "nixl":
         pytest.importorskip("nixl")
     names = {"gaudi": "intel-gaudi3-8b", "nvidia": "nvidia-h100-8b", "amd": "amd-mi300x-8b"}
-    ports = iter(free_ports(2 * len(names)))
-    engines: list[dict[str, Any]] = [
+    ports = iter(free_ports(3 * len(names)))
+    specs: list[dict[str, Any]] = [
         {
             "name": name,
             "profile": profile,
-            "port": 0,
+            "port": next(ports),
             "side_channel_port": next(ports),
             "kv_port": next(ports),
             "kv_backend": request.param,
@@ -40,10 +49,17 @@ async def engines(request: pytest.FixtureRequest) -> AsyncIterator[dict[str, Emu
         }
         for name, profile in names.items()
     ]
+    fleet = tmp_path / "fleet.yaml"
     document = {"apiVersion": "pdcoord.io/v1alpha1", "kind": "EmulatedFleet", "model": MODEL}
-    fleet = EmulatedFleet.model_validate_json(json.dumps({**document, "engines": engines}))
-    async with running(fleet, fleet.engines) as (started, _):
-        yield {engine.spec.name: engine for engine in started}
+    fleet.write_text(json.dumps({**document, "engines": specs}))
+    async with Client() as client, Processes(tmp_path) as processes:
+        await processes.start("fleet", ["pdcoord", "emulate", str(fleet)])
+        started = {
+            spec["name"]: Started(HostPort(f"{HOST}:{spec['port']}"), spec["kv_port"]) for spec in specs
+        }
+        for engine in started.values():
+            await processes.wait_ready("fleet", engine.address, "/health", client)
+        yield started
 
 
 async def ask(address: HostPort, ticket: dict[str, Any] | None, **fields: Any) -> tuple[dict[str, Any], str]:
@@ -60,7 +76,7 @@ async def ask(address: HostPort, ticket: dict[str, Any] | None, **fields: Any) -
         return answer, (response.header(b"x-emulated-kv") or b"").decode()
 
 
-async def test_two_vendors_feed_a_third_by_ticket(engines: dict[str, EmulatedEngine]) -> None:
+async def test_two_vendors_feed_a_third_by_ticket(engines: dict[str, Started]) -> None:
     decode = engines["amd"].address
     alone, none = await ask(decode, None, cache_salt="alone")
     assert none == ""
@@ -74,11 +90,11 @@ async def test_two_vendors_feed_a_third_by_ticket(engines: dict[str, EmulatedEng
     assert len(digests) == 1
 
 
-async def test_both_legs_at_once_meet_by_transfer(engines: dict[str, EmulatedEngine]) -> None:
+async def test_both_legs_at_once_meet_by_transfer(engines: dict[str, Started]) -> None:
     import asyncio
 
-    producer = engines["gaudi"].spec
-    address = format_host_port(HOST, producer.kv_port or 0)
+    producer = engines["gaudi"]
+    address = format_host_port(HOST, producer.kv_port)
     told = {"do_remote_prefill": True, "do_remote_decode": False, "remote_host": HOST}
     told |= {"remote_port": producer.kv_port, "pdcoord": {**TRANSFER, "address": address}}
     async with asyncio.TaskGroup() as group:
@@ -90,7 +106,7 @@ async def test_both_legs_at_once_meet_by_transfer(engines: dict[str, EmulatedEng
     assert decode.result()[1].startswith("right tokens=700 ")
 
 
-async def test_a_ticket_with_another_nonce_brings_nothing(engines: dict[str, EmulatedEngine]) -> None:
+async def test_a_ticket_with_another_nonce_brings_nothing(engines: dict[str, Started]) -> None:
     answer, _ = await ask(engines["gaudi"].address, PREFILL, max_tokens=1)
     ticket = answer["kv_transfer_params"]
     ticket["pdcoord"]["nonce"] = "00" * 16

@@ -170,8 +170,8 @@ def test_a_load_of_no_token_releases_the_producer(rank_process: Ranks) -> None:
     handover.stage(producer)
     handover.load(consumer, producer, first=TOKENS)
     assert consumer.report(handover.request) == ""
-    stats = producer.drained()
-    assert (stats["offers"], stats["offer_failures"]) == (1, {})
+    stats = producer.until("stats", lambda told: told["offers"] == 1)
+    assert (stats["offer_failures"], stats["staging_used_bytes"]) == ({}, 0)
     assert consumer.drained()["read_bytes"] == 0
 
 
