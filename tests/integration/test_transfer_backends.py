@@ -175,6 +175,7 @@ def test_what_cannot_be_read_fails_and_leaves_the_rest_alone(kind: str, stations
 
 def stop(station: Station) -> None:
     os.kill(station.process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, station.process.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def go_on(station: Station) -> None:

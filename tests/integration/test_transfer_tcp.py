@@ -63,6 +63,9 @@ class Owner:
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
+        if number == signal.SIGSTOP:
+            # The signal is on its way for a moment: only this tells that no thread runs any more.
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def end(self) -> None:
         if self.process.poll() is None:
