@@ -50,7 +50,7 @@ bench-relay: $(VENV)/.installed ## CPU per relayed event of gateway and sidecar,
 
 bench-transfer: $(VENV)/.installed ## GB/s of KV between unlike layouts, by backend, beside raw NIXL and a plain copy
 	@tests/e2e/setup.sh
-	@UCX_TLS=$${UCX_TLS:-tcp,self,sm} $(ENGINE_PYTHON) -m benchmarks.transfer $(BENCH_ARGS)
+	@UCX_TLS=$${UCX_TLS:-tcp,self,sm} NIXL_LOG_LEVEL=$${NIXL_LOG_LEVEL:-WARN} $(ENGINE_PYTHON) -m benchmarks.transfer $(BENCH_ARGS)
 
 bench-repack: $(VENV)/.installed ## Pack and unpack by layout beside a plain copy, on one core, or on a GPU with BENCH_ARGS='--device cuda'
 	@tests/e2e/setup.sh
