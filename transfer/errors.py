@@ -5,7 +5,6 @@ TransferError
 ├── SettingError       a setting cannot work on this node: mend it before anything starts
 ├── FrameError         bytes on the side channel are not what it speaks: drop the connection
 │   └── NotAuthenticatedError  the other side has no key, or another one: refuse it, mend the settings
-├── StagingFullError   the staging buffer has no room now: wait, then serve without a transfer
 └── BackendError       bytes could not be moved: give the transfer up
     ├── PeerLostError      the peer is gone: forget it, connect again
     └── ReadTimeoutError   the read did not end in time: forget the peer, connect again
@@ -57,18 +56,6 @@ class FrameError(TransferError):
 
 class NotAuthenticatedError(FrameError):
     """A frame is not signed where a key is set, is signed where none is, or its signature is wrong."""
-
-
-class StagingFullError(TransferError):
-    """The staging buffer has no room for a chunk.
-
-    Attributes:
-        asked_bytes: the size that was asked for.
-    """
-
-    def __init__(self, asked_bytes: int, free_bytes: int) -> None:
-        super().__init__(f"staging has {free_bytes} bytes free in one piece, {asked_bytes} were asked for")
-        self.asked_bytes = asked_bytes
 
 
 class BackendError(TransferError):

@@ -2,6 +2,8 @@
 
 import queue
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -48,6 +50,33 @@ class Forget:
 
 
 Command = Connect | Read | Forget
+
+
+def obey(
+    command: Command,
+    connect: Callable[[Connect], None],
+    read: Callable[[Read], None],
+    forget: Callable[[str], None],
+    translated: Callable[[Exception], BackendError],
+) -> None:
+    """Carry a command out in the owner's thread; what it raises ends its future.
+
+    Args:
+        translated: what an exception of the library means; those have no base of their own.
+    """
+    try:
+        match command:
+            case Connect():
+                connect(command)
+            case Read():
+                read(command)
+            case Forget():
+                forget(command.peer)
+                command.future.set_result(None)
+    except BackendError as error:
+        command.future.set_exception(error)
+    except Exception as error:  # noqa: BLE001  # whatever the library raises
+        command.future.set_exception(translated(error))
 
 
 class Commands:
@@ -110,3 +139,31 @@ class Commands:
                 return
             if command is not None:
                 command.future.set_exception(error)
+
+
+class Commanding(ABC):
+    """The calls of a backend whose work is done by commands to its owner thread; see `base.Backend`."""
+
+    @abstractmethod
+    def _running_commands(self) -> Commands:
+        """The owner's queue.
+
+        Raises:
+            BackendError: if the backend has not been started.
+        """
+
+    def connect(self, peer: str, metadata: bytes) -> "Future[None]":
+        command = Connect(peer, metadata)
+        self._running_commands().submit(command)
+        return command.future
+
+    def read(self, peer: str, pieces: Sequence[Piece], *, timeout_s: float) -> "Future[ReadReport]":
+        asked_s = time.monotonic()
+        command = Read(peer, tuple(pieces), asked_s, asked_s + timeout_s)
+        self._running_commands().submit(command)
+        return command.future
+
+    def forget(self, peer: str) -> "Future[None]":
+        command = Forget(peer)
+        self._running_commands().submit(command)
+        return command.future

@@ -3,12 +3,10 @@
 import os
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from transfer.backends.base import Piece, ReadReport, Region
-from transfer.backends.commands import Command, Commands, Connect, Forget, Read
+from transfer.backends.base import ReadReport, Region
+from transfer.backends.commands import Command, Commanding, Commands, Connect, Forget, Read
 from transfer.backends.pieces import Runs, runs_of
 from transfer.errors import BackendError, PeerLostError, ReadTimeoutError
 from transfer.staging import host_view
@@ -135,7 +133,7 @@ class _UnderWay:
     due_s: float
 
 
-class LoopbackBackend:
+class LoopbackBackend(Commanding):
     """The Backend over memory of one process."""
 
     def __init__(self, network: LoopbackNetwork) -> None:
@@ -159,27 +157,11 @@ class LoopbackBackend:
         self._thread.start()
 
     def metadata(self) -> bytes:
-        self._running()
+        self._running_commands()
         return self._name
 
     def transport(self, peer: str) -> str:  # noqa: ARG002  # every peer is reached in the same way
         return "loopback"
-
-    def connect(self, peer: str, metadata: bytes) -> "Future[None]":
-        command = Connect(peer, metadata)
-        self._running().submit(command)
-        return command.future
-
-    def read(self, peer: str, pieces: Sequence[Piece], *, timeout_s: float) -> "Future[ReadReport]":
-        asked_s = time.monotonic()
-        command = Read(peer, tuple(pieces), asked_s, asked_s + timeout_s)
-        self._running().submit(command)
-        return command.future
-
-    def forget(self, peer: str) -> "Future[None]":
-        command = Forget(peer)
-        self._running().submit(command)
-        return command.future
 
     def close(self) -> None:
         self._network.remove(self._name)
@@ -187,7 +169,7 @@ class LoopbackBackend:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_S)
 
-    def _running(self) -> Commands:
+    def _running_commands(self) -> Commands:
         if self._own is None:
             raise BackendError("the loopback backend has not been started")
         return self._commands

@@ -5,15 +5,13 @@ Source: NIXL 1.5.1, Python API `nixl._api`.
 
 import importlib
 import logging
-import time
 import uuid
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transfer.backends.base import Piece, ReadReport, Region
-from transfer.backends.commands import Connect, Forget, Read
+from transfer.backends.base import Region
+from transfer.backends.commands import Commanding, Commands
 from transfer.backends.nixl_thread import NixlThread, memory_of, patient_progress
 from transfer.backends.ucx_library import (
     is_tcp,
@@ -84,7 +82,7 @@ def nixl_settings_from_mapping(given: Mapping[str, Any]) -> NixlSettings:
     return NixlSettings(**values, roce=network)
 
 
-class NixlBackend:
+class NixlBackend(Commanding):
     """The Backend over NIXL."""
 
     def __init__(self, settings: NixlSettings | None = None) -> None:
@@ -124,25 +122,12 @@ class NixlBackend:
         """Whether TCP carries what RDMA was asked for; False while it is unknown."""
         return self._settings.roce.asks_for_rdma and is_tcp(self.transport(peer))
 
-    def connect(self, peer: str, metadata: bytes) -> "Future[None]":
-        command = Connect(peer, metadata)
-        self._running().commands.submit(command)
-        return command.future
-
-    def read(self, peer: str, pieces: Sequence[Piece], *, timeout_s: float) -> "Future[ReadReport]":
-        asked_s = time.monotonic()
-        command = Read(peer, tuple(pieces), asked_s, asked_s + timeout_s)
-        self._running().commands.submit(command)
-        return command.future
-
-    def forget(self, peer: str) -> "Future[None]":
-        command = Forget(peer)
-        self._running().commands.submit(command)
-        return command.future
-
     def close(self) -> None:
         if self._thread is not None and not self._thread.close(CLOSE_S):
             _log.warning("NIXL's thread did not end within %g s", CLOSE_S)
+
+    def _running_commands(self) -> Commands:
+        return self._running().commands
 
     def _running(self) -> NixlThread:
         if self._thread is None:

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from transfer.backends.base import ReadReport, Region
-from transfer.backends.commands import Command, Commands, Connect, Forget, Read
+from transfer.backends.commands import Command, Commands, Connect, Read, obey
 from transfer.backends.pieces import Runs, descriptor_rows, runs_of
 from transfer.backends.ucx_library import boot_id, process_log
 from transfer.errors import BackendError, PeerLostError, ReadTimeoutError
@@ -210,19 +210,7 @@ class NixlThread:
         return min(max(youngest_s / 16, POLL_FIRST_S), POLL_LAST_S)
 
     def _obey(self, command: Command) -> None:
-        try:
-            match command:
-                case Connect():
-                    self._connect(command)
-                case Read():
-                    self._read(command)
-                case Forget():
-                    self._forget(command.peer)
-                    command.future.set_result(None)
-        except BackendError as error:
-            command.future.set_exception(error)
-        except Exception as error:  # noqa: BLE001  # NIXL's exceptions have no base of their own
-            command.future.set_exception(translated(error))
+        obey(command, self._connect, self._read, self._forget, translated)
 
     def _connect(self, command: Connect) -> None:
         if command.peer in self._peers:

@@ -6,17 +6,15 @@ Source: ucxx 0.52 (UCX 1.21), the module `ucxx._lib.libucxx`.
 import ctypes
 import importlib
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from transfer.backends.base import Piece, ReadReport, Region
-from transfer.backends.commands import Connect, Forget, Read
+from transfer.backends.base import Region
+from transfer.backends.commands import Commanding, Commands
 from transfer.backends.ucx_library import is_tcp, refuse_second_ucx, ucx_environment
 from transfer.backends.ucx_thread import UcxThread
 from transfer.errors import BackendError, SettingError
@@ -56,7 +54,7 @@ def ucx_settings_from_mapping(given: Mapping[str, Any]) -> UcxSettings:
     return UcxSettings(roce_from_mapping(network), allow_second_ucx)
 
 
-class UcxBackend:
+class UcxBackend(Commanding):
     """The Backend over ucxx."""
 
     def __init__(self, settings: UcxSettings | None = None) -> None:
@@ -102,25 +100,12 @@ class UcxBackend:
         fast = [lane for lane in lanes if not is_tcp(lane) and not lane.startswith("self")]
         return self._settings.roce.asks_for_rdma and any(map(is_tcp, lanes)) and not fast
 
-    def connect(self, peer: str, metadata: bytes) -> "Future[None]":
-        command = Connect(peer, metadata)
-        self._running().commands.submit(command)
-        return command.future
-
-    def read(self, peer: str, pieces: Sequence[Piece], *, timeout_s: float) -> "Future[ReadReport]":
-        asked_s = time.monotonic()
-        command = Read(peer, tuple(pieces), asked_s, asked_s + timeout_s)
-        self._running().commands.submit(command)
-        return command.future
-
-    def forget(self, peer: str) -> "Future[None]":
-        command = Forget(peer)
-        self._running().commands.submit(command)
-        return command.future
-
     def close(self) -> None:
         if self._thread is not None and not self._thread.close(CLOSE_S):
             _log.warning("UCX's thread did not end within %g s", CLOSE_S)
+
+    def _running_commands(self) -> Commands:
+        return self._running().commands
 
     def _running(self) -> UcxThread:
         if self._thread is None:

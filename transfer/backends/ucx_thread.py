@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from transfer.backends.base import ReadReport
-from transfer.backends.commands import Command, Commands, Connect, Forget, Read
+from transfer.backends.commands import Command, Commands, Connect, Read, obey
 from transfer.backends.pieces import Runs, runs_of
 from transfer.backends.ucx_library import endpoint_lanes
 from transfer.backends.ucx_messages import (
@@ -184,19 +184,7 @@ class UcxThread:
         return is_busy
 
     def _obey(self, command: Command) -> None:
-        try:
-            match command:
-                case Connect():
-                    self._connect(command)
-                case Read():
-                    self._read(command)
-                case Forget():
-                    self._forget(command.peer)
-                    command.future.set_result(None)
-        except BackendError as error:
-            command.future.set_exception(error)
-        except Exception as error:  # noqa: BLE001  # ucxx's exceptions have no base of their own
-            command.future.set_exception(_translated(error))
+        obey(command, self._connect, self._read, self._forget, _translated)
 
     def _connect(self, command: Connect) -> None:
         if command.peer in self._peers:
