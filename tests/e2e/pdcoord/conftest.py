@@ -26,8 +26,13 @@ PROMPT_TOKENS = (
     *(1, 2, 5, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256),
     *(257, 384, 511, 512, 513, 700, 1024, 1025, 1425),
 )
+# Of those, with no tie met.
+EQUAL_PROMPTS_MIN = 20
 # Far above what a hand-over takes on an idle machine, so that a busy one fails none.
 TRANSFER_TIMEOUT_S = 10.0
+# Batches and blocks decide in which order bf16 adds up: of two tokens nearly as likely, either may come.
+TIE_LOGPROB = 0.25
+TIE_TOKENS = 5
 ASK = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -208,6 +213,19 @@ def logprobs_of(answer: Any) -> list[float]:
     return found
 
 
+def agree(tokens: Sequence[int], decode: Server, prompt: str) -> bool:
+    """Whether these are the tokens of the decode server alone, up to where two are nearly as likely.
+
+    What follows such a tie continues another text, so it is not compared.
+    """
+    own = decode.alone(prompt, logprobs=TIE_TOKENS, return_tokens_as_token_ids=True)
+    likely = own["choices"][0]["logprobs"]["top_logprobs"]
+    for token, expected, places in zip(tokens, tokens_of(own), likely, strict=True):
+        if token != expected:
+            return places.get(f"token_id:{token}", -math.inf) >= max(places.values()) - TIE_LOGPROB
+    return True
+
+
 @dataclass(frozen=True)
 class Compare:
     """Answers compared, over prompts from one token to past the bound of a prefill step."""
@@ -216,16 +234,22 @@ class Compare:
     words: Any
 
     def tokens(self, prefill: Server, decode: Server, lengths: Sequence[int] = PROMPT_TOKENS) -> None:
-        """Split answers have the tokens of the decode server alone, and the KV has come from elsewhere."""
+        """Split answers have the tokens of the decode server alone, and the KV has come from elsewhere.
+
+        All of them up to a tie, and at least EQUAL_PROMPTS_MIN to the end.
+        """
         pulled = decode.engine.pulled_tokens
         failed = decode.failures()
         wrong = []
+        equal = 0
         for length in lengths:
             prompt = self.words.prompt(length)
             split = tokens_of(self.hand_over.one_after_the_other(prefill, decode, prompt))
-            if split != tokens_of(decode.alone(prompt)):
+            equal += split == tokens_of(decode.alone(prompt))
+            if not agree(split, decode, prompt):
                 wrong.append(length)
         assert wrong == []
+        assert equal >= EQUAL_PROMPTS_MIN
         assert decode.failures() == failed
         # vLLM counts none for the prompt of one token, which it computes again.
         assert decode.engine.pulled_tokens - pulled == sum(length for length in lengths if length > 1)
@@ -267,6 +291,11 @@ def compare(hand_over: HandOver, words: Any) -> Compare:
 @pytest.fixture(scope="session")
 def read_tokens() -> Callable[[Any], list[int]]:
     return tokens_of
+
+
+@pytest.fixture(scope="session")
+def is_right() -> Callable[[Sequence[int], Server, str], bool]:
+    return agree
 
 
 @pytest.fixture(scope="session")

@@ -90,19 +90,21 @@ def body(prompt: str, **members: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("prompt_tokens", [128, 129, 511, 700, 1300])
 def test_both_legs_at_once_through_the_gateway(
-    front: Front, words: Any, read_tokens: Any, prompt_tokens: int
+    front: Front, words: Any, read_tokens: Any, is_right: Any, prompt_tokens: int
 ) -> None:
     prompt = words.prompt(prompt_tokens)
     pulled, failed = front.decode.engine.pulled_tokens, front.decode.failures()
     answer = front.gateway.call("/v1/completions", body(prompt))
     assert answer.status == 200, answer.body
     assert answer.headers["x-pdcoord-decision"].startswith("split")
-    assert read_tokens(answer.json()) == read_tokens(front.decode.alone(prompt))
+    assert is_right(read_tokens(answer.json()), front.decode, prompt)
     assert front.decode.engine.pulled_tokens - pulled == prompt_tokens
     assert front.decode.failures() == failed
 
 
-def test_a_streamed_chat_through_the_gateway(front: Front, words: Any, read_tokens: Any) -> None:
+def test_a_streamed_chat_through_the_gateway(
+    front: Front, words: Any, read_tokens: Any, is_right: Any
+) -> None:
     content = words.prompt(600)
     asked = body("", messages=[{"role": "user", "content": content}], stream=True)
     del asked["prompt"]
@@ -113,11 +115,13 @@ def test_a_streamed_chat_through_the_gateway(front: Front, words: Any, read_toke
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     tokens = [token for choice in choices for token in choice.get("token_ids") or []]
     rendered = f"[user]{content}[assistant]"
-    assert tokens == read_tokens(front.decode.alone(rendered))
+    assert is_right(tokens, front.decode, rendered)
     assert front.decode.engine.pulled_tokens - pulled == len(rendered)
 
 
-def test_one_leg_after_the_other_for_a_foreign_router(front: Front, words: Any, read_tokens: Any) -> None:
+def test_one_leg_after_the_other_for_a_foreign_router(
+    front: Front, words: Any, read_tokens: Any, is_right: Any
+) -> None:
     """It knows nothing of us: the ticket of the prefill leg is passed on as any other."""
     prompt = words.prompt(700)
     pulled = front.decode.engine.pulled_tokens
@@ -125,5 +129,5 @@ def test_one_leg_after_the_other_for_a_foreign_router(front: Front, words: Any, 
     answer = front.sidecar.call("/v1/completions", body(prompt), header)
     assert answer.status == 200, answer.body
     assert json.loads(answer.headers["x-pdcoord-served"])["mode"] == "split"
-    assert read_tokens(answer.json()) == read_tokens(front.decode.alone(prompt))
+    assert is_right(read_tokens(answer.json()), front.decode, prompt)
     assert front.decode.engine.pulled_tokens - pulled == 700
