@@ -24,6 +24,7 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    TimePassed,
 )
 from pdcoord.core.filters import is_too_long_everywhere
 from pdcoord.core.fleet import (
@@ -101,6 +102,8 @@ class Coordinator:
                 return []
             case PathProbed():
                 self._take_probe(event, now_s)
+                return []
+            case TimePassed():
                 return []
             case EndpointSeen() | EndpointGone() | EndpointDraining() | SampleTaken() | SampleFailed():
                 self._take_signal(event)

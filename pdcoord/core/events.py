@@ -75,10 +75,20 @@ class DecodeFailed:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
-    """Nothing more will happen to this request. Sent exactly once for each one dispatched."""
+    """Nothing more will happen to this request. Sent exactly once for each one dispatched or waiting.
+
+    Attributes:
+        output_tokens: as far as they were counted; None where they were not.
+    """
 
     id: RequestId
     outcome: Outcome
+    output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """It is the time that `Coordinator.next_event_s` named, or later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,5 +106,21 @@ class Refuse:
     refusal: Refusal
 
 
-Event = Signal | PathProbed | ModelsReplaced | RequestArrived | ResponseBegan | DecodeFailed | RequestEnded
-Action = Dispatch | Refuse
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Keep the request: a Dispatch or Refuse of it follows, in answer to any later event."""
+
+    id: RequestId
+
+
+Event = (
+    Signal
+    | PathProbed
+    | ModelsReplaced
+    | RequestArrived
+    | ResponseBegan
+    | DecodeFailed
+    | RequestEnded
+    | TimePassed
+)
+Action = Dispatch | Refuse | Wait

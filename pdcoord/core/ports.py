@@ -1,24 +1,49 @@
-"""What the core asks of parts that may be replaced: today seeds from the policy, later learned ones."""
+"""What the core asks of parts that may be replaced: how fast things are, and who drives it."""
 
+from collections.abc import Container
 from typing import Protocol
 
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.events import Action, Event
-from pdcoord.core.fleet import Endpoint
+from pdcoord.core.fleet import Endpoint, EndpointId, ModelName
+from pdcoord.core.observations import Observation
 
 
 class SpeedModel(Protocol):
     """Predicts what work costs on an endpoint and on the way between two.
 
-    Figures are a pool's: every endpoint of it, and every path between two pools, has the same. They
-    grow with their arguments.
+    Figures are finite, at least 0 and grow with their arguments. Two endpoints of one pool have the same
+    unless one of them is in `unlike`.
     """
+
+    @property
+    def unlike(self) -> Container[EndpointId]:
+        """Endpoints that are known to be faster or slower than their pool."""
+        ...
 
     def prefill_s(self, endpoint: Endpoint, uncached_tokens: int) -> float: ...
 
+    def prefill_spread_s(self, endpoint: Endpoint, uncached_tokens: int) -> float:
+        """How far one prefill may be from its prediction: about one standard deviation."""
+        ...
+
     def step_s(self, endpoint: Endpoint, batch: int, context_tokens: int) -> float: ...
 
-    def path(self, prefill: Endpoint, decode: Endpoint) -> PathFigures: ...
+    def path(self, prefill: Endpoint, decode: Endpoint) -> PathFigures:
+        """What the way between two endpoints costs, by their pools alone."""
+        ...
+
+    def output_tokens(self, model: ModelName, tenant: str) -> float | None:
+        """How many tokens an answer is expected to have; None where nothing is known."""
+        ...
+
+    def learn(self, observation: Observation) -> None:
+        """Take in what was seen. Nonsense is counted and left out, never believed."""
+        ...
+
+    def forget(self, endpoint_id: EndpointId) -> None:
+        """The endpoint is gone, or is another process by now."""
+        ...
 
 
 class Handler(Protocol):

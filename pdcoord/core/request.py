@@ -1,9 +1,10 @@
 """What routing needs to know of a call; no text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NewType
 
 from pdcoord.core.fleet import ModelName
+from pdcoord.core.model import Slo
 
 RequestId = NewType("RequestId", str)
 BlockKey = NewType("BlockKey", int)
@@ -23,6 +24,12 @@ class Request:
         choice_count: answers asked for; more than one is never split.
         is_splittable: whether the engines' hand-over can carry this kind of call at all.
         is_generative: whether there is a decode phase at all.
+        tenant: whose call it is, for fairness and for what is learned of output lengths; "" if not said.
+        priority: higher goes first; below 0 the request is shed before others wait.
+        slo: the call's own objectives, each in place of the model's where it is set.
+        token_keys: keys of the prompt's full blocks made from its token ids, where its model's prefixes
+            are precise and the tokens are known; else empty.
+        token_block_tokens: prompt tokens that one of those keys stands for.
     """
 
     id: RequestId
@@ -35,3 +42,8 @@ class Request:
     choice_count: int = 1
     is_splittable: bool = True
     is_generative: bool = True
+    tenant: str = ""
+    priority: int = 0
+    slo: Slo = field(default_factory=Slo)
+    token_keys: tuple[BlockKey, ...] = ()
+    token_block_tokens: int = 16

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from pdcoord.core.events import Action, DecodeFailed, Dispatch, Outcome, Refuse
+from pdcoord.core.events import Action, DecodeFailed, Dispatch, Outcome, Refuse, Wait
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import Request, RequestId
 from pdcoord.gateway.views import (
@@ -118,6 +118,8 @@ def _act(decision: _Decision, actions: list[Action], refused: Outcome, now_s: fl
         match action:
             case Dispatch(plan):
                 decision.attempts.append(_Attempt(plan))
+            case Wait():
+                pass
             case Refuse(_, refusal):
                 decision.refusal = refusal
                 decision.outcome = refused

@@ -15,6 +15,7 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    TimePassed,
 )
 from pdcoord.core.fleet import (
     Endpoint,
@@ -101,7 +102,7 @@ class CoordinatorLoop:
                     self._metrics.scrape_failures.labels(state.endpoint.pool.name, why).inc()
             case SampleTaken() | EndpointSeen() | EndpointGone() | EndpointDraining() | ModelsReplaced():
                 pass
-            case PathProbed():
+            case PathProbed() | TimePassed():
                 pass
         return actions
 

@@ -18,6 +18,7 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    Wait,
 )
 from pdcoord.core.fleet import (
     Endpoint,
@@ -225,6 +226,8 @@ class _Call:
                 case Dispatch(plan):
                     self._is_dispatched = True
                     self._send(plan)
+                case Wait():
+                    pass
                 case Refuse(_, refusal):
                     self._simulation.result.refusals[refusal.reason] += 1
                     self._is_dispatched = False
