@@ -10,7 +10,7 @@ ENGINE_TESTS := tests/contract $(wildcard tests/unit/transfer/repack/test_torch_
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit check format e2e-vllm bench-relay bench-transfer bench-repack bench-handover bench-decide docs constraints clean
+.PHONY: help venv demo test unit check format e2e-vllm bench-relay bench-transfer bench-repack bench-handover bench-decide bench-prefixes bench-policies plots docs constraints clean
 
 help: ## List the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -61,6 +61,15 @@ bench-handover: $(VENV)/.installed ## From the last prompt token to the first de
 
 bench-decide: $(VENV)/.installed ## Cost of one routing decision, by part
 	$(BIN)/python -m benchmarks.decide $(BENCH_ARGS)
+
+bench-prefixes: $(VENV)/.installed ## Memory, events a second and match time of the exact prefix index
+	$(BIN)/python -m benchmarks.prefixes $(BENCH_ARGS)
+
+bench-policies: $(VENV)/.installed ## Routing beside every rival in the simulator; BENCH_ARGS='--quick --traces FOLDER'
+	$(BIN)/python -m benchmarks.policies $(BENCH_ARGS)
+
+plots: $(VENV)/.installed ## Redraw benchmarks/results/*.png from the results that lie there
+	$(BIN)/python -m benchmarks.plots
 
 docs: $(VENV)/.installed ## Regenerate what is generated in docs/ and deploy/
 	$(BIN)/python -m pdcoord.policy.reference

@@ -137,6 +137,128 @@ def emulate(
 
 
 @app.command()
+def simulate(
+    policy: Annotated[Path, typer.Option(help="PoolPolicy file.")],
+    fleet: Annotated[Path, typer.Option(help="EmulatedFleet file; its engines are those of the policy.")],
+    workload: Annotated[Path, typer.Option(help="Workload file.")],
+    router: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="pdcoord, or a rival, with +cross behind it as if it could move KV between vendors; "
+            "may be repeated. [default: pdcoord]",
+        ),
+    ] = None,
+    rate_scale: Annotated[
+        list[float] | None,
+        typer.Option(help="Factor of the workload's rates; repeated for a sweep. [default: 1]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="In place of the workload's.")] = None,
+    until_s: Annotated[float | None, typer.Option(help="Cut every run off there.")] = None,
+    signal_age_s: Annotated[float, typer.Option(help="How old metrics are when routers hear of them.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for results, summary and plots.")] = None,
+    svg: Annotated[bool, typer.Option("--svg", help="Plots as SVG too.")] = False,
+) -> None:
+    """Run a workload on an emulated fleet in virtual time, under pdcoord or a rival.
+
+    Deterministic: equal files, options and seed give equal results. The exit status is 2 if a file or an
+    option cannot be used.
+    """
+    try:
+        from pdcoord.sim.study.simulate import Order
+        from pdcoord.sim.study.simulate import simulate as run
+    except ModuleNotFoundError as error:
+        typer.echo(f"pdcoord simulate needs {error.name}: pip install 'pdcoord[study]'", err=True)
+        raise typer.Exit(2) from None
+    order = Order(
+        policy=policy,
+        fleet=fleet,
+        workload=workload,
+        routers=router or ["pdcoord"],
+        rate_scales=rate_scale or [1.0],
+        seed=seed,
+        until_s=until_s,
+        signal_age_s=signal_age_s,
+        out=out,
+        is_svg=svg,
+    )
+    raise typer.Exit(run(order))
+
+
+@app.command()
+def replay(
+    log: Annotated[Path, typer.Argument(help="Results of simulate, or the gateway's log.")],
+    policy: Annotated[Path, typer.Option(help="PoolPolicy file to decide by.")],
+    fleet: Annotated[
+        Path | None,
+        typer.Option(help="EmulatedFleet file; without it engines are what the policy believes of them."),
+    ] = None,
+    endpoints: Annotated[
+        Path | None, typer.Option(help="Endpoints file for pools with a selector, where there is no fleet.")
+    ] = None,
+    router: Annotated[str, typer.Option(help="Who decides, as in simulate.")] = "pdcoord",
+    rate_scale: Annotated[float, typer.Option(help="2 sends the calls at twice their rate.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the run.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="File for a JSON line of each request.")] = None,
+) -> None:
+    """Decide recorded traffic again under a policy, and show what changes, request by request.
+
+    The traffic runs in the simulator. The exit status is 2 if a file or an option cannot be used; a bad line
+    of the log is named and left out.
+    """
+    try:
+        from pdcoord.sim.study.replay import ReplayOrder
+        from pdcoord.sim.study.replay import replay as run
+    except ModuleNotFoundError as error:
+        typer.echo(f"pdcoord replay needs {error.name}: pip install 'pdcoord[study]'", err=True)
+        raise typer.Exit(2) from None
+    order = ReplayOrder(
+        log=log,
+        policy=policy,
+        fleet=fleet,
+        endpoints=endpoints,
+        router=router,
+        rate_scale=rate_scale,
+        seed=seed,
+        out=out,
+    )
+    raise typer.Exit(run(order))
+
+
+@app.command()
+def plan(
+    fleet: Annotated[Path, typer.Option(help="EmulatedFleet file.")],
+    workload: Annotated[Path, typer.Option(help="Workload file.")],
+    ttft_ms: Annotated[
+        float | None, typer.Option(min=1, help="Objective of calls for which the workload has none.")
+    ] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(min=1, help="The same for the time per output token.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Try the advice in the simulator.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which engines should prefill, decode or do both, what holds them back, and what one more buys.
+
+    The exit status is 1 if there is no advice, 2 if a file cannot be used.
+    """
+    try:
+        from pdcoord.sim.advise.plan import PlanOrder
+        from pdcoord.sim.advise.plan import plan as run
+    except ModuleNotFoundError as error:
+        typer.echo(f"pdcoord plan needs {error.name}: pip install 'pdcoord[study]'", err=True)
+        raise typer.Exit(2) from None
+    order = PlanOrder(
+        fleet=fleet,
+        workload=workload,
+        ttft_s_max=None if ttft_ms is None else ttft_ms / 1e3,
+        tpot_s_max=None if tpot_ms is None else tpot_ms / 1e3,
+        is_checked=check,
+        is_json=as_json,
+    )
+    raise typer.Exit(run(order))
+
+
+@app.command()
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the fleet running until Ctrl-C.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the traffic.")] = 7,

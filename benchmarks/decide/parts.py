@@ -12,7 +12,7 @@ from benchmarks.decide.fleet import MODEL, BenchFleet
 from benchmarks.decide.reference import RoundRobin, best_of_all_pairs
 from pdcoord.core.blocks import block_keys
 from pdcoord.core.filters import eligible
-from pdcoord.core.legs import LegMaker
+from pdcoord.core.legs import Conditions, LegMaker
 from pdcoord.core.pairs import Pairs, worker_room
 from pdcoord.core.plan import DropReason
 from pdcoord.core.request import BlockKey, Request, RequestId
@@ -103,17 +103,19 @@ def _take_apart(timer: Timer, fleet: BenchFleet, request: Request) -> None:
     """The parts of Scheduler.choose, in its order."""
     coordinator, model, speed = fleet.coordinator, fleet.model, SeededSpeed()
     troubled = coordinator.paths.troubled
-    matched = timer("match prefix", lambda: coordinator.prefix.match(request.block_keys))
+    matched = timer("match prefix", lambda: coordinator.prefixes.approximate.match(request.block_keys))
     found = timer(
         "filters",
         lambda: eligible(coordinator.fleet.groups(MODEL), request, coordinator.ledger, frozenset()),
     )
     cached = {ordinal: blocks * request.block_tokens for ordinal, blocks in matched.items()}
-    maker = LegMaker(request, cached, speed, room=worker_room(model), troubled=troubled, now_s=fleet.now_s)
+    conditions = Conditions(fleet.now_s, model.slo, coordinator.ledger.typical_prefill_s)
+    room = worker_room(model)
+    maker = LegMaker(request, cached, speed, room=room, troubled=troubled, conditions=conditions)
     legs = timer("legs", lambda: [maker.legs(fit) for fit in found.pools])
     drops: Counter[DropReason] = Counter()
     decodes = [pool_legs for pool_legs in legs if pool_legs.pool.can_decode]
     workers = [pool_legs for pool_legs in legs if pool_legs.pool.can_prefill]
-    timer("alone", lambda: best_alone(decodes, model, drops))
+    timer("alone", lambda: best_alone(decodes, model, speed, drops))
     pairs = Pairs(model, coordinator.paths, speed, drops, fleet.now_s)
     timer("pairs", lambda: pairs.best(workers, decodes))

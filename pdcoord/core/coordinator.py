@@ -1,7 +1,8 @@
 """The coordinator: one mutator that turns events into plans and keeps every account of them.
 
 A request's life here, and nothing else is legal:
-    RequestArrived -> Dispatch | Refuse
+    RequestArrived -> Dispatch | Refuse | Wait
+    Wait           -> Dispatch | Refuse (in answer to any later event) | RequestEnded
     Dispatch       -> ResponseBegan | DecodeFailed | RequestEnded
     ResponseBegan  -> RequestEnded
     DecodeFailed   -> Dispatch | Refuse
@@ -9,10 +10,11 @@ A refused request has ended.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pdcoord.core.disagg import MUST_STAY_TOGETHER, why_together
+from pdcoord.core import refusals
+from pdcoord.core.admission import Admission, Later
 from pdcoord.core.events import (
     Action,
     DecodeFailed,
@@ -26,7 +28,6 @@ from pdcoord.core.events import (
     ResponseBegan,
     TimePassed,
 )
-from pdcoord.core.filters import is_too_long_everywhere
 from pdcoord.core.fleet import (
     Endpoint,
     EndpointDraining,
@@ -37,21 +38,26 @@ from pdcoord.core.fleet import (
     EngineKind,
     Fleet,
     Pool,
+    Sample,
     SampleFailed,
     SampleTaken,
     Signal,
 )
+from pdcoord.core.kvcache import KvCleared, KvLost, KvRemoved, KvSignal, KvStored
 from pdcoord.core.ladder import FallbackBudget, rungs
+from pdcoord.core.learned import LearnedSpeed
 from pdcoord.core.ledger import Entry, Ledger
+from pdcoord.core.lessons import Lessons
 from pdcoord.core.model import LegOrder, Model
 from pdcoord.core.paths import PathTable, PathView
-from pdcoord.core.plan import DropReason, Plan
+from pdcoord.core.plan import Plan
 from pdcoord.core.ports import SpeedModel
-from pdcoord.core.prefix import PrefixIndex
+from pdcoord.core.prefixes import Prefixes
+from pdcoord.core.queues import Waiting
 from pdcoord.core.request import Request, RequestId
 from pdcoord.core.scheduler import NoChoice, Scheduler
-from pdcoord.core.speed import SeededSpeed
-from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason, RungReason
+from pdcoord.core.silent import SilentFailures
+from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import DialectName, Mode, RungKind, ServedHeader
 from transfer.verdict import Connector
@@ -77,37 +83,56 @@ class Coordinator:
         self.fleet = Fleet()
         self.ledger = Ledger()
         self.paths = PathTable()
-        self.prefix = PrefixIndex()
-        self._speed = speed if speed is not None else SeededSpeed()
+        self.prefixes = Prefixes()
+        self._silent = SilentFailures()
+        self._speed = speed if speed is not None else LearnedSpeed()
+        self.lessons = Lessons(self.fleet, self.ledger, self.paths, self._speed)
         self._models: dict[str, Model] = {}
         self._budgets: dict[str, FallbackBudget] = {}
         self._live: dict[RequestId, _Live] = {}
-        self._scheduler = Scheduler(self.fleet, self.ledger, self.prefix, self.paths, self._speed)
+        self.admission = Admission(self.fleet, self._speed)
+        self._scheduler = Scheduler(self.fleet, self.ledger, self.prefixes, self.paths, self._speed)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
-        """Take one event in; what must be done about it comes out."""
+        """Take one event in; what must be done about it, and about requests that wait, comes out."""
+        actions = self._take(event, now_s)
+        # Neither an arrival nor what engines cache, told thousands of times a second, makes room.
+        if self.admission.count and not isinstance(event, RequestArrived | KvSignal):
+            if not isinstance(event, TimePassed):
+                self.admission.wake(now_s)
+            actions += self.admission.serve(lambda waiting: self._decide_waiting(waiting, now_s), now_s)
+        return actions
+
+    def next_event_s(self) -> float | None:
+        """When to pass a TimePassed in though nothing happens; None if there is no need."""
+        return self.admission.next_event_s()
+
+    def _take(self, event: Event, now_s: float) -> list[Action]:
         match event:
             case RequestArrived(request):
-                return [self._arrive(request, now_s)]
+                return self._arrive(request, now_s)
             case ResponseBegan(request_id, served):
                 self._begin_response(self._live[request_id], served, now_s)
                 return []
             case DecodeFailed():
                 return [self._fail_decode(event, now_s)]
-            case RequestEnded(request_id):
+            case RequestEnded(request_id, outcome, output_tokens):
+                self.lessons.ended(request_id, outcome, output_tokens, now_s)
                 self._end(request_id, now_s)
                 return []
             case ModelsReplaced(models):
                 self._replace_models(models)
-                return []
+                return self.admission.keep_only(self._models)
             case PathProbed():
                 self._take_probe(event, now_s)
                 return []
             case TimePassed():
-                return []
+                pass
+            case KvStored() | KvRemoved() | KvCleared() | KvLost():
+                self._take_kv_signal(event)
             case EndpointSeen() | EndpointGone() | EndpointDraining() | SampleTaken() | SampleFailed():
-                self._take_signal(event)
-                return []
+                self._take_signal(event, now_s)
+        return []
 
     def model(self, name: str) -> Model | None:
         """The model of this name or alias."""
@@ -119,7 +144,8 @@ class Coordinator:
 
     @property
     def live_count(self) -> int:
-        return len(self._live)
+        """Requests that are dispatched or wait."""
+        return len(self._live) + self.admission.count
 
     def fallback_share(self, model: str) -> float:
         """Share of the model's recent requests that fell back to a local prefill, 0..1."""
@@ -151,11 +177,16 @@ class Coordinator:
         """Assert every cross-reference; tests and the simulator call this after every event."""
         self.fleet.validate()
         self.ledger.validate()
-        self.prefix.validate()
+        self.prefixes.validate()
         known = {state.endpoint.id for state in self.fleet.states()}
         self.paths.validate(known, self._live)
+        self._silent.validate(known)
+        self._speed.validate()
+        self.lessons.validate(self._live)
         in_use = {e.id for live in self._live.values() for e in (live.plan.decode, live.plan.prefill) if e}
         assert {name for name, _ in self.ledger.loads()} <= known | in_use, "an account of nobody"
+        self.admission.validate()
+        assert not any(request_id in self.admission for request_id in self._live), "both live and waiting"
         assert self.ledger.open_count == len(self._live), "the ledger and the live requests disagree"
         assert set(self._budgets) == {m.name for m in self.models()}, "a model without a budget"
 
@@ -169,8 +200,19 @@ class Coordinator:
                 budget if budget is not None and budget.window == window else FallbackBudget(window)
             )
         self.paths.forget_verdicts()
+        self.prefixes.replace_models(models)
 
-    def _take_signal(self, signal: Signal) -> None:
+    def _judge_paths(self, decode: EndpointId, sample: Sample, now_s: float) -> None:
+        """Hold what sidecars told against the counters of the engine behind them."""
+        if self.fleet.get(decode) is None:
+            return
+        judged = self._silent.sampled(decode, sample)
+        for path in judged.bad:
+            self.paths.fail_silently(path, now_s)
+        for path in judged.good:
+            self.paths.work_silently(path)
+
+    def _take_signal(self, signal: Signal, now_s: float) -> None:
         before = None
         if isinstance(signal, EndpointSeen):
             before = self.fleet.get(signal.endpoint.id)
@@ -178,15 +220,23 @@ class Coordinator:
             before = self.fleet.get(signal.id)
         elif isinstance(signal, SampleTaken):
             self.ledger.note_sample(signal.id)
+            self._judge_paths(signal.id, signal.sample, now_s)
         self.fleet.handle(signal)
         if before is None:
             return
         after = self.fleet.get(before.endpoint.id)
         if after is None or after.endpoint.address != before.endpoint.address:
             # Another process, or none: what it had cached and how its paths fared is gone with it.
-            self.prefix.forget(before.ordinal)
+            self.prefixes.forget(before.ordinal)
             self.paths.forget(before.endpoint.id)
+            self._silent.forget(before.endpoint.id)
+            self._speed.forget(before.endpoint.id)
             self.ledger.forget(before.endpoint.id)
+
+    def _take_kv_signal(self, signal: KvSignal) -> None:
+        state = self.fleet.get(signal.id)
+        if state is not None:
+            self.prefixes.take(state, signal)
 
     def _take_probe(self, event: PathProbed, now_s: float) -> None:
         """Note a probe of every path that it was of: an address may serve several models."""
@@ -204,18 +254,48 @@ class Coordinator:
             is_slow = event.probe.is_slow(seeded, bandwidth_min)
             self.paths.note_probe((endpoint.id, event.decode), event.probe, is_slow=is_slow, now_s=now_s)
 
-    def _arrive(self, request: Request, now_s: float) -> Action:
-        assert request.id not in self._live, f"request {request.id} arrived twice"
+    def _arrive(self, request: Request, now_s: float) -> list[Action]:
+        is_new = request.id not in self._live and request.id not in self.admission
+        assert is_new, f"request {request.id} arrived twice"
         model = self._models.get(request.model)
         if model is None:
-            message = f"The model '{request.model}' does not exist; GET /v1/models lists those that do."
-            return Refuse(request.id, Refusal(RefuseReason.MODEL_UNKNOWN, message, "model"))
-        if len(self._live) >= LIVE_REQUESTS_MAX:
-            return Refuse(request.id, _saturated())
+            return [Refuse(request.id, refusals.model_unknown(request.model))]
+        if self.live_count >= LIVE_REQUESTS_MAX:
+            return [Refuse(request.id, refusals.saturated())]
+        if self.admission.is_behind(request):
+            never = refusals.why_never(request, model)
+            if never is not None:
+                return [Refuse(request.id, never)]
+            return self.admission.enqueue(request, model, Later(), now_s)
         planned = self._plan(request, model, frozenset(), 0, now_s)
-        if isinstance(planned, Refusal):
+        if isinstance(planned, Refusal) and planned is not refusals.AT_LIMIT:
+            return [Refuse(request.id, planned)]
+        decided = self._admit(request, model, planned, 0.0, now_s)
+        if isinstance(decided, Later):
+            return self.admission.enqueue(request, model, decided, now_s)
+        return [decided]
+
+    def _decide_waiting(self, waiting: Waiting, now_s: float) -> Dispatch | Refuse | Later:
+        """Whether a request that waits can go by now."""
+        request, model = waiting.request, self._models[waiting.request.model]
+        planned = self._plan(request, model, frozenset(), 0, now_s)
+        if isinstance(planned, Refusal) and planned.reason is RefuseReason.NO_ENDPOINTS:
+            return Later()  # Its wait is bounded, and an endpoint may come back within it.
+        if isinstance(planned, Refusal) and planned is not refusals.AT_LIMIT:
             return Refuse(request.id, planned)
-        self._live[request.id] = _Live(request, planned)
+        return self._admit(request, model, planned, now_s - waiting.arrived_s, now_s)
+
+    def _admit(
+        self, request: Request, model: Model, planned: Plan | Refusal, waited_s: float, now_s: float
+    ) -> Dispatch | Refuse | Later:
+        """Send a request its way, unless it must wait or is not worth starting."""
+        plan = planned if isinstance(planned, Plan) else None
+        ruling = self.admission.judge(request, model, plan.chosen.figures if plan else None, waited_s)
+        if isinstance(ruling, Refusal):
+            return Refuse(request.id, ruling)
+        if ruling is not None or plan is None:
+            return ruling or Later()
+        self._live[request.id] = _Live(request, plan)
         return self._dispatch(self._live[request.id], model, now_s)
 
     def _plan(
@@ -223,7 +303,7 @@ class Coordinator:
     ) -> Plan | Refusal:
         choice = self._scheduler.choose(request, model, excluded, now_s)
         if isinstance(choice, NoChoice):
-            return _refusal(request, model, choice.drops)
+            return refusals.why_nobody(request, model, choice.drops)
         decode = self.fleet.get(choice.best.decode.id)
         assert decode is not None, "the scheduler chose an endpoint that is not in the fleet"
         budget = self._budgets[model.name]
@@ -232,7 +312,9 @@ class Coordinator:
             # share once reached would let nothing pass any more.
             budget.note(is_fallback=False)
             is_on_ladder = RungKind.COLOCATED in model.fallback.rungs
-            return _saturated() if is_on_ladder else _refusal(request, model, choice.drops)
+            if not is_on_ladder:
+                return refusals.why_nobody(request, model, choice.drops)
+            return refusals.saturated()
         is_split = choice.best.mode is Mode.SPLIT
         return Plan(
             request_id=request.id,
@@ -259,20 +341,25 @@ class Coordinator:
                 prefill_us=round(plan.chosen.figures.prefill_s * 1e6),
                 prompt_tokens=request.prompt_tokens,
                 transfer_bytes=plan.chosen.figures.transfer_bytes,
+                uncached_tokens=plan.chosen.figures.landing_tokens,
             ),
             now_s,
         )
+        self.lessons.dispatched(request, plan, now_s)
         if plan.prefill is not None:
             self.paths.begin(plan.prefill.id, plan.decode.id, request.id)
+        state = self._state_of(worker)
+        if state is not None and request.is_generative:
+            self.prefixes.compare(state, request, model)
         # Recorded when routed, not when answered, so that a burst of one prefix goes to one place.
         for endpoint in {worker.id: worker, plan.decode.id: plan.decode}.values():
-            self._record_prefix(endpoint, request, model)
+            self._record_prefix(endpoint, request, model, now_s)
         return Dispatch(plan)
 
-    def _record_prefix(self, endpoint: Endpoint, request: Request, model: Model) -> None:
+    def _record_prefix(self, endpoint: Endpoint, request: Request, model: Model, now_s: float) -> None:
         state = self._state_of(endpoint)
         if state is not None and request.is_generative:
-            self.prefix.record(state.ordinal, request.block_keys, model.prefix_blocks_per_endpoint_max)
+            self.prefixes.record(state, request, model, now_s)
 
     def _state_of(self, endpoint: Endpoint) -> EndpointState | None:
         """The endpoint of a plan as it is now; None if it is gone or is another process by now."""
@@ -282,15 +369,17 @@ class Coordinator:
     def _begin_response(self, live: _Live, served: ServedHeader | None, now_s: float) -> None:
         assert not live.has_begun, f"response {live.request.id} began twice"
         live.has_begun = True
+        model = self._models.get(live.request.model)
+        bandwidth_min = model.disaggregation.bandwidth_bytes_per_s_min if model is not None else 0.0
+        self.lessons.began(live.request.id, served, bandwidth_min, now_s)
         self.ledger.finish_prefill(live.request.id, now_s)
         self._learn_path(live, served, now_s)
         fell_back = served is not None and any(r.rung is RungKind.COLOCATED for r in served.rungs)
         self._note_budget(live, is_fallback=fell_back or live.plan.is_outage)
-        model = self._models.get(live.request.model)
         if model is not None and served is not None and served.prefill is not None:
             used = self._target(live.plan, served.prefill)
             if used is not None:
-                self._record_prefix(used, live.request, model)
+                self._record_prefix(used, live.request, model, now_s)
 
     def _note_budget(self, live: _Live, *, is_fallback: bool) -> None:
         budget = self._budgets.get(live.request.model)
@@ -312,6 +401,8 @@ class Coordinator:
             if served.mode is Mode.SPLIT and used is not None and self._state_of(used) is not None:
                 judged.add(used.id)
                 self.paths.succeed(used.id, plan.decode.id)
+                moved_tokens = plan.chosen.figures.transfer_bytes // max(1, used.pool.kv_bytes_per_token)
+                self._silent.answered(used.id, plan.decode.id, moved_tokens)
         if plan.prefill is not None and plan.prefill.id not in judged:
             self.paths.abandon(plan.prefill.id, plan.decode.id, request_id)
 
@@ -335,14 +426,16 @@ class Coordinator:
         attempt = live.plan.attempt + 1
         model = self._models.get(live.request.model)
         if model is None or not _may_try_other(model, attempt):
-            return Refuse(event.id, _exhausted(attempt))
+            return Refuse(event.id, refusals.exhausted(attempt))
         planned = self._plan(live.request, model, excluded, attempt, now_s)
         if isinstance(planned, Refusal):
-            return Refuse(event.id, _exhausted(attempt))
+            return Refuse(event.id, refusals.exhausted(attempt))
         self._live[event.id] = replace(live, plan=planned, failed_decodes=excluded)
         return self._dispatch(self._live[event.id], model, now_s)
 
     def _end(self, request_id: RequestId, now_s: float) -> None:
+        if self.admission.drop(request_id):
+            return
         live = self._live[request_id]
         if not live.has_begun:
             self._learn_path(live, None, now_s)
@@ -352,6 +445,7 @@ class Coordinator:
         """Take a plan off the accounts, and with it those of endpoints that are gone."""
         plan = live.plan
         del self._live[live.request.id]
+        self.lessons.dropped(live.request.id, now_s)
         self.ledger.end(live.request.id, now_s)
         for endpoint in (plan.decode, plan.prefill):
             if endpoint is not None and self.fleet.get(endpoint.id) is None:
@@ -369,41 +463,3 @@ def _dialect(decode: Pool, model: Model) -> DialectName:
 
 def _may_try_other(model: Model, attempt: int) -> bool:
     return RungKind.OTHER_DECODE in model.fallback.rungs and attempt <= model.fallback.other_decode_max
-
-
-def _saturated() -> Refusal:
-    return Refusal(
-        RefuseReason.SATURATED,
-        "The fleet is at its limits for this model; retry after the time in Retry-After.",
-        retry_after_s=RETRY_AFTER_S,
-    )
-
-
-def _exhausted(attempt: int) -> Refusal:
-    return Refusal(
-        RefuseReason.LADDER_EXHAUSTED,
-        f"{attempt} endpoint(s) failed this request and no other can take it; retry later.",
-        retry_after_s=RETRY_AFTER_S,
-    )
-
-
-def _refusal(request: Request, model: Model, drops: Mapping[DropReason, int]) -> Refusal:
-    """Why nobody can serve a request: what no wait would change first, then what a wait might."""
-    if is_too_long_everywhere(request, model.pools):
-        return Refusal(
-            RefuseReason.CONTEXT_TOO_LONG,
-            f"The prompt has {request.prompt_tokens} tokens, more than any endpoint of this model takes.",
-        )
-    is_alone_only = why_together(request, model) in MUST_STAY_TOGETHER
-    if is_alone_only and not any(pool.can_serve_alone for pool in model.pools):
-        return Refusal(
-            RefuseReason.NOT_SERVED,
-            "This kind of call must be served by one endpoint alone, and no pool of this model can do that.",
-        )
-    if drops.get(DropReason.AT_LIMIT):
-        return _saturated()
-    return Refusal(
-        RefuseReason.NO_ENDPOINTS,
-        "No endpoint of this model can serve the request now; retry after the time in Retry-After.",
-        retry_after_s=RETRY_AFTER_S,
-    )

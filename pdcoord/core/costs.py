@@ -52,10 +52,13 @@ class PathFigures:
     Attributes:
         latency_s: from asking for the KV to its first byte.
         bandwidth_bytes_per_s: of one transfer alone; 0.0 when unknown, and then nothing is split.
+        spread_share: how far a transfer may be from its prediction, as a share of it: about one standard
+            deviation.
     """
 
     latency_s: float
     bandwidth_bytes_per_s: float
+    spread_share: float = 0.0
 
     def transfer_s(self, transfer_bytes: int, bytes_in_flight: int) -> float:
         """Time to move `transfer_bytes` behind what is already under way on the same link.

@@ -1,5 +1,7 @@
 """When a request stays together whatever the load: the rules of never being worse than not splitting."""
 
+import math
+
 from pdcoord.core.model import Disaggregation, Model, SplitMode
 from pdcoord.core.objective import SLO_EXCESS_EQUAL
 from pdcoord.core.plan import Candidate, Why
@@ -33,15 +35,20 @@ def weigh(split: Candidate, together: Candidate, rules: Disaggregation) -> Why:
     """Whether the best split is worth it beside the best colocated serving, both being possible."""
     if rules.mode is SplitMode.ALWAYS:
         return Why.SPLIT_ALWAYS
+    sure_s = max(rules.saving_s_min, math.hypot(split.figures.spread_s, together.figures.spread_s))
     excess = split.figures.slo_excess - together.figures.slo_excess
     if excess > SLO_EXCESS_EQUAL:
         return Why.COLOCATED_FASTER
     if excess < -SLO_EXCESS_EQUAL:
         # A tight objective makes a large ratio of a small saving.
-        is_sure = together.figures.ttft_s - split.figures.ttft_s >= rules.saving_s_min
-        is_sure = is_sure or split.figures.step_s < together.figures.step_s
+        is_sure = together.figures.ttft_s - split.figures.ttft_s >= sure_s
+        is_sure = is_sure or split.figures.pace_s < together.figures.pace_s
+        is_sure = is_sure or split.figures.harm < together.figures.harm
         return Why.SPLIT_FASTER if is_sure else Why.SAVING_BELOW_NOISE
+    if split.figures.unfit != together.figures.unfit:
+        is_split = split.figures.unfit < together.figures.unfit
+        return Why.SPLIT_PREFERRED if is_split else Why.COLOCATED_PREFERRED
     saving_s = together.figures.time_s - split.figures.time_s
     if saving_s <= 0.0:
         return Why.COLOCATED_FASTER
-    return Why.SPLIT_FASTER if saving_s >= rules.saving_s_min else Why.SAVING_BELOW_NOISE
+    return Why.SPLIT_FASTER if saving_s >= sure_s else Why.SAVING_BELOW_NOISE

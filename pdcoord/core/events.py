@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pdcoord.core.fleet import EndpointId, Signal
+from pdcoord.core.kvcache import KvSignal
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Plan
 from pdcoord.core.probes import Probe
@@ -41,7 +42,7 @@ class PathProbed:
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A client's call was read. Answered with one Dispatch or one Refuse."""
+    """A client's call was read. Answered with one Dispatch, Refuse or Wait."""
 
     request: Request
 
@@ -97,6 +98,10 @@ class Dispatch:
 
     plan: Plan
 
+    @property
+    def id(self) -> RequestId:
+        return self.plan.request_id
+
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
@@ -115,6 +120,7 @@ class Wait:
 
 Event = (
     Signal
+    | KvSignal
     | PathProbed
     | ModelsReplaced
     | RequestArrived

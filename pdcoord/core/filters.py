@@ -22,10 +22,12 @@ class PoolFit:
 
     Attributes:
         endpoints: each with its account and how many requests of others run on it.
+        endpoint_count: of the pool that may take a leg, with those that are not looked at.
     """
 
     pool: Pool
     endpoints: list[tuple[EndpointState, Load, int]]
+    endpoint_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def eligible(
         elif ready:
             endpoints = _within_limits(group, ledger, excluded, found.drops)
             if endpoints:
-                found.pools.append(PoolFit(group.pool, endpoints))
+                found.pools.append(PoolFit(group.pool, endpoints, len(endpoints)))
     return found
 
 

@@ -52,6 +52,8 @@ class Pool:
         kv_bytes_per_token: bytes of KV that one prompt token adds to a transfer.
         link_bytes_per_s: what one endpoint's NIC carries.
         cost_per_hour: of one endpoint, in any one currency for the whole policy.
+        priority_max: requests up to this priority come here first, others only in need; None for no
+            such preference.
     """
 
     name: PoolName
@@ -65,6 +67,7 @@ class Pool:
     link_bytes_per_s: float
     cost_per_hour: float = 0.0
     limits: PoolLimits = field(default_factory=PoolLimits)
+    priority_max: int | None = None
 
     @property
     def can_prefill(self) -> bool:
@@ -104,12 +107,18 @@ class Sample:
         running: requests in the engine's batch.
         waiting: requests queued in the engine.
         kv_usage: share of KV blocks in use, 0..1.
+        kv_tokens: what the KV pool holds; 0 where the engine does not say.
+        failed_pulls: pulls of KV that failed since the engine started; None where it does not count.
+        pulled_tokens: prompt tokens whose KV came from elsewhere since then; None likewise.
     """
 
     running: int
     waiting: int
     kv_usage: float
     at_s: float
+    kv_tokens: int = 0
+    failed_pulls: int | None = None
+    pulled_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +130,8 @@ class Endpoint:
         bootstrap_port: SGLang's rendezvous port, on prefill pods.
         kv_port: KV side channel of our connector, on prefill pods; None for the default.
         metrics_port: of the sidecar's metrics listener, which tells of its paths; None if nobody may ask it.
+        kv_events_port: of the engine's ZMQ publisher of KV events, at the same host; None if it has none.
+        kv_events_replay_port: of the socket that sends past ones again; None if it has none.
     """
 
     id: EndpointId
@@ -129,6 +140,8 @@ class Endpoint:
     bootstrap_port: int | None = None
     kv_port: int | None = None
     metrics_port: int | None = None
+    kv_events_port: int | None = None
+    kv_events_replay_port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

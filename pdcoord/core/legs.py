@@ -6,11 +6,15 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from pdcoord.core.filters import PoolFit
-from pdcoord.core.fleet import Endpoint, EndpointId, Pool
+from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Pool, Sample
+from pdcoord.core.harm import Surroundings, harm
 from pdcoord.core.ledger import Load
+from pdcoord.core.model import Slo
 from pdcoord.core.ports import SpeedModel
 from pdcoord.core.request import Request
+from pdcoord.core.room import room_wait_s
 
+_NO_SLO = Slo()
 OUTPUT_TOKENS_GUESS = 256
 OUTPUT_TOKENS_COUNTED_MAX = 1_024
 """Output length is known only at the end; these bound what price and nothing else assumes of it."""
@@ -22,6 +26,9 @@ class Leg:
 
     Attributes:
         queue_s: wait before its prefill could start here.
+        room_s: wait for room in the KV pool here, beside that wait; 0.0 on a prefill endpoint.
+        pace_s: time per output token, with the prefills that are lately sent here between; likewise.
+        harm: requests of others that its prefill here is expected to push past their objectives.
         stall_s: delay that its prefill here would cause running streams, summed over them.
         step_s: one decode step here with this request in the batch; 0.0 on a prefill endpoint.
         prefill_price: of its prefill here.
@@ -40,6 +47,9 @@ class Leg:
     step_s: float
     prefill_price: float
     output_price: float
+    room_s: float = 0.0
+    pace_s: float = 0.0
+    harm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +66,27 @@ class PoolLegs:
     endpoint_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What is the same for all endpoints while one request is decided.
+
+    Attributes:
+        slo: the request's objectives.
+        typical_prefill_s: predicted prefill of an average request lately.
+    """
+
+    now_s: float
+    slo: Slo = _NO_SLO
+    typical_prefill_s: float = 0.0
+
+
 class LegMaker:
     """Makes the legs of one request.
 
     Args:
         room: how many that are no worse put an endpoint out of the choice.
         troubled: endpoints with a tripped path, which put nobody out.
+        speed: its `unlike` endpoints put nobody out and are put out by nobody.
     """
 
     def __init__(
@@ -72,18 +97,16 @@ class LegMaker:
         *,
         room: int,
         troubled: Container[EndpointId],
-        now_s: float,
+        conditions: Conditions,
     ) -> None:
         self._request = request
         self._cached_tokens = cached_tokens
         self._speed = speed
         self._room = room
         self._troubled = troubled
-        self._now_s = now_s
-        output_tokens = request.output_tokens_max
-        if output_tokens is None:
-            output_tokens = OUTPUT_TOKENS_GUESS
-        self._output_tokens = min(output_tokens, OUTPUT_TOKENS_COUNTED_MAX)
+        self._conditions = conditions
+        self._unlike = speed.unlike
+        self._output_tokens = _output_tokens(request, speed)
 
     def legs(self, fit: PoolFit) -> PoolLegs:
         """The legs of a pool.
@@ -92,62 +115,78 @@ class LegMaker:
         more than `room` only those are needed whose turn is longest past. Where there are so many, no
         endpoint that is busy and has no more cached is needed either: it is worse in some figure.
         """
-        maker = _PoolLegMaker(self._request, fit.pool, self._speed, self._output_tokens, self._now_s)
-        busy, twins = self._by_load(fit)
+        maker = _PoolLegMaker(self._request, fit.pool, self._speed, self._output_tokens, self._conditions)
+        busy, twins, odd = self._by_load(fit)
         legs: list[Leg] = []
+        for state, load, others, cached in odd:
+            legs.append(maker.leg(state.endpoint, load, others, cached, state.sample))
         beaten_up_to = -1
         for cached, group in twins.items():
             if len(group) >= self._room:
                 beaten_up_to = max(beaten_up_to, cached)
             for _, _, endpoint, load in heapq.nsmallest(self._room, group):
                 legs.append(maker.leg(endpoint, load, 0, cached))
-        for endpoint, load, others, cached in busy:
+        for state, load, others, cached in busy:
             if cached > beaten_up_to:
-                legs.append(maker.leg(endpoint, load, others, cached))
-        return PoolLegs(fit.pool, legs, len(fit.endpoints))
+                legs.append(maker.leg(state.endpoint, load, others, cached, state.sample))
+        return PoolLegs(fit.pool, legs, fit.endpoint_count)
 
     def _by_load(
         self, fit: PoolFit
     ) -> tuple[
-        list[tuple[Endpoint, Load, int, int]],
+        list[tuple[EndpointState, Load, int, int]],
         Mapping[int, list[tuple[int, int, Endpoint, Load]]],
+        list[tuple[EndpointState, Load, int, int]],
     ]:
-        """The busy with others' requests and cached tokens, and the idle by cached tokens."""
-        cached_tokens, troubled = self._cached_tokens, self._troubled
-        busy: list[tuple[Endpoint, Load, int, int]] = []
+        """The busy with others' requests and cached tokens, the idle by cached tokens, the unlike."""
+        cached_tokens, troubled, unlike = self._cached_tokens, self._troubled, self._unlike
+        busy: list[tuple[EndpointState, Load, int, int]] = []
+        odd: list[tuple[EndpointState, Load, int, int]] = []
         idle: defaultdict[int, list[tuple[int, int, Endpoint, Load]]] = defaultdict(list)
         for state, load, others in fit.endpoints:
             cached = cached_tokens.get(state.ordinal, 0)
-            if others or load.request_count or state.endpoint.id in troubled:
-                busy.append((state.endpoint, load, others, cached))
+            holds = load.recent_prefill_s or (state.sample is not None and state.sample.kv_usage > 0.0)
+            if state.endpoint.id in unlike:
+                odd.append((state, load, others, cached))
+            elif others or load.request_count or holds or state.endpoint.id in troubled:
+                busy.append((state, load, others, cached))
             else:
                 idle[cached].append((load.begun_ordinal, state.ordinal, state.endpoint, load))
-        return busy, idle
+        return busy, idle, odd
 
 
 class _PoolLegMaker:
     """Makes the legs of one request in one pool."""
 
     def __init__(
-        self, request: Request, pool: Pool, speed: SpeedModel, output_tokens: int, now_s: float
+        self,
+        request: Request,
+        pool: Pool,
+        speed: SpeedModel,
+        output_tokens: float,
+        conditions: Conditions,
     ) -> None:
+        self._slo = None if conditions.slo == _NO_SLO else conditions.slo
+        self._typical_prefill_s = conditions.typical_prefill_s
         self._prompt_tokens = request.prompt_tokens
         self._is_generative = request.is_generative
         self._can_decode = pool.can_decode
         self._price_per_s = pool.cost_per_hour / 3600.0
         self._speed = speed
+        self._unlike = speed.unlike
+        self._output_tokens = output_tokens
         self._output_price_per_s = output_tokens * self._price_per_s / pool.limits.in_flight_max
-        self._now_s = now_s
+        self._now_s = conditions.now_s
         self._prefill_s: dict[int, float] = {}
 
-    def leg(self, endpoint: Endpoint, load: Load, others: int, cached_tokens: int) -> Leg:
+    def leg(
+        self, endpoint: Endpoint, load: Load, others: int, cached_tokens: int, sample: Sample | None = None
+    ) -> Leg:
         uncached_tokens = self._prompt_tokens - cached_tokens
-        prefill_s = self._prefill_s.get(uncached_tokens)
-        if prefill_s is None:
-            prefill_s = self._prefill_s[uncached_tokens] = self._prefill_time(endpoint, uncached_tokens)
+        prefill_s = self._own_prefill_s(endpoint, uncached_tokens)
         queue_s = load.pending_prefill_s(self._now_s) if load.prefills else 0.0
         streams = load.streaming_count
-        step_s = output_price = 0.0
+        step_s = pace_s = output_price = room_s = 0.0
         if self._can_decode:
             # Nothing is known of others' prompts: here each is taken to be a running stream, on a
             # prefill pod each is taken to be like this one.
@@ -155,6 +194,8 @@ class _PoolLegMaker:
             batch = load.decode_count + others + 1
             step_s = self._speed.step_s(endpoint, batch, load.context_tokens + self._prompt_tokens)
             output_price = self._output_price_per_s * step_s
+            pace_s = step_s / (1.0 - load.prefill_share(self._now_s))
+            room_s = room_wait_s(sample, load, uncached_tokens, self._output_tokens, step_s)
         elif others:
             queue_s += others * self._prefill_time(endpoint, self._prompt_tokens)
         return Leg(
@@ -168,7 +209,31 @@ class _PoolLegMaker:
             step_s,
             prefill_s * self._price_per_s,
             output_price,
+            room_s,
+            pace_s,
+            self._harm(prefill_s, Surroundings(queue_s, streams, step_s, pace_s)),
         )
+
+    def _harm(self, prefill_s: float, at: Surroundings) -> float:
+        if self._slo is None or not prefill_s:
+            return 0.0
+        return harm(self._slo, prefill_s, at, self._typical_prefill_s, self._output_tokens)
+
+    def _own_prefill_s(self, endpoint: Endpoint, uncached_tokens: int) -> float:
+        if endpoint.id in self._unlike:
+            return self._prefill_time(endpoint, uncached_tokens)
+        prefill_s = self._prefill_s.get(uncached_tokens)
+        if prefill_s is None:
+            prefill_s = self._prefill_s[uncached_tokens] = self._prefill_time(endpoint, uncached_tokens)
+        return prefill_s
 
     def _prefill_time(self, endpoint: Endpoint, tokens: int) -> float:
         return self._speed.prefill_s(endpoint, tokens) if self._is_generative else 0.0
+
+
+def _output_tokens(request: Request, speed: SpeedModel) -> float:
+    """How many tokens the answer is counted with: as learned, no more than asked for."""
+    asked, learned = request.output_tokens_max, speed.output_tokens(request.model, request.tenant)
+    if learned is None:
+        return min(OUTPUT_TOKENS_GUESS if asked is None else asked, OUTPUT_TOKENS_COUNTED_MAX)
+    return min(learned, OUTPUT_TOKENS_COUNTED_MAX if asked is None else asked, OUTPUT_TOKENS_COUNTED_MAX)

@@ -1,9 +1,11 @@
 """What a policy says of one model, compiled: the rules every decision for it obeys."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pdcoord.core.fleet import ModelName, Pool
+from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import RungKind
 
 
@@ -24,6 +26,32 @@ class LegOrder(StrEnum):
 
     SEQUENTIAL = "sequential"
     CONCURRENT = "concurrent"
+
+
+class PrefixMode(StrEnum):
+    """What is believed of where a prompt's beginning is cached.
+
+    Precise is what engines say in KV events, with the approximate index where they say nothing;
+    approximate is what was sent where.
+    """
+
+    PRECISE = "precise"
+    APPROXIMATE = "approximate"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizing:
+    """How the token ids of a prompt are had.
+
+    Attributes:
+        file: the model's tokenizer.json, which prompts that are plain text are tokenized by.
+        render: a server that renders whole calls to token ids; None to ask the model's engines.
+        deadline_s: longest that a request waits for its tokens.
+    """
+
+    file: str | None = None
+    render: HostPort | None = None
+    deadline_s: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +105,28 @@ class Slo:
 
 
 @dataclass(frozen=True, slots=True)
+class AdmissionRules:
+    """Which requests wait here for their turn, and for how long.
+
+    Attributes:
+        queue_s_max: predicted wait at the engines above which a request waits here instead.
+        wait_s_max: longest wait here; 0.0 has nobody wait.
+        requests_max: that may wait.
+        deadline_excess_max: how far past its own deadline, as a share of it, the predicted first token of
+            a request may be before it is refused.
+        low_share_min: share of the work of higher classes that lower ones get while they wait, 0..1.
+        objectives: priority by the name that clients send; a name that is not here has priority 0.
+    """
+
+    queue_s_max: float = 5.0
+    wait_s_max: float = 30.0
+    requests_max: int = 1_024
+    deadline_excess_max: float = 0.25
+    low_share_min: float = 0.05
+    objectives: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """One model's policy.
 
@@ -85,6 +135,10 @@ class Model:
         bytes_per_token: prompt bytes per token, for prompts that arrive as text.
         prefix_block_tokens: granularity of the approximate prefix index.
         prefix_blocks_per_endpoint_max: bound on the index's memory.
+        prefix_mode: precise needs engines that publish KV events and a way to count a prompt's tokens.
+        precise_block_tokens: granularity of the exact prefix index, whatever the engines' blocks are.
+        precise_blocks_max: bound on its memory: engine blocks of all the model's endpoints together.
+        tokenizing: how a prompt's tokens are had where prefixes are precise.
     """
 
     name: ModelName
@@ -93,9 +147,14 @@ class Model:
     disaggregation: Disaggregation = field(default_factory=Disaggregation)
     fallback: Fallback = field(default_factory=Fallback)
     slo: Slo = field(default_factory=Slo)
+    admission: AdmissionRules = field(default_factory=AdmissionRules)
     bytes_per_token: float = 4.0
     prefix_block_tokens: int = 64
     prefix_blocks_per_endpoint_max: int = 32_768
+    prefix_mode: PrefixMode = PrefixMode.APPROXIMATE
+    precise_block_tokens: int = 16
+    precise_blocks_max: int = 1_000_000
+    tokenizing: Tokenizing = field(default_factory=Tokenizing)
 
     @property
     def prefix_block_bytes(self) -> int:

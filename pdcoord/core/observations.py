@@ -1,8 +1,17 @@
 """What was seen of work that is done: what speed is learned from."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from pdcoord.core.fleet import Endpoint, ModelName
+
+DURATION_S_MAX = 3_600.0
+STEP_S_MAX = 60.0
+TOKENS_MAX = 10_000_000
+CONTEXT_TOKENS_MAX = 1_000_000_000
+BATCH_MAX = 100_000
+BYTES_MAX = 1 << 50
+"""What is beyond these was not measured but made up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +73,39 @@ class OutputSeen:
 
 
 Observation = PrefillSeen | StepsSeen | TransferSeen | OutputSeen
+
+
+class ObservationKind(StrEnum):
+    """Closed, a label of metrics."""
+
+    PREFILL = "prefill"
+    STEPS = "steps"
+    TRANSFER = "transfer"
+    OUTPUT = "output"
+
+
+def kind_of(observation: Observation) -> ObservationKind:
+    match observation:
+        case PrefillSeen():
+            return ObservationKind.PREFILL
+        case StepsSeen():
+            return ObservationKind.STEPS
+        case TransferSeen():
+            return ObservationKind.TRANSFER
+        case OutputSeen():
+            return ObservationKind.OUTPUT
+
+
+def is_sane(observation: Observation) -> bool:
+    """Whether it can have been measured. Comparisons are false where a figure is not a number."""
+    match observation:
+        case PrefillSeen(_, uncached, took_s, _):
+            return 0 < uncached <= TOKENS_MAX and 0.0 < took_s <= DURATION_S_MAX
+        case StepsSeen(_, step_count, took_s, batch, context_tokens):
+            is_counted = 0 < step_count <= TOKENS_MAX and 0.0 < took_s <= STEP_S_MAX * step_count
+            return is_counted and 1.0 <= batch <= BATCH_MAX and 0.0 <= context_tokens <= CONTEXT_TOKENS_MAX
+        case TransferSeen(_, _, transfer_bytes, bytes_ahead, took_s):
+            is_counted = 0 < transfer_bytes <= BYTES_MAX and 0 <= bytes_ahead <= BYTES_MAX
+            return is_counted and 0.0 < took_s <= DURATION_S_MAX
+        case OutputSeen(_, _, output_tokens):
+            return 0 < output_tokens <= TOKENS_MAX

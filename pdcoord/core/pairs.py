@@ -1,5 +1,6 @@
 """The best pair of endpoints for a request: every pair that could be it, and few that could not."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,13 +36,20 @@ class Pairs:
     """The open pairs of one request, formed from a short list of each pool."""
 
     def __init__(
-        self, model: Model, paths: PathTable, speed: SpeedModel, drops: Counter[DropReason], now_s: float
+        self,
+        model: Model,
+        paths: PathTable,
+        speed: SpeedModel,
+        drops: Counter[DropReason],
+        now_s: float,
+        *,
+        priority: int = 0,
     ) -> None:
         self._model = model
-        self._objective = Objective(model)
+        self._objective = Objective(model, priority)
         self._paths = paths
         self._troubled = paths.troubled
-        self._has_probes = paths.probe_count > 0
+        self._has_probes = paths.has_measured
         self._speed = speed
         self._drops = drops
         self._now_s = now_s
@@ -77,7 +85,8 @@ class Pairs:
             load = leg.load
             ready_s, price = leg.queue_s + leg.prefill_s, leg.prefill_price
             turn, owner = load.begun_ordinal, leg.endpoint.id
-            rows.append((ready_s, leg.stall_s, load.bytes_in_flight, price, turn, index, owner, leg))
+            figures = ready_s, leg.stall_s, load.bytes_in_flight, leg.harm, 0.0
+            rows.append((figures, price, turn, index, owner, leg))
         return self._worker_list.kept(rows)
 
     def _short_decodes(self, pool_legs: PoolLegs) -> list[Leg]:
@@ -91,7 +100,8 @@ class Pairs:
                 self._cached.add(owner)
                 continue
             moving, price, turn = load.bytes_in_flight, leg.output_price, load.begun_ordinal
-            rows.append((leg.step_s, tokens, moving, price, turn, index, owner, leg))
+            figures = leg.step_s, tokens, moving, max(leg.room_s, leg.queue_s), leg.pace_s
+            rows.append((figures, price, turn, index, owner, leg))
         return self._decode_list.kept(rows)
 
     def _better(
@@ -148,29 +158,48 @@ class Pairs:
 
     def _rank(self, worker: Leg, decode: Leg, link: PathFigures) -> Rank:
         transfer_s = link.transfer_s(_transfer_bytes(worker, decode), _bytes_ahead(worker, decode))
-        return self._objective.rank(
-            worker.queue_s + worker.prefill_s + transfer_s + decode.step_s,
-            decode.step_s,
+        # Its KV is there, but it is taken into the batch behind the prompts that wait on the same endpoint.
+        ready_s = worker.queue_s + worker.prefill_s + transfer_s
+        ttft_s = max(ready_s, decode.room_s, decode.queue_s) + decode.step_s
+        objective = self._objective
+        unfit = 0
+        if objective.has_unfit:
+            unfit = objective.unfit(ttft_s, decode.endpoint.pool, worker.endpoint.pool)
+        return objective.rank(
+            ttft_s,
+            decode.pace_s,
             worker.stall_s,
             worker.prefill_price + decode.output_price,
             worker.load.begun_ordinal + decode.load.begun_ordinal,
+            unfit=unfit,
+            harm=worker.harm,
         )
 
     def _candidate(self, worker: Leg, decode: Leg, link: PathFigures) -> Candidate:
         transfer_bytes = _transfer_bytes(worker, decode)
         transfer_s = link.transfer_s(transfer_bytes, _bytes_ahead(worker, decode))
-        ttft_s = worker.queue_s + worker.prefill_s + transfer_s + decode.step_s
+        ready_s = worker.queue_s + worker.prefill_s + transfer_s
+        ttft_s = max(ready_s, decode.room_s, decode.queue_s) + decode.step_s
         figures = Figures(
             queue_s=worker.queue_s,
             prefill_s=worker.prefill_s,
             transfer_s=transfer_s,
             step_s=decode.step_s,
             stall_s=worker.stall_s,
-            slo_excess=self._objective.excess(ttft_s, decode.step_s),
+            slo_excess=self._objective.excess(ttft_s, decode.pace_s) + worker.harm,
             cost=worker.prefill_price + decode.output_price,
             uncached_tokens=worker.uncached_tokens,
             cached_tokens=worker.cached_tokens,
             transfer_bytes=transfer_bytes,
+            room_s=max(0.0, max(decode.room_s, decode.queue_s) - ready_s),
+            landing_tokens=decode.uncached_tokens,
+            pace_s=decode.pace_s,
+            harm=worker.harm,
+            spread_s=math.hypot(
+                self._speed.prefill_spread_s(worker.endpoint, worker.uncached_tokens),
+                transfer_s * link.spread_share,
+            ),
+            unfit=self._objective.unfit(ttft_s, decode.endpoint.pool, worker.endpoint.pool),
         )
         verdict = self._paths.verdict(worker.endpoint.pool, decode.endpoint.pool)
         return Candidate(decode.endpoint, worker.endpoint, verdict, figures)

@@ -5,6 +5,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pdcoord.core.bandwidths import PathBandwidths
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, Pool, Role
 from pdcoord.core.probes import Probe, ProbeState
@@ -90,6 +91,14 @@ class Breaker:
             self.open_s = min(max(self.open_s * 2.0, OPEN_S_MIN), OPEN_S_MAX)
             self.open_until_s = now_s + self.open_s
 
+    def trip(self, open_s: float, now_s: float) -> None:
+        """Open for this long, whatever was counted."""
+        self.is_tripped = True
+        self.probe = None
+        self.failed_s = now_s
+        self.open_s = open_s
+        self.open_until_s = now_s + open_s
+
     def abandon(self, request_id: RequestId) -> None:
         if self.probe == request_id:
             self.probe = None
@@ -121,7 +130,14 @@ class PathTable:
         self._slow: set[PathKey] = set()
         self._troubled_paths: set[PathKey] = set()
         self._trouble_counts: dict[EndpointId, int] = {}
+        self._silent_s: dict[PathKey, float] = {}
+        self._bandwidths = PathBandwidths()
         self._swept_s = 0.0
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether `figures` may say anything but what it is given."""
+        return bool(self._probes) or self._bandwidths.has_short
 
     @property
     def breaker_count(self) -> int:
@@ -133,7 +149,7 @@ class PathTable:
 
     @property
     def troubled(self) -> Container[EndpointId]:
-        """Endpoints with a path that is tripped, shut by its last probe, or slow.
+        """Endpoints with a path that is tripped, shut by its last probe, or slow by that or by transfers.
 
         Every path of any other lets requests pass and is as fast as its pools' links, or nearly so.
         """
@@ -181,8 +197,11 @@ class PathTable:
         self, prefill: EndpointId, decode: EndpointId, seeded: PathFigures, now_s: float
     ) -> PathFigures:
         """The policy's figures of a path, no better than what was measured lately."""
-        probe = self._probes.get((prefill, decode))
-        return seeded if probe is None or not probe.is_fresh(now_s) else probe.cap(seeded)
+        path = (prefill, decode)
+        figures, probe = seeded, self._probes.get(path)
+        if probe is not None and probe.is_fresh(now_s):
+            figures = probe.cap(figures)
+        return self._bandwidths.cap(path, figures, now_s) if self._bandwidths.has_short else figures
 
     def lets_pass(self, prefill: EndpointId, decode: EndpointId, now_s: float) -> bool:
         if self.fault(prefill, decode, now_s):
@@ -197,7 +216,12 @@ class PathTable:
             breaker.begin(request_id)
 
     def succeed(self, prefill: EndpointId, decode: EndpointId) -> None:
-        self._drop((prefill, decode))
+        """A sidecar says that KV came over this path; of one that fails silently it cannot know."""
+        path = (prefill, decode)
+        if path not in self._silent_s:
+            self._drop(path)
+        elif (breaker := self._breakers.get(path)) is not None:
+            breaker.probe = None
 
     def note_probe(self, path: PathKey, probe: Probe, *, is_slow: bool, now_s: float) -> None:
         """A sidecar probed this path; `is_slow` as `Probe.is_slow` says beside the policy's figures."""
@@ -214,6 +238,22 @@ class PathTable:
             breaker.retry_after(probe.at_s)
         self._count_trouble(path)
 
+    def note_transfer(
+        self,
+        path: PathKey,
+        bytes_per_s: float,
+        *,
+        seeded_bytes_per_s: float,
+        bytes_per_s_min: float,
+        now_s: float,
+    ) -> None:
+        """KV came over this path at so many bytes a second; all above 0 but the least that is used."""
+        learn = self._bandwidths.learn
+        learn(path, bytes_per_s, seeded=seeded_bytes_per_s, bytes_per_s_min=bytes_per_s_min, now_s=now_s)
+        self._count_trouble(path)
+        for old in self._bandwidths.surplus(now_s):
+            self._drop_bandwidth(old)
+
     def fail(self, path: PathKey, reason: RungReason, request_id: RequestId, now_s: float) -> None:
         """A leg over this path was given up; reasons that are not the path's fault end a probe only."""
         weight = _FAILURES.get(reason, 0)
@@ -222,6 +262,22 @@ class PathTable:
             return
         self._breakers.setdefault(path, Breaker()).fail(weight, request_id, now_s)
         self._count_trouble(path)
+
+    def fail_silently(self, path: PathKey, now_s: float) -> None:
+        """The decode engine's own counters say that KV does not come over this path.
+
+        Opens it at once, for twice as long as the last time: sidecars see good answers meanwhile, so that
+        what they tell must not make it short again.
+        """
+        open_s = min(max(self._silent_s.get(path, 0.0) * 2.0, OPEN_S_MIN), OPEN_S_MAX)
+        self._silent_s[path] = open_s
+        self._breakers.setdefault(path, Breaker()).trip(open_s, now_s)
+        self._count_trouble(path)
+
+    def work_silently(self, path: PathKey) -> None:
+        """They say that it does: a path that was opened for them is closed."""
+        if self._silent_s.pop(path, None) is not None:
+            self._drop(path)
 
     def abandon(self, prefill: EndpointId, decode: EndpointId, request_id: RequestId) -> None:
         """A request over this path ended without telling whether the path works."""
@@ -234,6 +290,10 @@ class PathTable:
         for path in [path for path in self._breakers.keys() | self._probes.keys() if endpoint_id in path]:
             self._breakers.pop(path, None)
             self._drop_probe(path)
+        for path in [path for path in self._silent_s if endpoint_id in path]:
+            del self._silent_s[path]
+        for path in self._bandwidths.of(endpoint_id):
+            self._drop_bandwidth(path)
 
     def forget_verdicts(self) -> None:
         """Layouts may have changed with a new policy."""
@@ -241,14 +301,17 @@ class PathTable:
 
     def validate(self, endpoints: Container[EndpointId], live: Container[RequestId]) -> None:
         """Assert that breakers are of endpoints that exist, and probes of requests under way."""
-        for path in (*self._breakers, *self._probes):
+        for path in (*self._breakers, *self._probes, *self._silent_s):
             assert all(endpoint_id in endpoints for endpoint_id in path), f"{path}: no path of this fleet"
         for path, breaker in self._breakers.items():
             assert breaker.probe is None or breaker.is_tripped, f"{path}: a probe of a closed path"
             assert breaker.probe is None or breaker.probe in live, f"{path}: its probe has ended"
         assert self._slow <= self._probes.keys(), "a slow path that was not probed"
         assert len(self._probes) <= PROBES_MAX, "too many probes"
-        troubled = {path for path in self._breakers.keys() | self._probes.keys() if self._is_troubled(path)}
+        self._bandwidths.validate(endpoints)
+        known = {path for endpoint_id in self._trouble_counts for path in self._bandwidths.of(endpoint_id)}
+        known |= self._breakers.keys() | self._probes.keys()
+        troubled = {path for path in known if self._is_troubled(path)}
         assert troubled == self._troubled_paths, "the troubled paths are wrong"
         counts = Counter(endpoint_id for path in troubled for endpoint_id in path)
         assert counts == self._trouble_counts, "the count of troubled paths is wrong"
@@ -262,6 +325,10 @@ class PathTable:
         self._slow.discard(path)
         self._count_trouble(path)
 
+    def _drop_bandwidth(self, path: PathKey) -> None:
+        self._bandwidths.forget(path)
+        self._count_trouble(path)
+
     def _sweep(self, now_s: float) -> None:
         """Forget probes that say nothing any more, now and then."""
         if now_s < self._swept_s + SWEEP_S:
@@ -269,11 +336,14 @@ class PathTable:
         self._swept_s = now_s
         for path in [path for path, probe in self._probes.items() if not probe.is_fresh(now_s)]:
             self._drop_probe(path)
+        for path in self._bandwidths.surplus(now_s):
+            self._drop_bandwidth(path)
 
     def _is_troubled(self, path: PathKey) -> bool:
         breaker, probe = self._breakers.get(path), self._probes.get(path)
         is_tripped = breaker is not None and breaker.is_tripped
-        return is_tripped or path in self._slow or (probe is not None and bool(probe.fault))
+        is_slow = path in self._slow or self._bandwidths.is_slow(path)
+        return is_tripped or is_slow or (probe is not None and bool(probe.fault))
 
     def _count_trouble(self, path: PathKey) -> None:
         """Keep `troubled` true to this path."""

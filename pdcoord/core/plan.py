@@ -14,8 +14,10 @@ class Why(StrEnum):
 
     SPLIT_FASTER = "split-faster"
     SPLIT_ALWAYS = "split-always"
+    SPLIT_PREFERRED = "split-preferred"
     SPLIT_ONLY_WAY = "split-only-way"
     COLOCATED_FASTER = "colocated-faster"
+    COLOCATED_PREFERRED = "colocated-preferred"
     SAVING_BELOW_NOISE = "saving-below-noise"
     MODE_NEVER = "mode-never"
     NOT_GENERATIVE = "not-generative"
@@ -53,9 +55,15 @@ class Figures:
         queue_s: wait before the prefill can start, on whichever endpoint does it.
         transfer_s: 0.0 when colocated.
         stall_s: delay that a prefill beside running streams causes them, summed over the streams.
-        slo_excess: how far the prediction is past the objectives, as a ratio; 0.0 within them.
+        slo_excess: how far the prediction is past the objectives, as a ratio, and `harm`; 0.0 within them.
         uncached_tokens: prompt tokens to compute on the endpoint that prefills.
         cached_tokens: prompt tokens expected in that endpoint's prefix cache.
+        pace_s: time per output token, with the prefills between that come to the endpoint lately.
+        harm: requests of others that the prefill is expected to push past their objectives.
+        room_s: wait for room in the KV pool of the endpoint that decodes.
+        landing_tokens: prompt tokens to be written into that pool.
+        unfit: legs on pools that the policy keeps for other priorities, 0..2.
+        spread_s: how far the time of prefill and transfer may be from this: about one standard deviation.
     """
 
     queue_s: float
@@ -68,10 +76,16 @@ class Figures:
     uncached_tokens: int
     cached_tokens: int
     transfer_bytes: int = 0
+    room_s: float = 0.0
+    pace_s: float = 0.0
+    harm: float = 0.0
+    landing_tokens: int = 0
+    unfit: int = 0
+    spread_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:
-        return self.queue_s + self.prefill_s + self.transfer_s + self.step_s
+        return self.queue_s + self.prefill_s + self.transfer_s + self.room_s + self.step_s
 
     @property
     def time_s(self) -> float:

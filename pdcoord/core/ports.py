@@ -1,12 +1,12 @@
 """What the core asks of parts that may be replaced: how fast things are, and who drives it."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Protocol
 
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.events import Action, Event
 from pdcoord.core.fleet import Endpoint, EndpointId, ModelName
-from pdcoord.core.observations import Observation
+from pdcoord.core.observations import Observation, ObservationKind
 
 
 class SpeedModel(Protocol):
@@ -19,6 +19,11 @@ class SpeedModel(Protocol):
     @property
     def unlike(self) -> Container[EndpointId]:
         """Endpoints that are known to be faster or slower than their pool."""
+        ...
+
+    @property
+    def left_out(self) -> Mapping[ObservationKind, int]:
+        """How many observations were nonsense."""
         ...
 
     def prefill_s(self, endpoint: Endpoint, uncached_tokens: int) -> float: ...
@@ -43,6 +48,10 @@ class SpeedModel(Protocol):
 
     def forget(self, endpoint_id: EndpointId) -> None:
         """The endpoint is gone, or is another process by now."""
+        ...
+
+    def validate(self) -> None:
+        """Assert that what was learned is finite, bounded and of one mind."""
         ...
 
 

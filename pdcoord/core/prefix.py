@@ -1,9 +1,12 @@
 """Approximate prefix index: which endpoint was sent which blocks, bounded by an LRU per endpoint."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from pdcoord.core.request import BlockKey
+
+FEW_BITS = 8
+"""Up to so many bits of a mask are found faster one by one than in its digits, at 1,000 endpoints."""
 
 
 class PrefixIndex:
@@ -29,14 +32,22 @@ class PrefixIndex:
         for key in keys:
             still = alive & self._holders.get(key, 0)
             if depth and still != alive:
-                _mark(matched, alive ^ still, depth)
+                mark_depth(matched, alive ^ still, depth)
             alive = still
             if not alive:
                 return matched
             depth += 1
         if depth:
-            _mark(matched, alive, depth)
+            mark_depth(matched, alive, depth)
         return matched
+
+    def depth(self, ordinal: int, keys: Sequence[BlockKey]) -> int:
+        """Blocks of the longest prefix that one endpoint holds."""
+        held: Container[BlockKey] = self._held.get(ordinal, ())
+        for index, key in enumerate(keys):
+            if key not in held:
+                return index
+        return len(keys)
 
     def record(self, ordinal: int, keys: Sequence[BlockKey], blocks_max: int) -> None:
         """Note that an endpoint holds these blocks, and forget its oldest past `blocks_max`."""
@@ -75,7 +86,14 @@ class PrefixIndex:
             del self._holders[key]
 
 
-def _mark(matched: dict[int, int], bits: int, depth: int) -> None:
+def mark_depth(matched: dict[int, int], bits: int, depth: int) -> None:
+    """Note a depth for every endpoint whose ordinal is a bit of `bits`."""
+    if bits.bit_count() <= FEW_BITS:
+        while bits:
+            lowest = bits & -bits
+            matched[lowest.bit_length() - 1] = depth
+            bits ^= lowest
+        return
     # Binary digits, lowest first: finding the next "1" in them beats big-integer arithmetic per bit.
     digits = f"{bits:b}"[::-1]
     ordinal = digits.find("1")

@@ -89,4 +89,5 @@ class Probe:
             bandwidth_bytes_per_s=seeded.bandwidth_bytes_per_s
             if bandwidth is None
             else min(seeded.bandwidth_bytes_per_s, bandwidth),
+            spread_share=seeded.spread_share,
         )

@@ -24,6 +24,7 @@ class Request:
         choice_count: answers asked for; more than one is never split.
         is_splittable: whether the engines' hand-over can carry this kind of call at all.
         is_generative: whether there is a decode phase at all.
+        is_streamed: whether the answer's first byte comes with its first token; else it comes with the last.
         tenant: whose call it is, for fairness and for what is learned of output lengths; "" if not said.
         priority: higher goes first; below 0 the request is shed before others wait.
         slo: the call's own objectives, each in place of the model's where it is set.
@@ -42,8 +43,14 @@ class Request:
     choice_count: int = 1
     is_splittable: bool = True
     is_generative: bool = True
+    is_streamed: bool = True
     tenant: str = ""
     priority: int = 0
     slo: Slo = field(default_factory=Slo)
     token_keys: tuple[BlockKey, ...] = ()
     token_block_tokens: int = 16
+
+    @property
+    def is_sheddable(self) -> bool:
+        """Whether it is refused at once where others would wait."""
+        return self.priority < 0

@@ -1,22 +1,25 @@
 """The joint choice: the best pair of endpoints, or the best one alone, by predicted time."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pdcoord.core.disagg import MUST_STAY_TOGETHER, weigh, why_together
 from pdcoord.core.filters import eligible
 from pdcoord.core.fleet import Endpoint, EndpointId, Fleet
 from pdcoord.core.ledger import Ledger
-from pdcoord.core.legs import Leg, LegMaker, PoolLegs
-from pdcoord.core.model import Model
+from pdcoord.core.legs import Conditions, Leg, LegMaker, PoolLegs
+from pdcoord.core.model import Model, Slo
 from pdcoord.core.objective import Objective, Rank
 from pdcoord.core.pairs import Pairs, has_way_to_split, worker_room
 from pdcoord.core.paths import PathTable
 from pdcoord.core.plan import Candidate, DropReason, Figures, Why
 from pdcoord.core.ports import SpeedModel
-from pdcoord.core.prefix import PrefixIndex
+from pdcoord.core.prefixes import Prefixes
+from pdcoord.core.pruning import pruned
 from pdcoord.core.request import Request
+
+_NO_SLO = Slo()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,11 @@ class Scheduler:
     """Chooses legs for one request from the state it is given; changes nothing."""
 
     def __init__(
-        self, fleet: Fleet, ledger: Ledger, prefix: PrefixIndex, paths: PathTable, speed: SpeedModel
+        self, fleet: Fleet, ledger: Ledger, prefixes: Prefixes, paths: PathTable, speed: SpeedModel
     ) -> None:
         self._fleet = fleet
         self._ledger = ledger
-        self._prefix = prefix
+        self._prefixes = prefixes
         self._paths = paths
         self._speed = speed
 
@@ -60,22 +63,28 @@ class Scheduler:
         self, request: Request, model: Model, excluded: frozenset[EndpointId], now_s: float
     ) -> Choice | NoChoice:
         """Least SLO violation, then least time, then least price, over all open pairs and all alone."""
+        if request.slo != _NO_SLO:
+            own = Slo(request.slo.ttft_s or model.slo.ttft_s, request.slo.tpot_s or model.slo.tpot_s)
+            model = replace(model, slo=own)
+        priority = request.priority
         found = eligible(self._fleet.groups(model.name), request, self._ledger, excluded)
         drops = found.drops
-        cached = self._cached_tokens(request)
+        cached = self._prefixes.cached_tokens(request, model, now_s)
         troubled = self._paths.troubled
         room = worker_room(model)
-        maker = LegMaker(request, cached, self._speed, room=room, troubled=troubled, now_s=now_s)
-        legs = [maker.legs(fit) for fit in found.pools]
+        conditions = Conditions(now_s, model.slo, self._ledger.typical_prefill_s)
+        maker = LegMaker(request, cached, self._speed, room=room, troubled=troubled, conditions=conditions)
+        apart = Either(troubled, self._speed.unlike)
+        legs = [maker.legs(pruned(fit, cached, apart)) for fit in found.pools]
         decodes = [pool_legs for pool_legs in legs if pool_legs.pool.can_decode]
-        alone = best_alone(decodes, model, drops)
+        alone = best_alone(decodes, model, self._speed, drops, priority=priority)
         together_why = why_together(request, model)
         if together_why is not None and alone is not None:
             return Choice(alone, together_why, None, (), drops, is_outage=False)
         if together_why in MUST_STAY_TOGETHER:
             return NoChoice(drops)
         workers = [pool_legs for pool_legs in legs if pool_legs.pool.can_prefill]
-        pairs = Pairs(model, self._paths, self._speed, drops, now_s)
+        pairs = Pairs(model, self._paths, self._speed, drops, now_s, priority=priority)
         pair = pairs.best(workers, decodes)
         if pair is None:
             if alone is None:
@@ -83,21 +92,21 @@ class Scheduler:
             why = pairs.why_none(alone, workers)
             is_outage = why is not Why.PREFIX_CACHED and has_way_to_split(model, self._paths)
             if is_outage:
-                alone = best_alone(self._with_headroom(decodes, model), model, Counter()) or alone
+                alone = self._best_with_headroom(decodes, model, priority) or alone
             return Choice(alone, why, None, (), drops, is_outage)
         split, others = pair.candidate, pair.other_prefills
         if alone is None:
             return Choice(split, Why.SPLIT_ONLY_WAY, None, others, drops, is_outage=False)
         why = weigh(split, alone, model.disaggregation)
-        if why in {Why.SPLIT_FASTER, Why.SPLIT_ALWAYS}:
+        if why in {Why.SPLIT_FASTER, Why.SPLIT_PREFERRED, Why.SPLIT_ALWAYS}:
             return Choice(split, why, alone, others, drops, is_outage=False)
         return Choice(alone, why, split, (), drops, is_outage=False)
 
-    def _cached_tokens(self, request: Request) -> dict[int, int]:
-        # The last token is always computed, to get the logits of the next.
-        most = max(0, request.prompt_tokens - 1)
-        matched = self._prefix.match(request.block_keys)
-        return {o: min(blocks * request.block_tokens, most) for o, blocks in matched.items()}
+    def _best_with_headroom(
+        self, decodes: Iterable[PoolLegs], model: Model, priority: int
+    ) -> Candidate | None:
+        roomy = self._with_headroom(decodes, model)
+        return best_alone(roomy, model, self._speed, Counter(), priority=priority)
 
     def _with_headroom(self, decodes: Iterable[PoolLegs], model: Model) -> Iterator[PoolLegs]:
         """The legs on endpoints whose KV pool has room for a prefill that others were to do."""
@@ -111,33 +120,60 @@ class Scheduler:
             yield replace(pool_legs, legs=roomy)
 
 
-def best_alone(decodes: Iterable[PoolLegs], model: Model, drops: Counter[DropReason]) -> Candidate | None:
+class Either:
+    """Endpoints that are in one container or in the other."""
+
+    def __init__(self, one: Container[EndpointId], other: Container[EndpointId]) -> None:
+        self._one = one
+        self._other = other
+
+    def __contains__(self, endpoint_id: object) -> bool:
+        return endpoint_id in self._one or endpoint_id in self._other
+
+
+def best_alone(
+    decodes: Iterable[PoolLegs],
+    model: Model,
+    speed: SpeedModel,
+    drops: Counter[DropReason],
+    *,
+    priority: int = 0,
+) -> Candidate | None:
     """The best endpoint to serve the whole request, or None."""
-    objective = Objective(model)
+    objective = Objective(model, priority)
     best: tuple[Rank, Leg] | None = None
     for pool_legs in decodes:
         if not pool_legs.pool.can_serve_alone:
             drops[DropReason.CANNOT_SERVE_ALONE] += pool_legs.endpoint_count
             continue
         for leg in pool_legs.legs:
-            ttft_s = leg.queue_s + leg.prefill_s + leg.step_s
+            ttft_s = max(leg.queue_s, leg.room_s) + leg.prefill_s + leg.step_s
             cost = leg.prefill_price + leg.output_price
-            rank = objective.rank(ttft_s, leg.step_s, leg.stall_s, cost, leg.load.begun_ordinal)
+            unfit = objective.unfit(ttft_s, pool_legs.pool)
+            turn = leg.load.begun_ordinal
+            rank = objective.rank(ttft_s, leg.pace_s, leg.stall_s, cost, turn, unfit=unfit, harm=leg.harm)
             if best is None or rank < best[0]:
                 best = rank, leg
-    return _alone(best[1], objective) if best is not None else None
+    return _alone(best[1], objective, speed) if best is not None else None
 
 
-def _alone(leg: Leg, objective: Objective) -> Candidate:
+def _alone(leg: Leg, objective: Objective, speed: SpeedModel) -> Candidate:
+    ttft_s = max(leg.queue_s, leg.room_s) + leg.prefill_s + leg.step_s
     figures = Figures(
         queue_s=leg.queue_s,
         prefill_s=leg.prefill_s,
         transfer_s=0.0,
         step_s=leg.step_s,
         stall_s=leg.stall_s,
-        slo_excess=objective.excess(leg.queue_s + leg.prefill_s + leg.step_s, leg.step_s),
+        slo_excess=objective.excess(ttft_s, leg.pace_s) + leg.harm,
         cost=leg.prefill_price + leg.output_price,
         uncached_tokens=leg.uncached_tokens,
         cached_tokens=leg.cached_tokens,
+        room_s=max(0.0, leg.room_s - leg.queue_s),
+        landing_tokens=leg.uncached_tokens,
+        pace_s=leg.pace_s,
+        harm=leg.harm,
+        spread_s=speed.prefill_spread_s(leg.endpoint, leg.uncached_tokens),
+        unfit=objective.unfit(ttft_s, leg.endpoint.pool),
     )
     return Candidate(leg.endpoint, None, None, figures)

@@ -10,15 +10,16 @@ TROUBLED_MAX = 16
 """Endpoints with a tripped path that are kept besides; they may be open to some only."""
 
 T = TypeVar("T")
-Row = tuple[float, float, float, float, int, int, EndpointId, T]
-"""The three figures that decide, price, turn, index (so that nothing behind it is compared), whose."""
+Five = tuple[float, float, float, float, float]
+Row = tuple[Five, float, int, int, EndpointId, T]
+"""The five figures that decide, price, turn, index (so that nothing behind it is compared), whose."""
 
 
 class ShortList:
-    """Keeps what fewer than `room` others match or beat in all three figures.
+    """Keeps what fewer than `room` others match or beat in all five figures.
 
     Within a pool speed, verdict and link are equal. If a pair's violation and time grow with these
-    three figures of its end and with nothing else of it, one that is matched so often is in no better
+    figures of its end and with nothing else of it, one that is matched so often is in no better
     pair than those who match it. Endpoints with a tripped path count for nobody's matching, since they
     may not be open to the same others. Lossless but for price among pairs equal within the noise, and
     past LISTED_MAX endpoints of which none matches another.
@@ -31,16 +32,16 @@ class ShortList:
     def kept(self, rows: list[Row[T]]) -> list[T]:
         """What is kept, least first figure first; sorts `rows`."""
         rows.sort()
-        least = min((row[1] for row in rows), default=0.0), min((row[2] for row in rows), default=0.0)
+        least = tuple(min((row[0][place] for row in rows), default=0.0) for place in range(1, 5))
         kept: list[T] = []
-        clear: list[tuple[float, float, float]] = []
+        clear: list[Five] = []
         perfect_left, troubled_left = self._room, TROUBLED_MAX
-        for first, second, third, _, _, _, endpoint_id, item in rows:
-            if self._is_matched(clear, first, second, third):
+        for figures, _, _, _, endpoint_id, item in rows:
+            if self._is_matched(clear, figures):
                 continue
             if endpoint_id not in self._troubled:
-                clear.append((first, second, third))
-                perfect_left -= (second, third) == least
+                clear.append(figures)
+                perfect_left -= figures[1:] == least
             elif troubled_left:
                 troubled_left -= 1
             else:
@@ -51,12 +52,12 @@ class ShortList:
                 break
         return kept
 
-    def _is_matched(
-        self, clear: list[tuple[float, float, float]], first: float, second: float, third: float
-    ) -> bool:
+    def _is_matched(self, clear: list[Five], figures: Five) -> bool:
         matched = 0
-        for figures in clear:
-            if figures[0] <= first and figures[1] <= second and figures[2] <= third:
+        _, second, third, fourth, fifth = figures
+        # Sorted by the first figure, which is therefore matched by whoever is here.
+        for _, *others in clear:
+            if others[0] <= second and others[1] <= third and others[2] <= fourth and others[3] <= fifth:
                 matched += 1
                 if matched == self._room:
                     return True

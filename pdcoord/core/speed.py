@@ -1,10 +1,10 @@
 """Speed as the policy seeds it: the figures written there, used as they are."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.fleet import Endpoint, EndpointId, ModelName
-from pdcoord.core.observations import Observation
+from pdcoord.core.observations import Observation, ObservationKind
 
 PATH_LATENCY_S = 0.002
 """Asking for KV until its first byte: upper end of RDMA set-up (0.5-2 ms, llm-d latency profiles)."""
@@ -16,6 +16,10 @@ class SeededSpeed:
     @property
     def unlike(self) -> Container[EndpointId]:
         return ()
+
+    @property
+    def left_out(self) -> Mapping[ObservationKind, int]:
+        return {}
 
     def prefill_s(self, endpoint: Endpoint, uncached_tokens: int) -> float:
         return endpoint.pool.speed.prefill_s(uncached_tokens)
@@ -38,3 +42,6 @@ class SeededSpeed:
 
     def forget(self, endpoint_id: EndpointId) -> None:
         """Nothing was kept."""
+
+    def validate(self) -> None:
+        """Nothing can be wrong."""

@@ -1,19 +1,35 @@
 """What the gateway asks of the process it runs in, and what it tells it; the runtime implements these."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pdcoord.core.events import Outcome
+from pdcoord.core.events import Dispatch, Outcome, Refuse
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Plan
 from pdcoord.core.ports import Handler
 from pdcoord.core.request import RequestId
 from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.protocol.openai import Call
 from pdcoord.protocol.plans import Mode, ServedHeader
+
+Decided = Callable[[Dispatch | Refuse], None]
+"""Hears what became of a request that was told to wait."""
 
 
 class Coordination(Handler, Protocol):
-    """The coordinator with its clock bound, and what may be read of it."""
+    """The coordinator with its clock bound, and what may be read of it.
+
+    `handle` answers with the actions of the request that the event is of. Those of requests that wait go
+    to whoever expects them.
+    """
+
+    def expect(self, request_id: RequestId, decided: Decided) -> None:
+        """Have `decided` called, once, when this request is dispatched or refused; not after its end.
+
+        Asked for at once when `handle` has answered with a Wait.
+        """
+        ...
 
     def model(self, name: str) -> Model | None:
         """The model of this name or alias."""
@@ -23,6 +39,14 @@ class Coordination(Handler, Protocol):
 
     def unready(self) -> Refusal | None:
         """Why no traffic should be sent here; None when ready."""
+        ...
+
+
+class Tokens(Protocol):
+    """Tells the token ids of prompts, for models whose prefixes are precise."""
+
+    async def tokens(self, call: Call, model: Model) -> Sequence[int] | None:
+        """The prompt's token ids, within the model's own deadline; None if they are not to be had."""
         ...
 
 
@@ -68,6 +92,7 @@ class CallRecord:
         status: what the client got; 499 when it left before an answer began.
         began_s: when the call's head had been read.
         first_byte_s: when the first byte of the answer's body was there.
+        has_unknown_objective: it named an objective that the policy does not have.
     """
 
     id: RequestId
@@ -80,6 +105,7 @@ class CallRecord:
     reason: RefuseReason | None = None
     status: int = 499
     first_byte_s: float | None = None
+    has_unknown_objective: bool = False
     ended_s: float = 0.0
 
     @property

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdcoord.core.events import (
     DecodeFailed,
@@ -12,13 +12,17 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    Wait,
 )
+from pdcoord.core.model import PrefixMode
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId
 from pdcoord.gateway import upstream as wires
+from pdcoord.gateway.asked import asked_of
 from pdcoord.gateway.intake import build_request, check_reserved, client_request_id, model_unknown
+from pdcoord.gateway.outputs import OutputCounter
 from pdcoord.gateway.pages import internal_error
-from pdcoord.gateway.ports import CallRecord, Coordination, Limits, Observer
+from pdcoord.gateway.ports import CallRecord, Coordination, Limits, Observer, Tokens
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason, RungReason
 from pdcoord.protocol.openai import Api, parse_call
@@ -41,6 +45,7 @@ from pdcoord.wire.relay import relay_body
 
 _EVENT_STREAM = b"text/event-stream"
 _ERROR_EVENT = b'data: {"error"'
+_TOO_MANY_REQUESTS = 429
 _OWN_ID_CUT = 80
 """What is kept of an id that needs a suffix, so that sidecars still take it over (128 bytes at most)."""
 _UPSTREAM_REASONS = frozenset(
@@ -72,6 +77,7 @@ class Relay:
     Args:
         clock: monotonic seconds.
         new_id: makes a request id for calls that bring none, unique for all practical purposes.
+        tokens: asked where a model's prefixes are precise; without it they are approximate.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Relay:
         limits: Limits,
         clock: Callable[[], float],
         new_id: Callable[[], str],
+        tokens: Tokens | None = None,
     ) -> None:
         self.coordination = coordination
         self.upstream = upstream
@@ -90,6 +97,7 @@ class Relay:
         self.limits = limits
         self.clock = clock
         self.new_id = new_id
+        self.tokens = tokens
         self._live: set[str] = set()
 
     @property
@@ -124,7 +132,10 @@ class _Exchange:
         record: what is known of the call so far; its id is the core's.
         shown_id: the request id that the client is told.
         body: what goes upstream; let go of once an answer has begun.
-        is_dispatched: the core keeps an account of this call and must hear of its end.
+        is_live: the core keeps an account of this call and must hear of its end.
+        refusal: the core's, if it refused.
+        outputs: counts the answer's tokens; None before an answer, and where it is compressed.
+        decided: set once the core has dispatched or refused a call that was told to wait.
         has_begun: the head of the answer has been sent, so nothing can be taken back.
     """
 
@@ -137,8 +148,11 @@ class _Exchange:
     shown_id: str
     body: bytes = b""
     is_stream: bool = False
-    is_dispatched: bool = False
+    is_live: bool = False
     has_begun: bool = False
+    refusal: Refusal | None = None
+    outputs: OutputCounter | None = None
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         """Serve the call; whatever happens, the client gets one answer and the core one end."""
@@ -160,21 +174,31 @@ class _Exchange:
         finally:
             self._end()
 
-    async def _prepare(self) -> Plan:
-        """Read and check the call, and have it planned; the parsed body is gone when this returns."""
+    async def _prepare(self) -> Plan | None:
+        """Read and check the call, and have it planned; the parsed body is gone when this returns.
+
+        None stands for a call that must wait for its plan.
+        """
         if self.relay.live_count > self.relay.limits.live_max:
             message = "The gateway is serving as many calls as it may; retry after the time in Retry-After."
             raise RefusedError(Refusal(RefuseReason.SATURATED, message, retry_after_s=RETRY_AFTER_S))
         raw = await self._read()
         call = parse_call(self.api, raw)
         check_reserved(call)
+        asked = asked_of(self.scope["headers"])
         model = self.relay.coordination.model(call.model)
         if model is None:
             raise RefusedError(model_unknown(call.model))
         self.record.model = model.name
+        self.record.has_unknown_objective = asked.has_unknown_objective(model)
         self.is_stream = call.is_stream
         self.body = raw if call.model == model.name else wires.with_model(raw, model.name)
-        return self._decide(RequestArrived(build_request(self.record.id, call, model)))
+        token_ids = None
+        tokens = self.relay.tokens
+        if tokens is not None and self.api.is_generative and model.prefix_mode is PrefixMode.PRECISE:
+            token_ids = await tokens.tokens(call, model)
+        request = build_request(self.record.id, call, model, token_ids, asked)
+        return self._decide(RequestArrived(request))
 
     async def _read(self) -> bytes:
         limits = self.relay.limits
@@ -197,23 +221,44 @@ class _Exchange:
             )
             raise RefusedError(Refusal(RefuseReason.BODY_TOO_SLOW, message)) from error
 
-    def _decide(self, event: RequestArrived | DecodeFailed) -> Plan:
-        """Ask the core.
+    def _decide(self, event: RequestArrived | DecodeFailed) -> Plan | None:
+        """Ask the core; None if the call must wait.
 
         Raises:
             RefusedError: if it refuses, and then the call has ended for it.
         """
         (action,) = self.relay.coordination.handle(event)
+        if isinstance(action, Wait):
+            self.is_live = True
+            self.decided.clear()
+            self.relay.coordination.expect(self.record.id, self._take)
+            return None
+        self._take(action)
+        return self._plan()
+
+    def _take(self, action: Dispatch | Refuse) -> None:
+        """Note what the core decided, at that moment: the call may be cancelled before it runs again."""
         match action:
             case Dispatch(plan):
-                self.is_dispatched = True
+                self.is_live = True
                 self.record.plan = plan
-                return plan
             case Refuse(_, refusal):
-                self.is_dispatched = False
-                raise RefusedError(refusal)
+                self.is_live = False
+                self.refusal = refusal
+        self.decided.set()
 
-    async def _serve_watched(self, plan: Plan) -> None:
+    def _plan(self) -> Plan:
+        if self.refusal is not None:
+            raise RefusedError(self.refusal)
+        assert self.record.plan is not None, "neither dispatched nor refused"
+        return self.record.plan
+
+    async def _planned(self) -> Plan:
+        """The plan of a call that waits; the core bounds how long that is."""
+        await self.decided.wait()
+        return self._plan()
+
+    async def _serve_watched(self, plan: Plan | None) -> None:
         """Forward the call unless the client goes, which cancels everything that is done for it."""
         refusal: Refusal | None = None
         is_gone = False
@@ -221,7 +266,7 @@ class _Exchange:
             async with asyncio.TaskGroup() as group:
                 watcher = group.create_task(self._watch_client())
                 try:
-                    await self._forward(plan)
+                    await self._forward(plan if plan is not None else await self._planned())
                 except RefusedError as error:
                     refusal = error.refusal
                 watcher.cancel()
@@ -245,7 +290,8 @@ class _Exchange:
                 return
             held = failure.answer or held
             try:
-                plan = self._decide(DecodeFailed(self.record.id, failure.reason, failure.served))
+                other = self._decide(DecodeFailed(self.record.id, failure.reason, failure.served))
+                plan = other if other is not None else await self._planned()
             except RefusedError:
                 if held is None:
                     raise
@@ -333,11 +379,16 @@ class _Exchange:
         headers = wires.headers_to_client(response.headers)
         headers += [(names.REQUEST_ID, self.shown_id.encode()), (names.DECISION, decision)]
         await send_head(self.send, response.status, headers)
+        if response.header(b"content-encoding") is None:
+            is_stream = (response.header(b"content-type") or b"").startswith(_EVENT_STREAM)
+            self.outputs = OutputCounter(first, is_stream=is_stream)
         try:
             if first:
                 await self.send({"type": "http.response.body", "body": first, "more_body": True})
                 idle_timeout_s = self.relay.limits.stream_idle_s
-                await relay_body(self.scope, self.send, response, idle_timeout_s=idle_timeout_s)
+                await relay_body(
+                    self.scope, self.send, response, idle_timeout_s=idle_timeout_s, change=self.outputs
+                )
         except StreamError:
             self.record.outcome = Outcome.UPSTREAM_ERROR
             await self._break_off(response, response.last or first)
@@ -397,14 +448,15 @@ class _Exchange:
             await self._refuse(internal_error())
 
     def _end(self) -> None:
-        if self.is_dispatched:
-            self.is_dispatched = False
-            self.relay.coordination.handle(RequestEnded(self.record.id, self.record.outcome))
+        if self.is_live:
+            self.is_live = False
+            tokens = self.outputs.count() if self.outputs is not None else None
+            self.relay.coordination.handle(RequestEnded(self.record.id, self.record.outcome, tokens))
 
 
 def _outcome_of(refusal: Refusal) -> Outcome:
     if refusal.reason in _UPSTREAM_REASONS:
         return Outcome.UPSTREAM_ERROR
-    if refusal.is_servers_fault or refusal.reason is RefuseReason.SATURATED:
+    if refusal.is_servers_fault or refusal.status == _TOO_MANY_REQUESTS:
         return Outcome.REFUSED
     return Outcome.CLIENT_ERROR

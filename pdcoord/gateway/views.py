@@ -127,6 +127,8 @@ class FiguresView(msgspec.Struct, frozen=True, kw_only=True):
     uncached_tokens: int
     cached_tokens: int
     transfer_bytes: int
+    unfit: int = 0
+    spread_ms: float = 0.0
 
 
 class CandidateView(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +190,8 @@ class DecisionView(msgspec.Struct, frozen=True, kw_only=True):
         refusal: what pdcoord answered itself, if it did.
         decision_ms: the core's own time for the first plan.
         first_byte_ms: from arrival to the first byte of the answer.
+        is_waiting: it waits for its turn.
+        waited_ms: how long it did; None if it was not told to, or still waits.
     """
 
     id: str
@@ -200,6 +204,10 @@ class DecisionView(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str | None
     refusal: str | None
     decision_ms: float
+    tenant: str
+    priority: int
+    is_waiting: bool
+    waited_ms: float | None
     first_byte_ms: float | None
     duration_ms: float | None
     attempts: list[AttemptView]
@@ -318,6 +326,8 @@ def _figures_view(figures: Figures) -> FiguresView:
         uncached_tokens=figures.uncached_tokens,
         cached_tokens=figures.cached_tokens,
         transfer_bytes=figures.transfer_bytes,
+        spread_ms=figures.spread_s * 1e3,
+        unfit=figures.unfit,
     )
 
 

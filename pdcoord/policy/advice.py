@@ -1,11 +1,12 @@
 """What is allowed in a policy but may not be what its writer meant."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from pdcoord.core.fleet import Role
-from pdcoord.core.model import SplitMode
+from pdcoord.core.fleet import EngineKind, Role
+from pdcoord.core.model import PrefixMode, SplitMode
 from pdcoord.policy.checks import Fault, Parts
-from pdcoord.policy.errors import Problem
+from pdcoord.policy.errors import Problem, quote
 from transfer.verdict import verdict
 
 
@@ -13,7 +14,7 @@ def warnings_of(all_parts: Iterable[Parts]) -> Iterator[Problem]:
     """Warnings about complete documents, in the order of the file."""
     addresses: dict[str, int] = {}
     for parts in all_parts:
-        faults = [*_unused(parts), *_alone(parts)]
+        faults = [*_unused(parts), *_alone(parts), *_prefixes(parts)]
         if parts.mode is not SplitMode.NEVER:
             faults += [*_links(parts), *_kv_sizes(parts)]
         yield from (parts.document.problem(path, message) for path, message in faults)
@@ -38,6 +39,38 @@ def _alone(parts: Parts) -> Iterator[Fault]:
             "are refused; add a pool with role both"
         )
         yield ("pools",), message
+
+
+def _prefixes(parts: Parts) -> Iterator[Fault]:
+    """Precise prefixes that stay approximate for some pools or calls, and what approximate ones ignore."""
+    if parts.model is None:
+        return
+    prefix, tokenizer = parts.model.prefix, parts.model.tokenizer
+    if prefix.mode is not PrefixMode.PRECISE:
+        if tokenizer is not None:
+            yield ("model", "tokenizer"), "is not used: model.prefix.mode is approximate; set it to precise"
+        return
+    for part in parts.pools:
+        endpoints = part.spec.endpoints or ()
+        silent = sum(endpoint.kv_events_port is None for endpoint in endpoints)
+        if silent:
+            message = (
+                f"{silent} of {len(endpoints)} have no kv_events_port, so their prefixes are approximate"
+            )
+            yield part.path("endpoints"), message
+    is_asked = any(part.pool.engine is EngineKind.VLLM for part in parts.pools)
+    if not is_asked and (tokenizer is None or tokenizer.render is None):
+        message = (
+            "is precise, but nobody can tell the tokens of chats: no pool is of vLLM, and "
+            "model.tokenizer.render is not set; their prefixes are approximate"
+        )
+        yield ("model", "prefix", "mode"), message
+    file = tokenizer.file if tokenizer is not None else None
+    if file is not None and not Path(file).is_file():
+        yield (
+            ("model", "tokenizer", "file"),
+            f"is {quote(file)}, which is no file here, so prompts are asked of the engines",
+        )
 
 
 def _links(parts: Parts) -> Iterator[Fault]:

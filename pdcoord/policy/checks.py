@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from pdcoord.core.fleet import Pool, Role
-from pdcoord.core.model import SplitMode
+from pdcoord.core.model import PrefixMode, SplitMode
 from pdcoord.policy.errors import KeyPath, Problem, quote
 from pdcoord.policy.poolschema import PoolSpec
 from pdcoord.policy.schema import DisaggregationSpec, ModelSpec
@@ -69,9 +69,9 @@ def problems_of(all_parts: Iterable[Parts]) -> Iterator[Problem]:
     all_parts = list(all_parts)
     yield from _repeats(use for parts in all_parts for use in _names(parts))
     for parts in all_parts:
-        faults = [*_selector_faults(parts), *_speed_faults(parts)]
+        faults = [*_selector_faults(parts), *_speed_faults(parts), *_replay_faults(parts)]
         if parts.is_complete:
-            faults += [*_serving_faults(parts), *_always_faults(parts)]
+            faults += [*_serving_faults(parts), *_always_faults(parts), *_precise_faults(parts)]
         yield from (parts.document.problem(path, message) for path, message in faults)
         yield from _repeats(_endpoint_uses(parts))
 
@@ -133,6 +133,31 @@ def _speed_faults(parts: Parts) -> Iterator[Fault]:
             yield part.path("speed"), message
         if part.pool.can_decode and not any(step):
             yield part.path("speed"), "has no step figure above 0, and the pool decodes; set step_base_ms"
+
+
+def _replay_faults(parts: Parts) -> Iterator[Fault]:
+    """A replay of events that nobody follows."""
+    for part in parts.pools:
+        for i, endpoint in enumerate(part.spec.endpoints or ()):
+            if endpoint.kv_events_replay_port is not None and endpoint.kv_events_port is None:
+                message = f"is {endpoint.kv_events_replay_port} without kv_events_port; set both"
+                yield part.path("endpoints", i, "kv_events_replay_port"), message
+
+
+def _precise_faults(parts: Parts) -> Iterator[Fault]:
+    """Precise prefixes of engines none of which tells any; an endpoints file may bring ports later."""
+    if parts.model is None or parts.model.prefix.mode is not PrefixMode.PRECISE:
+        return
+    listed = [part.spec.endpoints for part in parts.pools]
+    if all(
+        endpoints is not None and all(endpoint.kv_events_port is None for endpoint in endpoints)
+        for endpoints in listed
+    ):
+        message = (
+            "is precise, but no endpoint has a kv_events_port; set it where the engines publish KV events, "
+            "or set mode to approximate"
+        )
+        yield ("model", "prefix", "mode"), message
 
 
 def _serving_faults(parts: Parts) -> Iterator[Fault]:

@@ -4,13 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pdcoord.core.fleet import Endpoint, ModelName, Pool
-from pdcoord.core.model import Disaggregation, Fallback, Model, Slo
+from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, Model, Slo, Tokenizing
 from pdcoord.policy.advice import warnings_of
 from pdcoord.policy.errors import Problem
 from pdcoord.policy.load import PolicyDocument, parts_of
 from pdcoord.policy.pools import BYTES_PER_GBIT, compile_pool, make_endpoint
 from pdcoord.policy.poolschema import PoolSpec
-from pdcoord.policy.schema import DisaggregationSpec, FallbackSpec, PoolPolicy, SloSpec
+from pdcoord.policy.schema import (
+    AdmissionSpec,
+    DisaggregationSpec,
+    FallbackSpec,
+    PoolPolicy,
+    SloSpec,
+    TokenizerSpec,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,8 @@ def _bind(spec: PoolSpec, pool: Pool) -> PoolBinding:
             endpoint.bootstrap_port,
             kv_port=endpoint.kv_port,
             metrics_port=endpoint.metrics_port,
+            kv_events_port=endpoint.kv_events_port,
+            kv_events_replay_port=endpoint.kv_events_replay_port,
         )
         for endpoint in spec.endpoints or ()
     )
@@ -77,10 +86,19 @@ def _compile_model(spec: PoolPolicy, pools: tuple[Pool, ...]) -> Model:
         disaggregation=_compile_disaggregation(spec.disaggregation),
         fallback=_compile_fallback(spec.fallback),
         slo=_compile_slo(spec.slo),
+        admission=_compile_admission(spec.admission),
         bytes_per_token=spec.model.bytes_per_token,
         prefix_block_tokens=spec.model.prefix.block_tokens,
         prefix_blocks_per_endpoint_max=spec.model.prefix.blocks_per_endpoint_max,
+        prefix_mode=spec.model.prefix.mode,
+        precise_block_tokens=spec.model.prefix.precise_block_tokens,
+        precise_blocks_max=spec.model.prefix.precise_blocks_max,
+        tokenizing=_compile_tokenizer(spec.model.tokenizer or TokenizerSpec()),
     )
+
+
+def _compile_tokenizer(spec: TokenizerSpec) -> Tokenizing:
+    return Tokenizing(file=spec.file, render=spec.render, deadline_s=spec.deadline_ms / 1e3)
 
 
 def _compile_disaggregation(spec: DisaggregationSpec) -> Disaggregation:
@@ -103,6 +121,17 @@ def _compile_fallback(spec: FallbackSpec) -> Fallback:
         colocated_share_max=spec.budget.colocated_share_max,
         decode_kv_usage_max=spec.budget.decode_kv_usage_max,
         window=spec.budget.window_requests,
+    )
+
+
+def _compile_admission(spec: AdmissionSpec) -> AdmissionRules:
+    return AdmissionRules(
+        queue_s_max=spec.queue_ms_max / 1e3,
+        wait_s_max=spec.wait_ms_max / 1e3,
+        requests_max=spec.requests_max,
+        deadline_excess_max=spec.deadline_excess_max,
+        low_share_min=spec.low_share_min,
+        objectives=dict(spec.objectives),
     )
 
 

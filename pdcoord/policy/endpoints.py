@@ -12,7 +12,12 @@ from pdcoord.core.fleet import Endpoint, ModelName, PoolName
 from pdcoord.policy.compile import PoolBinding
 from pdcoord.policy.errors import PolicyError, Problem, quote
 from pdcoord.policy.pools import make_endpoint
-from pdcoord.policy.poolschema import KV_PORT_MEANING, METRICS_PORT_MEANING
+from pdcoord.policy.poolschema import (
+    KV_EVENTS_PORT_MEANING,
+    KV_EVENTS_REPLAY_PORT_MEANING,
+    KV_PORT_MEANING,
+    METRICS_PORT_MEANING,
+)
 from pdcoord.policy.values import Address, ApiVersion, EndpointName, Labels, Metadata, Port, Spec
 from pdcoord.policy.yamltext import Document, parse_documents, read_bytes, validate
 from pdcoord.protocol.headers import HostPort
@@ -31,6 +36,8 @@ class EndpointEntrySpec(Spec):
     )
     kv_port: Port | None = Field(default=None, description=KV_PORT_MEANING)
     metrics_port: Port | None = Field(default=None, description=METRICS_PORT_MEANING)
+    kv_events_port: Port | None = Field(default=None, description=KV_EVENTS_PORT_MEANING)
+    kv_events_replay_port: Port | None = Field(default=None, description=KV_EVENTS_REPLAY_PORT_MEANING)
     is_draining: bool = Field(
         default=False, description="Whether the endpoint gets no new work while what runs there finishes."
     )
@@ -145,6 +152,8 @@ def match_endpoints(
                     entry.bootstrap_port,
                     kv_port=entry.kv_port,
                     metrics_port=entry.metrics_port,
+                    kv_events_port=entry.kv_events_port,
+                    kv_events_replay_port=entry.kv_events_replay_port,
                 )
                 matched.append(MatchedEndpoint(endpoint, entry.is_draining))
                 pools_by_model[pool.model].append(pool.name)

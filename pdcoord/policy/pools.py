@@ -24,6 +24,7 @@ def compile_pool(spec: PoolSpec, model: ModelName) -> Pool:
         kv_bytes_per_token=spec.kv_bytes_per_token,
         link_bytes_per_s=(spec.link_gbit_per_s or 0.0) * BYTES_PER_GBIT,
         cost_per_hour=spec.cost_per_hour,
+        priority_max=spec.priority_max,
         limits=PoolLimits(spec.limits.in_flight_max, spec.limits.context_tokens_max),
     )
 
@@ -47,10 +48,21 @@ def make_endpoint(
     *,
     kv_port: int | None = None,
     metrics_port: int | None = None,
+    kv_events_port: int | None = None,
+    kv_events_replay_port: int | None = None,
 ) -> Endpoint:
     """One endpoint of a pool, its id being `<pool>/<name>` and its name by default the address."""
     needs_bootstrap = pool.engine is EngineKind.SGLANG and pool.can_prefill
     if bootstrap_port is None and needs_bootstrap:
         bootstrap_port = SGLANG_BOOTSTRAP_PORT
     id_ = EndpointId(f"{pool.name}/{name or address}")
-    return Endpoint(id_, pool, address, bootstrap_port, kv_port, metrics_port)
+    return Endpoint(
+        id_,
+        pool,
+        address,
+        bootstrap_port,
+        kv_port,
+        metrics_port,
+        kv_events_port=kv_events_port,
+        kv_events_replay_port=kv_events_replay_port,
+    )

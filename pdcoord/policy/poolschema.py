@@ -130,6 +130,14 @@ METRICS_PORT_MEANING = (
     "Metrics port of the sidecar on a pod that decodes, which tells what its probes of paths found; nobody "
     "asks it if not set."
 )
+KV_EVENTS_PORT_MEANING = (
+    "ZMQ port of the engine's KV events (the port of vLLM's and SGLang's --kv-events-config `endpoint`), at "
+    "the address's host; 5557 is their default. Without it the endpoint's prefixes are approximate."
+)
+KV_EVENTS_REPLAY_PORT_MEANING = (
+    "ZMQ port that sends past KV events again (`replay_endpoint`). Without it a lost event empties what is "
+    "known of the endpoint."
+)
 
 
 class EndpointSpec(Spec):
@@ -152,6 +160,8 @@ class EndpointSpec(Spec):
     )
     kv_port: Port | None = Field(default=None, description=KV_PORT_MEANING)
     metrics_port: Port | None = Field(default=None, description=METRICS_PORT_MEANING)
+    kv_events_port: Port | None = Field(default=None, description=KV_EVENTS_PORT_MEANING)
+    kv_events_replay_port: Port | None = Field(default=None, description=KV_EVENTS_REPLAY_PORT_MEANING)
 
 
 class SelectorSpec(Spec):
@@ -282,6 +292,17 @@ class PoolSpec(Spec):
         description="Cost of one endpoint, in any one currency for the whole file; breaks ties of time.",
     )
     limits: LimitsSpec = Field(default_factory=LimitsSpec, description="Bounds on what an endpoint is given.")
+    priority_max: int | None = Field(
+        default=None,
+        ge=-1_000,
+        le=1_000,
+        description=(
+            "Requests of this priority and lower ones (admission.objectives) come to this pool first while "
+            "its predicted first token is within slo.ttft_ms, or without one within admission.queue_ms_max; "
+            "those of higher priority only when the other pools are not. For older hardware. If not set, the "
+            "pool is as good as any for all."
+        ),
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -4,16 +4,37 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pdcoord.core.model import LegOrder, SplitMode
+from pdcoord.core.model import LegOrder, PrefixMode, SplitMode
+from pdcoord.policy.expect import EXPECTED
 from pdcoord.policy.poolschema import PoolSpec
-from pdcoord.policy.values import ApiVersion, DeadlineMs, Metadata, Milliseconds, ServedName, Share, Spec
+from pdcoord.policy.values import (
+    Address,
+    ApiVersion,
+    DeadlineMs,
+    Metadata,
+    Milliseconds,
+    ServedName,
+    Share,
+    Spec,
+)
 from pdcoord.policy.yamltext import FaultsError
 from pdcoord.protocol.plans import RungKind
 
 
 class PrefixSpec(Spec):
-    """The approximate index of which endpoint has which prompt prefix cached."""
+    """What is known of which endpoint has which prompt prefix cached.
 
+    The approximate index remembers what was sent where. The precise one follows the engines' KV events, by
+    token ids; where an engine or a prompt's tokens are silent, the approximate one answers.
+    """
+
+    mode: PrefixMode = Field(
+        default=PrefixMode.APPROXIMATE,
+        description=(
+            "precise needs engines that publish KV events (endpoints[].kv_events_port) and the prompts' "
+            "tokens (tokenizer); approximate needs neither."
+        ),
+    )
     block_tokens: int = Field(
         default=64,
         ge=1,
@@ -30,6 +51,60 @@ class PrefixSpec(Spec):
         description=(
             "Entries kept per endpoint, oldest use dropped first. 32768 x 64 tokens is 2.1 million tokens, "
             "more than the KV pool of one accelerator holds for an 8B model."
+        ),
+    )
+    precise_block_tokens: int = Field(
+        default=16,
+        ge=4,
+        le=8192,
+        description=(
+            "Tokens that one key of the precise index stands for, whatever the engines' blocks are. 16 is "
+            "vLLM's own block; larger costs less memory and finds shorter matches."
+        ),
+    )
+    precise_blocks_max: int = Field(
+        default=1_000_000,
+        ge=1_024,
+        le=100_000_000,
+        description=(
+            "Engine blocks in the precise index, all endpoints together; past it the endpoint with the most "
+            "loses its oldest. A million blocks of 16 tokens are the KV pools of about 60 accelerators "
+            "with 260 thousand tokens each."
+        ),
+    )
+
+
+class TokenizerSpec(Spec):
+    """How the token ids of prompts are had where prefixes are precise.
+
+    A prompt that comes as token ids needs nobody. Plain text is tokenized here, with `file`; all else is
+    asked of `render`, or of a ready vLLM endpoint of the model.
+    """
+
+    file: str | None = Field(
+        default=None,
+        pattern=r"^/[^\x00]*$",
+        max_length=4096,
+        description=(
+            "The model's tokenizer.json, as an absolute path where the gateway runs: it tokenizes the "
+            "prompts of /v1/completions. Leave it out for a tokenizer that needs code of its own. A new "
+            "content is taken over while the gateway runs."
+        ),
+        json_schema_extra={EXPECTED: "an absolute path such as /models/llama/tokenizer.json"},
+    )
+    render: Address | None = Field(
+        default=None,
+        description=(
+            "A server with vLLM's /render calls (`vllm launch render`, or an engine with "
+            "--enable-scale-out), which tells the tokens of every kind of call. Without it POST /tokenize of "
+            "the model's vLLM endpoints tells those of chats, and of prompts for which there is no file."
+        ),
+    )
+    deadline_ms: Annotated[float, Field(ge=1, le=10_000)] = Field(
+        default=50.0,
+        description=(
+            "Longest that a request waits for its tokens, in ms; past it the approximate index decides. 50 "
+            "tokenizes about 80 KB of text."
         ),
     )
 
@@ -51,6 +126,9 @@ class ModelSpec(Spec):
         ),
     )
     prefix: PrefixSpec = Field(default_factory=PrefixSpec, description="The prefix index.")
+    tokenizer: TokenizerSpec | None = Field(
+        default=None, description="How prompts are tokenized, where prefixes are precise."
+    )
 
 
 class DisaggregationSpec(Spec):
@@ -208,6 +286,69 @@ class SloSpec(Spec):
     )
 
 
+ObjectiveName = Annotated[
+    str,
+    Field(
+        pattern=r"^[!-~]+$",
+        max_length=128,
+        json_schema_extra={EXPECTED: "up to 128 printable ASCII characters without a space"},
+    ),
+]
+Priority = Annotated[int, Field(ge=-1_000, le=1_000)]
+
+
+class AdmissionSpec(Spec):
+    """Which requests wait in the gateway for their turn, instead of in the engines."""
+
+    queue_ms_max: Milliseconds = Field(
+        default=5_000.0,
+        description=(
+            "A request whose best endpoint is predicted to have it wait longer than this, in ms, waits in "
+            "the gateway instead, where order still counts. 5000 never leaves an engine idle; less is "
+            "stricter about priorities and fairness."
+        ),
+    )
+    wait_ms_max: Milliseconds = Field(
+        default=30_000.0,
+        description=(
+            "Longest wait in the gateway, in ms, before 429; who is predicted to wait longer is told so now. "
+            "0 has nobody wait: endpoints at their limits mean 429, and engines queue. 30000 is half of a "
+            "client's usual timeout of a minute."
+        ),
+    )
+    requests_max: int = Field(
+        default=1_024,
+        ge=1,
+        le=65_536,
+        description=(
+            "Requests of this model that may wait. Each holds its body in memory: 1024 of 100 KB are 100 MB."
+        ),
+    )
+    deadline_excess_max: float = Field(
+        default=0.25,
+        ge=0,
+        le=100,
+        description=(
+            "How far past its own deadline (x-llm-d-slo-ttft-ms) the predicted first token of a request may "
+            "be before it is refused, as a share of the deadline: 0.25 allows for the error of predictions."
+        ),
+    )
+    low_share_min: Share = Field(
+        default=0.05,
+        description=(
+            "Share of what higher priorities are given that lower ones get while they wait, 0 to 1. 0 is "
+            "strict order; 0.05 keeps the lowest alive."
+        ),
+    )
+    objectives: Annotated[dict[ObjectiveName, Priority], Field(max_length=64)] = Field(
+        default_factory=dict,
+        description=(
+            "Priority by the name in a client's x-llm-d-inference-objective; a name that is not here, or "
+            "none, has 0. Higher goes first; below 0 a request is refused where others would wait."
+        ),
+    )
+
+
 class PoolPolicy(Spec):
     """How one model is served by its pools."""
 
@@ -223,3 +364,6 @@ class PoolPolicy(Spec):
     )
     fallback: FallbackSpec = Field(default_factory=FallbackSpec, description="The fallback ladder.")
     slo: SloSpec = Field(default_factory=SloSpec, description="Objectives.")
+    admission: AdmissionSpec = Field(
+        default_factory=AdmissionSpec, description="Who waits, and who is refused."
+    )

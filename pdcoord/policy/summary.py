@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from pdcoord.core.model import Model
+from pdcoord.core.model import Model, PrefixMode
 from pdcoord.policy.compile import CompiledPolicy, PoolBinding
 from pdcoord.policy.endpoints import MatchedEndpoint
 from pdcoord.policy.pools import BYTES_PER_GBIT
@@ -35,6 +35,11 @@ def _describe_model(model: Model) -> Iterator[str]:
         f" {rules.bandwidth_bytes_per_s_min / BYTES_PER_GBIT:g} Gbit/s or more"
     )
     yield f"  ladder: {', '.join([*model.fallback.rungs, 'refuse'])}"
+    if model.prefix_mode is PrefixMode.PRECISE:
+        by = model.tokenizing
+        sources = [by.file] if by.file is not None else []
+        sources.append(f"{by.render}/render" if by.render is not None else "the engines' /tokenize")
+        yield f"  prefixes: precise; tokens by {', '.join(sources)} within {by.deadline_s * 1e3:g} ms"
     objectives = [("ttft", model.slo.ttft_s), ("tpot", model.slo.tpot_s)]
     said = [f"{name} {value_s * 1e3:g} ms" for name, value_s in objectives if value_s is not None]
     yield f"  slo: {', '.join(said) or 'none'}"

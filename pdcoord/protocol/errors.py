@@ -21,6 +21,10 @@ class RefuseReason(StrEnum):
     TARGET_NOT_ALLOWED = "target-not-allowed"
     NO_ENDPOINTS = "no-endpoints"
     SATURATED = "saturated"
+    QUEUE_FULL = "queue-full"
+    WAITED_TOO_LONG = "waited-too-long"
+    DEADLINE = "deadline"
+    SHED = "shed"
     DRAINING = "draining"
     LADDER_EXHAUSTED = "ladder-exhausted"
     UPSTREAM_TIMEOUT = "upstream-timeout"
@@ -69,6 +73,10 @@ _KINDS: dict[RefuseReason, _Kind] = {
     RefuseReason.TARGET_NOT_ALLOWED: _Kind(403, "invalid_request_error"),
     RefuseReason.NO_ENDPOINTS: _Kind(503, "service_unavailable"),
     RefuseReason.SATURATED: _Kind(429, "rate_limit_error"),
+    RefuseReason.QUEUE_FULL: _Kind(429, "rate_limit_error"),
+    RefuseReason.WAITED_TOO_LONG: _Kind(429, "rate_limit_error"),
+    RefuseReason.DEADLINE: _Kind(429, "rate_limit_error"),
+    RefuseReason.SHED: _Kind(429, "rate_limit_error"),
     RefuseReason.DRAINING: _Kind(503, "service_unavailable"),
     RefuseReason.LADDER_EXHAUSTED: _Kind(503, "service_unavailable"),
     RefuseReason.UPSTREAM_TIMEOUT: _Kind(504, "upstream_error"),

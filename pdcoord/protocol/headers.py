@@ -17,6 +17,16 @@ DATA_PARALLEL_HOST_PORT = b"x-data-parallel-host-port"
 KV_CACHE_SOURCE_HOST_PORT = b"x-kv-cache-source-host-port"
 DESTINATION_ENDPOINT = b"x-gateway-destination-endpoint"
 
+FAIRNESS_ID = (b"x-llm-d-inference-fairness-id", b"x-gateway-inference-fairness-id")
+"""Client to gateway: whose call it is. Of each of these pairs the second is the older name."""
+OBJECTIVE = (b"x-llm-d-inference-objective", b"x-gateway-inference-objective")
+"""Client to gateway: name of an objective, which the policy maps to a priority."""
+SLO_TTFT_MS = (b"x-llm-d-slo-ttft-ms", b"x-slo-ttft-ms")
+SLO_TPOT_MS = (b"x-llm-d-slo-tpot-ms", b"x-slo-tpot-ms")
+"""Client to gateway: the call's own objectives, in milliseconds."""
+NAME_BYTES_MAX = 128
+SLO_MS_MAX = 3_600_000.0
+
 PLAN = b"x-pdcoord-plan"
 """Gateway to sidecar: `plans.PlanHeader` as JSON."""
 SERVED = b"x-pdcoord-served"
@@ -34,6 +44,11 @@ _VISIBLE_BYTES = frozenset(range(0x21, 0x7F))
 def is_request_id(value: bytes) -> bool:
     """Whether a client's x-request-id is taken over: visible ASCII, 1..128 bytes."""
     return 0 < len(value) <= REQUEST_ID_BYTES_MAX and _VISIBLE_BYTES.issuperset(value)
+
+
+def is_name(value: bytes) -> bool:
+    """Whether a tenant's or an objective's name is taken: visible ASCII, 1..128 bytes."""
+    return 0 < len(value) <= NAME_BYTES_MAX and _VISIBLE_BYTES.issuperset(value)
 
 
 PREFIX = b"x-pdcoord-"

@@ -33,6 +33,8 @@ class MetricSpec:
 
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKENIZE_SECONDS = (2.5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
+_RATIOS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 _DECISION_SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1)
 
 REQUESTS = MetricSpec(
@@ -66,8 +68,50 @@ REFUSALS = MetricSpec(
     MetricType.COUNTER,
     ("reason",),
     "Answers that pdcoord gave itself, by the closed list of reasons in `x-pdcoord-reason`.",
-    "saturated: add endpoints or raise `limits.in_flight_max`. no-endpoints: see `endpoints`. internal: a "
-    "defect, the log has it. The rest is the clients' own doing.",
+    "saturated, queue-full, waited-too-long, deadline, shed: see `shed_total`. no-endpoints: see "
+    "`endpoints`. internal: a defect, the log has it. The rest is the clients' own doing.",
+)
+SHED = MetricSpec(
+    "pdcoord_gateway_shed_total",
+    MetricType.COUNTER,
+    ("model", "priority", "reason"),
+    "Requests refused for lack of capacity, before any work was done for them: saturated (endpoints at "
+    "their limits and nobody may wait, or the fallback budget is spent), queue-full, waited-too-long, "
+    "deadline (their own, x-llm-d-slo-ttft-ms), shed (gave way to others).",
+    "Add endpoints, or raise `limits.in_flight_max` where engines have room. queue-full beside low "
+    "`waiting_work_seconds`: raise `admission.requests_max`. deadline without waiting requests: the fleet "
+    "is too slow for what clients ask. Of priorities below 0 it is as meant.",
+)
+WAIT_SECONDS = MetricSpec(
+    "pdcoord_gateway_wait_seconds",
+    MetricType.HISTOGRAM,
+    ("model", "priority"),
+    "How long requests waited here for their turn, those refused in the end too; those that need not wait "
+    "are not counted.",
+    "Rising for the highest priority: the fleet is too small for it. Rising for lower ones only: as meant.",
+    _SECONDS,
+)
+WAITING = MetricSpec(
+    "pdcoord_gateway_waiting",
+    MetricType.GAUGE,
+    ("model", "priority"),
+    "Requests that wait here for their turn; none where there is no line.",
+    "Scale the engines by it, not by their own queues, which stay short while requests wait here.",
+)
+WAITING_WORK = MetricSpec(
+    "pdcoord_gateway_waiting_work_seconds",
+    MetricType.GAUGE,
+    ("model", "priority"),
+    "Predicted seconds of one endpoint's time that those requests take.",
+    "Divided by the endpoints of the model it is the wait of who comes now.",
+)
+UNKNOWN_OBJECTIVES = MetricSpec(
+    "pdcoord_gateway_unknown_objectives_total",
+    MetricType.COUNTER,
+    ("model",),
+    "Calls that named an objective in x-llm-d-inference-objective that is not in `admission.objectives`; "
+    "they have priority 0.",
+    "Add the name to the policy, or correct the client.",
 )
 RUNGS = MetricSpec(
     "pdcoord_gateway_rungs_total",
@@ -136,12 +180,107 @@ PATH_REPORT_FAILURES = MetricSpec(
     "unreachable: `metrics_port` in the policy and the sidecar's --metrics-host and --metrics-port disagree. "
     "status: the sidecar runs without --kv-agent.",
 )
+TTFT_RATIO = MetricSpec(
+    "pdcoord_gateway_ttft_ratio",
+    MetricType.HISTOGRAM,
+    ("model", "mode"),
+    "Time from dispatch to first token over the predicted one, of streamed calls served as planned.",
+    "Below 1 or above 1 for long: speed is learned, so this is load that others put on the engines, or work "
+    "that pdcoord does not see. Wide: predictions mean little, and few requests are split.",
+    _RATIOS,
+)
+LEFT_OUT = MetricSpec(
+    "pdcoord_gateway_observations_left_out_total",
+    MetricType.COUNTER,
+    ("kind",),
+    "Times and counts (prefill, steps, transfer, output) that cannot have been measured: negative, not a "
+    "number, absurdly large.",
+    "Any lasting rate: a sidecar or an engine tells nonsense; GET /decisions shows what it says.",
+)
 RELOADS = MetricSpec(
     "pdcoord_gateway_policy_reloads_total",
     MetricType.COUNTER,
     ("source", "outcome"),
     "Changes of the policy and endpoints files, accepted or refused.",
     "refused: the last good content is in force; the log and GET /policy say why.",
+)
+TOKENIZED = MetricSpec(
+    "pdcoord_gateway_tokenized_total",
+    MetricType.COUNTER,
+    ("model", "source", "missing"),
+    "Prompts of models with precise prefixes, by where their token ids came from (call, library, engine, "
+    "render) or, with source none, why they are not known: then the approximate index decides.",
+    "deadline: raise `model.tokenizer.deadline_ms` or PDCOORD_TOKENIZER_THREADS. no-server, failed, "
+    "refused: no ready vLLM endpoint, or no `render` server, answers. busy: too few threads. no-tokenizer: "
+    "the log says what is wrong with the file. The rest is the calls' own kind.",
+)
+TOKENIZE_SECONDS = MetricSpec(
+    "pdcoord_gateway_tokenize_seconds",
+    MetricType.HISTOGRAM,
+    ("source",),
+    "What a request waited for its token ids; source none: in vain.",
+    "Near `model.tokenizer.deadline_ms` more and more prompts go without; see `tokenized_total`.",
+    _TOKENIZE_SECONDS,
+)
+PREFIX_REQUESTS = MetricSpec(
+    "pdcoord_gateway_prefix_requests_total",
+    MetricType.COUNTER,
+    ("model", "by"),
+    "Routed requests of models with precise prefixes, by the index that spoke for the chosen endpoint.",
+    "approximate rising: see `tokenized_total` for prompts without tokens and `kv_events_endpoints` for "
+    "engines that are not heard.",
+)
+PREFIX_TOKENS = MetricSpec(
+    "pdcoord_gateway_prefix_tokens_total",
+    MetricType.COUNTER,
+    ("model", "kind"),
+    "The two indexes side by side, where both can speak: cached prompt tokens of the chosen endpoint as the "
+    "precise index says and as the approximate one says, and apart, the sum of their differences.",
+    "approximate far above precise: engines evict what was sent to them, or restarted; a small `apart` for "
+    "long says that approximate would do.",
+)
+KV_EVENTS = MetricSpec(
+    "pdcoord_gateway_kv_event_blocks_total",
+    MetricType.COUNTER,
+    ("model", "what"),
+    "What the precise index made of engines' KV events: blocks stored, removed, repeated, and those left "
+    "out, by reason; with `-events` in the name events are counted, not blocks.",
+    "lost-events: events were missed and the endpoint starts over; give it a `kv_events_replay_port`. "
+    "evicted: raise `prefix.precise_blocks_max`. orphaned, conflicting, malformed-events: an engine tells "
+    "nonsense.",
+)
+KV_BATCHES = MetricSpec(
+    "pdcoord_gateway_kv_event_batches_total",
+    MetricType.COUNTER,
+    (),
+    "Batches of KV events taken in.",
+    "Standing still while requests are served: no engine is heard, see `kv_events_endpoints`.",
+)
+KV_TROUBLES = MetricSpec(
+    "pdcoord_gateway_kv_event_troubles_total",
+    MetricType.COUNTER,
+    ("what",),
+    "What went wrong with streams of KV events: gap (batches missing), replay (asked for again), "
+    "replay-failed, restart (the engine is another process), lost (what was known is given up), throttled "
+    "(too many blocks a second), unreadable batches, events and frames.",
+    "gap without replay: set `kv_events_replay_port`. replay-failed, lost: the engine keeps too few batches "
+    "(buffer_steps). throttled: an engine floods. unreadable: it is no vLLM or SGLang publisher.",
+)
+PREFIX_BLOCKS = MetricSpec(
+    "pdcoord_gateway_prefix_blocks",
+    MetricType.GAUGE,
+    ("model",),
+    "Engine blocks in the precise index.",
+    "At `prefix.precise_blocks_max` the oldest are dropped: raise it if the gateway has the memory.",
+)
+KV_HEARD = MetricSpec(
+    "pdcoord_gateway_kv_events_endpoints",
+    MetricType.GAUGE,
+    ("pool", "trust"),
+    "Endpoints of models with precise prefixes by how far their KV events are believed: full, partial "
+    "(events were missed), none (not heard yet, or silent).",
+    "none above 0: `kv_events_port` is wrong, the engine runs without --kv-events-config, or a firewall is "
+    "between. partial for long: the engine keeps too few events (buffer_steps) or has no replay.",
 )
 DECISION_SECONDS = MetricSpec(
     "pdcoord_gateway_decision_seconds",
@@ -171,6 +310,11 @@ METRICS = (
     TTFT,
     DURATION,
     REFUSALS,
+    SHED,
+    WAIT_SECONDS,
+    WAITING,
+    WAITING_WORK,
+    UNKNOWN_OBJECTIVES,
     RUNGS,
     FALLBACK_SHARE,
     IN_FLIGHT,
@@ -180,8 +324,19 @@ METRICS = (
     SCRAPE_FAILURES,
     PROBED_PATHS,
     PATH_REPORT_FAILURES,
+    TTFT_RATIO,
+    LEFT_OUT,
     RELOADS,
     POLICY_STALE,
+    TOKENIZED,
+    TOKENIZE_SECONDS,
+    PREFIX_REQUESTS,
+    PREFIX_TOKENS,
+    KV_EVENTS,
+    KV_BATCHES,
+    KV_TROUBLES,
+    PREFIX_BLOCKS,
+    KV_HEARD,
     DECISION_SECONDS,
     INFO,
 )

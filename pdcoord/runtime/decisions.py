@@ -38,6 +38,8 @@ class _Decision:
     output_tokens_max: int | None
     choice_count: int
     is_generative: bool
+    tenant: str
+    priority: int
     arrived_s: float
     decision_s: float
     attempts: list[_Attempt] = field(default_factory=list)
@@ -45,6 +47,8 @@ class _Decision:
     refusal: Refusal | None = None
     first_byte_s: float | None = None
     ended_s: float | None = None
+    is_waiting: bool = False
+    waited_s: float | None = None
 
 
 class DecisionLog:
@@ -66,6 +70,8 @@ class DecisionLog:
             output_tokens_max=request.output_tokens_max,
             choice_count=request.choice_count,
             is_generative=request.is_generative,
+            tenant=request.tenant,
+            priority=request.priority,
             arrived_s=now_s,
             decision_s=decision_s,
         )
@@ -86,6 +92,13 @@ class DecisionLog:
             decision.attempts[-1].served = event.served
         _act(decision, actions, Outcome.UPSTREAM_ERROR, now_s)
 
+    def waited(self, action: Dispatch | Refuse, *, now_s: float) -> None:
+        """A request that was told to wait is sent or refused."""
+        decision = self._decisions.get(action.id)
+        if decision is not None:
+            decision.waited_s = now_s - decision.arrived_s
+            _act(decision, [action], Outcome.REFUSED, now_s)
+
     def began(self, request_id: RequestId, served: ServedHeader | None, *, now_s: float) -> None:
         decision = self._decisions.get(request_id)
         if decision is not None:
@@ -96,6 +109,9 @@ class DecisionLog:
     def ended(self, request_id: RequestId, outcome: Outcome, *, now_s: float) -> None:
         decision = self._decisions.get(request_id)
         if decision is not None:
+            if decision.is_waiting:
+                decision.waited_s = now_s - decision.arrived_s
+                decision.is_waiting = False
             decision.outcome = outcome
             decision.ended_s = now_s
 
@@ -117,10 +133,12 @@ def _act(decision: _Decision, actions: list[Action], refused: Outcome, now_s: fl
     for action in actions:
         match action:
             case Dispatch(plan):
+                decision.is_waiting = False
                 decision.attempts.append(_Attempt(plan))
             case Wait():
-                pass
+                decision.is_waiting = True
             case Refuse(_, refusal):
+                decision.is_waiting = False
                 decision.refusal = refusal
                 decision.outcome = refused
                 decision.ended_s = now_s
@@ -154,6 +172,10 @@ def _view(decision: _Decision, now_s: float) -> DecisionView:
         outcome=decision.outcome,
         refusal=None if refusal is None else f"{refusal.reason}: {refusal.message}",
         decision_ms=decision.decision_s * 1e3,
+        tenant=decision.tenant,
+        priority=decision.priority,
+        is_waiting=decision.is_waiting,
+        waited_ms=None if decision.waited_s is None else decision.waited_s * 1e3,
         first_byte_ms=_since(decision.arrived_s, decision.first_byte_s),
         duration_ms=_since(decision.arrived_s, decision.ended_s),
         attempts=[_attempt_view(attempt) for attempt in decision.attempts],

@@ -31,6 +31,8 @@ UNREACHABLE = 2
 REASONS: dict[Why, str] = {
     Why.SPLIT_FASTER: "the prefill elsewhere saves more than the transfer costs",
     Why.SPLIT_ALWAYS: "the policy's mode is always",
+    Why.SPLIT_PREFERRED: "the policy keeps these pools for its priority",
+    Why.COLOCATED_PREFERRED: "the policy keeps this pool for its priority",
     Why.SPLIT_ONLY_WAY: "no endpoint could serve it alone",
     Why.COLOCATED_FASTER: "one endpoint is predicted to be faster than any pair",
     Why.SAVING_BELOW_NOISE: "splitting would save less than disaggregation.saving_ms_min",
@@ -92,11 +94,25 @@ def _facts(decision: DecisionView) -> Text:
         f"outcome {decision.outcome or 'still being served'}, first byte {_ms(decision.first_byte_ms)}, "
         f"whole {_ms(decision.duration_ms)}, decided in {_ms(decision.decision_ms)}"
     )
+    if decision.tenant or decision.priority or decision.is_waiting or decision.waited_ms is not None:
+        text.append(f"\n{_turn(decision)}")
     last = decision.attempts[-1] if decision.attempts else None
     if last is not None:
         text.append(f"\n{last.mode}", style="bold green")
         text.append(f" because {_reason(last.why)} ({last.why})")
     return text
+
+
+def _turn(decision: DecisionView) -> str:
+    """Whose request it was, and what it waited."""
+    whose = f"tenant {decision.tenant}" if decision.tenant else "no tenant"
+    if decision.is_waiting:
+        waited = "waits for its turn"
+    elif decision.waited_ms is None:
+        waited = "did not wait"
+    else:
+        waited = f"waited {_ms(decision.waited_ms)} for its turn"
+    return f"{whose}, priority {decision.priority}, {waited}"
 
 
 def _attempt(attempt: AttemptView) -> list[RenderableType]:
@@ -147,11 +163,13 @@ _ROWS = (
     ("= first token", "ttft_ms", "ms"),
     ("stall of others", "stall_ms", "ms"),
     ("= compared", "time_ms", "ms"),
+    ("may be off by", "spread_ms", "ms"),
     ("past the SLO", "slo_excess", "x"),
     ("cost", "cost", ""),
     ("tokens to compute", "uncached_tokens", "count"),
     ("tokens cached", "cached_tokens", "count"),
     ("KV to move", "transfer_bytes", "bytes"),
+    ("legs on pools of other priorities", "unfit", "count"),
 )
 
 

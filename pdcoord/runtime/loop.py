@@ -24,14 +24,19 @@ from pdcoord.core.fleet import (
     EndpointId,
     EndpointSeen,
     Health,
+    ModelName,
     SampleFailed,
     SampleTaken,
 )
-from pdcoord.core.model import Model
+from pdcoord.core.kvcache import KvCleared, KvLost, KvRemoved, KvStored
+from pdcoord.core.model import Model, PrefixMode
+from pdcoord.core.observations import ObservationKind
 from pdcoord.core.paths import BreakerState
 from pdcoord.core.probes import ProbeState
+from pdcoord.core.request import RequestId
 from pdcoord.feeds.scrapes import ScrapeFailure
 from pdcoord.feeds.static import Source, StaticFeed
+from pdcoord.gateway.ports import Decided
 from pdcoord.gateway.views import (
     DecisionsView,
     DecisionView,
@@ -48,6 +53,8 @@ from pdcoord.runtime import catalog
 from pdcoord.runtime.catalog import MetricSpec
 from pdcoord.runtime.decisions import DecisionLog
 from pdcoord.runtime.observe import GaugeSample, Metrics
+from pdcoord.runtime.prefix_state import prefix_samples
+from pdcoord.runtime.waits import Alarm, Waits
 
 
 class CoordinatorLoop:
@@ -55,6 +62,7 @@ class CoordinatorLoop:
 
     Attributes:
         is_draining: set when the process is about to stop; readiness says so from then on.
+        alarm: wakes the core when it wants to be; to be run beside.
         files: where the policy comes from, for GET /policy; set once, before serving.
     """
 
@@ -70,6 +78,8 @@ class CoordinatorLoop:
         self._clock = clock
         self._decisions = decisions
         self._metrics = metrics
+        self._waits = Waits(decisions, metrics)
+        self.alarm = Alarm(self.handle, coordinator.next_event_s, clock)
         self.is_draining = False
         self.files: StaticFeed | None = None
         metrics.read_state_from(self._gauges)
@@ -77,9 +87,19 @@ class CoordinatorLoop:
     # For the gateway and the feeds.
 
     def handle(self, event: Event) -> list[Action]:
-        """Hand an event to the core, and remember what is worth showing of it."""
+        """Hand an event to the core, and remember what is worth showing of it.
+
+        Returns the actions of the request that the event is of; those of others have been delivered.
+        """
         now_s = self._clock()
         actions = self._coordinator.handle(event, now_s)
+        if actions:
+            actions = self._waits.sort(event, actions, now_s)
+        self._note(event, actions, now_s)
+        self.alarm.look()
+        return actions
+
+    def _note(self, event: Event, actions: list[Action], now_s: float) -> None:
         match event:
             case RequestArrived(request):
                 decision_s = self._clock() - now_s
@@ -93,18 +113,35 @@ class CoordinatorLoop:
                 self._metrics.count_rung(rung, event.reason)
             case ResponseBegan(request_id, served):
                 self._decisions.began(request_id, served, now_s=now_s)
+                for seen in self._coordinator.lessons.take_ttfts():
+                    ratio = seen.took_s / max(seen.predicted_s, 1e-3)
+                    self._metrics.ttft_ratio.labels(seen.model, seen.mode).observe(ratio)
                 self._metrics.count_rungs(served)
             case RequestEnded(request_id, outcome):
+                self._waits.end(request_id)
                 self._decisions.ended(request_id, outcome, now_s=now_s)
             case SampleFailed(endpoint_id, why):
                 state = self._coordinator.fleet.get(endpoint_id)
                 if state is not None:
                     self._metrics.scrape_failures.labels(state.endpoint.pool.name, why).inc()
-            case SampleTaken() | EndpointSeen() | EndpointGone() | EndpointDraining() | ModelsReplaced():
+            case (
+                SampleTaken()
+                | EndpointSeen()
+                | EndpointGone()
+                | EndpointDraining()
+                | ModelsReplaced()
+                | PathProbed()
+                | TimePassed()
+                | KvStored()
+                | KvRemoved()
+                | KvCleared()
+                | KvLost()
+            ):
                 pass
-            case PathProbed() | TimePassed():
-                pass
-        return actions
+
+    def expect(self, request_id: RequestId, decided: Decided) -> None:
+        """Have `decided` called, once, when a request that waits is dispatched or refused."""
+        self._waits.expect(request_id, decided)
 
     def report_failed(self, endpoint_id: EndpointId, why: ScrapeFailure) -> None:
         """A sidecar could not be asked about its paths."""
@@ -115,6 +152,17 @@ class CoordinatorLoop:
     def endpoints(self) -> Iterable[Endpoint]:
         """Every endpoint of the fleet."""
         return (state.endpoint for state in self._coordinator.fleet.states())
+
+    def precise_endpoints(self) -> Iterable[Endpoint]:
+        """The endpoints of models whose prefixes are precise."""
+        for model in self._coordinator.models():
+            if model.prefix_mode is PrefixMode.PRECISE:
+                yield from (state.endpoint for state in self._coordinator.fleet.of_model(model.name))
+
+    def ready_endpoints(self, model: ModelName) -> Iterable[Endpoint]:
+        """The endpoints of a model that take new work."""
+        states = self._coordinator.fleet.of_model(model)
+        return (state.endpoint for state in states if state.is_eligible)
 
     def model(self, name: str) -> Model | None:
         """The model of this name or alias."""
@@ -189,6 +237,9 @@ class CoordinatorLoop:
             [((pool, h), float(by_health[pool, h])) for pool, h in itertools.product(sorted(pools), Health)],
         )
         yield catalog.LEDGER_OPEN, [((), float(coordinator.ledger.open_count))]
+        waiting = list(coordinator.admission.classes())
+        yield catalog.WAITING, [((name, str(level)), float(queue.count)) for name, level, queue in waiting]
+        yield catalog.WAITING_WORK, [((name, str(level)), queue.work_s) for name, level, queue in waiting]
         shares = [((m.name,), coordinator.fallback_share(m.name)) for m in coordinator.models()]
         yield catalog.FALLBACK_SHARE, shares
         breakers = self._breaker_counts()
@@ -198,8 +249,11 @@ class CoordinatorLoop:
         )
         probed = coordinator.paths.probe_states(self._clock())
         yield catalog.PROBED_PATHS, [((state,), float(probed[state])) for state in ProbeState]
+        left_out = coordinator.lessons.left_out
+        yield catalog.LEFT_OUT, [((kind,), float(left_out.get(kind, 0))) for kind in ObservationKind]
         stale = self.files.problems if self.files is not None else {}
         yield catalog.POLICY_STALE, [((source,), float(source in stale)) for source in Source]
+        yield from prefix_samples(coordinator)
 
     def _breaker_counts(self) -> Counter[BreakerState]:
         """Breakers by state; only endpoints with a tripped path are looked at, not the whole square."""

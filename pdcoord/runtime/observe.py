@@ -12,17 +12,19 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from structlog.typing import FilteringBoundLogger
 
 from pdcoord.core.events import Outcome
+from pdcoord.core.plan import Plan
 from pdcoord.feeds.static import Reload, Source
+from pdcoord.feeds.tokens import TokensMissing, TokenSource
 from pdcoord.gateway.ports import CallRecord
 from pdcoord.protocol.errors import RefuseReason, RungReason
 from pdcoord.protocol.plans import RungKind, ServedHeader
 from pdcoord.runtime import catalog
-from pdcoord.runtime.catalog import MetricSpec
+from pdcoord.runtime.catalog import MetricSpec, MetricType
 
 _NONE = "none"
 
@@ -36,9 +38,10 @@ class _StateCollector(Collector):
     def __init__(self, source: StateSource) -> None:
         self._source = source
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
         for spec, samples in self._source():
-            family = GaugeMetricFamily(spec.name, spec.meaning, labels=spec.labels)
+            made = CounterMetricFamily if spec.type is MetricType.COUNTER else GaugeMetricFamily
+            family = made(spec.name, spec.meaning, labels=spec.labels)
             for labels, value in samples:
                 family.add_metric(labels, value)
             yield family
@@ -55,10 +58,16 @@ class Metrics:
         self.ttft = self._histogram(catalog.TTFT)
         self.duration = self._histogram(catalog.DURATION)
         self.refusals = self._counter(catalog.REFUSALS)
+        self.shed = self._counter(catalog.SHED)
+        self.wait_seconds = self._histogram(catalog.WAIT_SECONDS)
+        self.unknown_objectives = self._counter(catalog.UNKNOWN_OBJECTIVES)
         self.rungs = self._counter(catalog.RUNGS)
         self.scrape_failures = self._counter(catalog.SCRAPE_FAILURES)
         self.path_report_failures = self._counter(catalog.PATH_REPORT_FAILURES)
+        self.ttft_ratio = self._histogram(catalog.TTFT_RATIO)
         self.reloads = self._counter(catalog.RELOADS)
+        self.tokens = self._counter(catalog.TOKENIZED)
+        self.tokenize_seconds = self._histogram(catalog.TOKENIZE_SECONDS)
         self.decision_seconds = self._histogram(catalog.DECISION_SECONDS)
         self.in_flight = self._gauge(catalog.IN_FLIGHT)
         self._gauge(catalog.INFO).labels(version("pdcoord")).set(1)
@@ -87,10 +96,19 @@ class Metrics:
     def count_reload(self, reload: Reload) -> None:
         self.reloads.labels(reload.source, "accepted" if reload.is_accepted else "refused").inc()
 
+    def tokenized(
+        self, model: str, source: TokenSource, missing: TokensMissing | None, seconds: float
+    ) -> None:
+        """A prompt's tokens were had, or were not."""
+        self.tokens.labels(model, source, missing or "").inc()
+        self.tokenize_seconds.labels(source).observe(seconds)
+
     def count_call(self, record: CallRecord) -> None:
         model, mode = record.model or _NONE, record.mode or _NONE
         why = record.plan.why if record.plan is not None else _NONE
         self.requests.labels(model, mode, why, record.outcome).inc()
+        if record.has_unknown_objective:
+            self.unknown_objectives.labels(model).inc()
         if record.reason is not None:
             self.refusals.labels(record.reason).inc()
         if record.first_byte_s is not None and record.status < 400:
@@ -133,6 +151,8 @@ class Telemetry:
             prefill=record.prefill,
             decode=plan.decode.id if plan is not None else None,
             attempts=plan.attempt + 1 if plan is not None else 0,
+            prompt_tokens=_prompt_tokens(plan),
+            cached_tokens=_cached_tokens(record),
             ttft_ms=None if first_byte_s is None else round((first_byte_s - record.began_s) * 1e3, 2),
             duration_ms=round((record.ended_s - record.began_s) * 1e3, 2),
             outcome=record.outcome,
@@ -145,3 +165,17 @@ class Telemetry:
 
     def crashed(self, error: Exception, request_id: str) -> None:
         self._log.error("request.crashed", id=request_id, exc_info=error)
+
+
+def _prompt_tokens(plan: Plan | None) -> int | None:
+    """Counted or estimated, as the decision was made on; what a replay of the log needs."""
+    if plan is None:
+        return None
+    return plan.chosen.figures.cached_tokens + plan.chosen.figures.uncached_tokens
+
+
+def _cached_tokens(record: CallRecord) -> int | None:
+    """As the sidecar saw it, else as it was predicted."""
+    if record.served is not None and record.served.cached_tokens is not None:
+        return record.served.cached_tokens
+    return None if record.plan is None else record.plan.chosen.figures.cached_tokens

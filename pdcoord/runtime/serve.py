@@ -12,11 +12,14 @@ from datetime import UTC, datetime
 from structlog.typing import FilteringBoundLogger
 
 from pdcoord.core.coordinator import Coordinator
+from pdcoord.feeds.kvevents import KvEventsFeed
 from pdcoord.feeds.metrics import MetricsFeed
 from pdcoord.feeds.paths import PathsFeed
 from pdcoord.feeds.static import Reload, StaticFeed
+from pdcoord.feeds.tokens import TokenHooks, TokensFeed
 from pdcoord.gateway.admin import make_admin_app
 from pdcoord.gateway.app import GatewayApp
+from pdcoord.gateway.ports import Tokens
 from pdcoord.gateway.relay import Relay
 from pdcoord.policy.errors import PolicyError
 from pdcoord.policy.registry import PolicyRegistry
@@ -24,6 +27,7 @@ from pdcoord.runtime.decisions import DecisionLog
 from pdcoord.runtime.logs import configure_logs
 from pdcoord.runtime.loop import CoordinatorLoop
 from pdcoord.runtime.observe import Metrics, Telemetry
+from pdcoord.runtime.prefix_state import kv_events_samples
 from pdcoord.runtime.settings import GatewaySettings
 from pdcoord.wire.client import Client
 from pdcoord.wire.server import Listener, run, stop_on_signals
@@ -66,6 +70,8 @@ class Process:
         )
         self.files = StaticFeed(self.loop, PolicyRegistry(settings.policy), settings.endpoints)
         self.loop.files = self.files
+        self._kv_events = KvEventsFeed(self.loop, self.loop.precise_endpoints, time.monotonic)
+        self._metrics.read_state_from(lambda: kv_events_samples(self._kv_events))
         self.ports: list[int] = []
 
     async def run(
@@ -110,27 +116,27 @@ class Process:
                 on_started()
 
         closing = asyncio.Event()
-        metrics_feed = MetricsFeed(
-            self.loop, self.loop.endpoints, client, time.monotonic, settings.scrape_limits()
-        )
-        paths_feed = PathsFeed(
-            self.loop,
-            self.loop.endpoints,
-            client,
-            time.monotonic,
-            settings.paths_limits(),
-            self.loop.report_failed,
+        tokens_feed = TokensFeed(
+            models=self.loop.models,
+            ready=self.loop.ready_endpoints,
+            client=client,
+            clock=time.monotonic,
+            limits=settings.token_limits(),
+            hooks=TokenHooks(self._metrics.tokenized, self._tokenizer_failed),
         )
         async with asyncio.TaskGroup() as group:
             background = [
-                group.create_task(metrics_feed.run()),
-                group.create_task(paths_feed.run()),
+                *(group.create_task(feed.run()) for feed in (*self._feeds(client), tokens_feed)),
                 group.create_task(self._follow_files(look_now)),
+                group.create_task(self.loop.alarm.run()),
                 group.create_task(self._await_stop(stop, closing)),
             ]
             try:
                 await serve_listeners(
-                    self._listeners(client), stop=closing, drain_s=settings.drain_s, on_started=started
+                    self._listeners(client, tokens_feed),
+                    stop=closing,
+                    drain_s=settings.drain_s,
+                    on_started=started,
                 )
             except OSError as error:
                 failure = error
@@ -139,7 +145,18 @@ class Process:
                     task.cancel()
         return failure
 
-    def _listeners(self, client: Client) -> list[Listener]:
+    def _feeds(self, client: Client) -> tuple[MetricsFeed, PathsFeed, KvEventsFeed]:
+        """Those whose signals go to the core."""
+        settings, loop = self._settings, self.loop
+        return (
+            MetricsFeed(loop, loop.endpoints, client, time.monotonic, settings.scrape_limits()),
+            PathsFeed(
+                loop, loop.endpoints, client, time.monotonic, settings.paths_limits(), loop.report_failed
+            ),
+            self._kv_events,
+        )
+
+    def _listeners(self, client: Client, tokens: Tokens) -> list[Listener]:
         settings = self._settings
         relay = Relay(
             coordination=self.loop,
@@ -148,6 +165,7 @@ class Process:
             limits=settings.limits(),
             clock=time.monotonic,
             new_id=lambda: uuid.uuid4().hex,
+            tokens=tokens,
         )
         created = int(datetime.now(UTC).timestamp())
         app = GatewayApp(relay, metrics=self._metrics.render, created_unix_s=created)
@@ -174,6 +192,9 @@ class Process:
             for _ in range(looks):
                 for reload in await self.files.poll():
                     self._report(reload)
+
+    def _tokenizer_failed(self, file: str, why: str) -> None:
+        self._log.error("tokenizer.refused", file=file, why=why)
 
     def _report(self, reload: Reload) -> None:
         self._metrics.count_reload(reload)

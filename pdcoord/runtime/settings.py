@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pdcoord.feeds.scrapes import ScrapeLimits
+from pdcoord.feeds.tokens import TokenLimits
 from pdcoord.gateway.ports import Limits
 
 ENV_PREFIX = "PDCOORD_"
@@ -37,6 +38,8 @@ class GatewaySettings(BaseSettings):
             metrics port.
         reload_interval_s: how often the files are looked at; SIGHUP does it at once.
         decisions_max: decisions kept for GET /decisions.
+        tokenizer_threads: prompts tokenized at a time, where a policy names a tokenizer's file.
+        tokenizer_cache_bytes_max: tokens of recent prompts kept, per tokenizer.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
@@ -62,6 +65,9 @@ class GatewaySettings(BaseSettings):
     scrape_backoff_s_max: Annotated[float, Field(gt=0, le=300)] = 2.0
     scrape_concurrent_max: Annotated[int, Field(ge=1, le=1_024)] = 64
     paths_interval_s: Annotated[float, Field(ge=0.02, le=3_600)] = 2.0
+
+    tokenizer_threads: Annotated[int, Field(ge=1, le=64)] = 2
+    tokenizer_cache_bytes_max: Annotated[int, Field(ge=0, le=1 << 34)] = 64 << 20
 
     drain_notice_s: Annotated[float, Field(ge=0, le=3_600)] = 0.0
     drain_s: Annotated[float, Field(ge=0, le=3_600)] = 30.0
@@ -97,6 +103,10 @@ class GatewaySettings(BaseSettings):
             backoff_s_max=self.scrape_backoff_s_max,
             concurrent_max=self.scrape_concurrent_max,
         )
+
+    def token_limits(self) -> TokenLimits:
+        """Bounds on tokenizing prompts."""
+        return TokenLimits(threads=self.tokenizer_threads, cache_bytes_max=self.tokenizer_cache_bytes_max)
 
     def paths_limits(self) -> ScrapeLimits:
         """How sidecars are asked about their paths: as endpoints are scraped, at an interval of its own."""

@@ -15,7 +15,13 @@ from pdcoord.sim.emulator_edge import close_idle_as_vllm_does, run_while_connect
 from pdcoord.sim.emulator_generate import ANSWER_S_MAX, SERVED_BY, Mishaps, Run, refusal
 from pdcoord.sim.emulator_host import Answer, EngineHost, Mailbox
 from pdcoord.sim.emulator_metrics import CONTENT_TYPE
-from pdcoord.sim.emulator_pooling import detokenize, pooling_answer, pooling_prompts, tokenize
+from pdcoord.sim.emulator_pooling import (
+    detokenize,
+    pooling_answer,
+    pooling_prompts,
+    rendered,
+    tokenize,
+)
 from pdcoord.sim.emulator_shapes import Answering, ChatShape, CompletionShape, Shape, error_body
 from pdcoord.sim.emulator_shapes_other import MessagesShape, ResponsesShape
 from pdcoord.sim.emulator_state import state_of
@@ -38,6 +44,8 @@ _ID_LENGTH_MAX = 256
 VERSIONS = {EngineKind.VLLM: "0.32.0", EngineKind.SGLANG: "0.5.23"}
 FAULTS_PATH = "/emulator/faults"
 STATE_PATH = "/emulator/state"
+RENDER_SUFFIX = "/render"
+"""Behind a generating call's path: what vLLM serves with --enable-scale-out."""
 
 
 class Engine(Protocol):
@@ -99,6 +107,8 @@ class Api:
                     await self._call(path, scope["headers"], receive, send)
                 finally:
                     self._in_flight -= 1
+            elif method == "POST" and path.removesuffix(RENDER_SUFFIX) in _SHAPES:
+                await self._render(path.removesuffix(RENDER_SUFFIX), scope["headers"], receive, send)
             else:
                 await self._plain(path, method, receive, send)
         except ClientGoneError:
@@ -153,6 +163,15 @@ class Api:
             await run_while_connected(receive, answer(receive, send))
         finally:
             run.close()
+
+    async def _render(
+        self, path: str, headers: list[tuple[bytes, bytes]], receive: Receive, send: Send
+    ) -> None:
+        raw = await read_body(receive, bytes_max=BODY_BYTES_MAX, timeout_s=_BODY_S_MAX)
+        settings = self._engine.host.model.settings
+        generation = read_generation(read_call(path, raw, settings), headers, settings)
+        body = rendered(path, [prompt.ids for prompt in generation.prompts], _request_id(headers))
+        await send_json(send, 200, msgspec.json.encode(body), self._served_by())
 
     async def _strike(self, receive: Receive) -> bool:
         """Let a failure befall the call before anything is computed; whether one did."""

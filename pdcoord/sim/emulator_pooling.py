@@ -1,8 +1,9 @@
-"""Calls that need no decode: embeddings, rerank, score, tokenize and detokenize, in vLLM 0.32's forms."""
+"""Calls without a decode: embeddings, rerank, score, render, tokenize, detokenize, in vLLM 0.32's forms."""
 
 import base64
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import xxhash
@@ -74,6 +75,15 @@ def tokenize(call: Call, context_tokens_max: int) -> Body:
     ids = text.encode(render(call) if prompt is None else prompt)
     strings = [text.decode([each]) for each in ids] if call.body.get("return_token_strs") is True else None
     return {"count": len(ids), "max_model_len": context_tokens_max, "tokens": ids, "token_strs": strings}
+
+
+def rendered(path: str, prompts: Sequence[Sequence[int]], request_id: str) -> Body | list[Body]:
+    """The answer of /render behind a generating call's path: one request, or one for each prompt."""
+    requests: list[Body] = [
+        {"request_id": request_id, "token_ids": list(ids), "features": None, "sampling_params": {}}
+        for ids in prompts
+    ]
+    return requests if path == "/v1/completions" else requests[0]
 
 
 def detokenize(call: Call) -> Body:

@@ -10,13 +10,15 @@ from pdcoord.core.costs import SpeedFigures
 from pdcoord.core.fleet import EngineKind, Role
 from pdcoord.policy.errors import KeyPath, PolicyError, Problem
 from pdcoord.policy.poolschema import LayoutSpec, SpeedSpec
-from pdcoord.policy.values import ApiVersion, GbitPerS, Name, ServedName, Spec
+from pdcoord.policy.values import ApiVersion, GbitPerS, Labels, Name, ServedName, Spec
 from pdcoord.policy.yamltext import FaultsError, read_documents, validate
 from pdcoord.sim.profiles import PROFILES, Profile
 from pdcoord.sim.settings import EngineSettings, LoadFailurePolicy
 from transfer.layout import KvLayout
 from transfer.verdict import Connector, tiling_fault
 
+ENGINES_MAX = 1_024
+"""Engines of one fleet."""
 AnyPort = Annotated[int, Field(ge=0, le=65_535)]
 """A port to listen on; 0 lets the kernel pick one."""
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -29,9 +31,22 @@ Host = Annotated[
 
 
 class EngineSpec(Spec):
-    """One emulated engine."""
+    """One emulated engine, or several alike."""
 
     name: Name = Field(description="Unique in the file.")
+    count: int | None = Field(
+        default=None,
+        ge=1,
+        le=ENGINES_MAX,
+        description="Engines alike, name-0, name-1 and so on, each port one higher than the last's.",
+    )
+    labels: Labels = Field(default={}, description="As a pod's: what a simulated policy's selectors match.")
+    cost_per_hour: float | None = Field(
+        default=None,
+        ge=0,
+        le=1e6,
+        description="Of one engine, in any one currency: what advice reckons with.",
+    )
     profile: str = Field(
         description="Speeds, memory, layout and link: a name of pdcoord.sim.profiles.",
         json_schema_extra={"x-expected": "one of " + ", ".join(PROFILES)},
@@ -164,6 +179,17 @@ class EngineSpec(Spec):
             return [(("kv_port",), f"is set, but {fault}")]
         return []
 
+    def each(self) -> list["EngineSpec"]:
+        """The engines that this stands for."""
+        if self.count is None:
+            return [self]
+        engines = []
+        for number in range(self.count):
+            ports = {key: port + number for key in _PORT_KEYS if (port := getattr(self, key))}
+            changes: dict[str, object] = {"name": f"{self.name}-{number}", "count": None, **ports}
+            engines.append(self.model_copy(update=changes))
+        return engines
+
     def _layout(self, profile: Profile) -> KvLayout:
         if self.layout is None:
             return profile.layout
@@ -241,41 +267,73 @@ class EmulatedFleet(Spec):
     admin: AdminSpec | None = Field(
         default=None, description="Faults and state of every engine in one place."
     )
-    engines: tuple[EngineSpec, ...] = Field(min_length=1, max_length=1024, description="The engines.")
+    engines: tuple[EngineSpec, ...] = Field(
+        min_length=1, max_length=ENGINES_MAX, description="The engines; once read, one for each of a count."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        faults = [*_name_faults(self), *_port_faults(self)]
+        written = [(index, engine) for index, spec in enumerate(self.engines) for engine in spec.each()]
+        faults = [*_count_faults(self, len(written)), *_name_faults(written), *_port_faults(self, written)]
         if faults:
             raise FaultsError(faults)
+        # The class is frozen for whoever reads it; this is still its making.
+        self.__dict__["engines"] = tuple(engine for _, engine in written)
         return self
 
 
-def _name_faults(fleet: EmulatedFleet) -> list[tuple[KeyPath, str]]:
-    names = [engine.name for engine in fleet.engines]
-    return [
-        (("engines", index, "name"), f'is "{name}", which engines[{names.index(name)}] has; rename one')
-        for index, name in enumerate(names)
-        if names.index(name) != index
-    ]
+Written = list[tuple[int, EngineSpec]]
+"""Every engine with the index of the entry that it stands in."""
 
 
-_PORT_KEYS = ("port", "side_channel_port", "bootstrap_port", "kv_events_port", "kv_events_replay_port")
+def _count_faults(fleet: EmulatedFleet, total: int) -> list[tuple[KeyPath, str]]:
+    if total <= ENGINES_MAX:
+        return []
+    index = max(range(len(fleet.engines)), key=lambda index: fleet.engines[index].count or 1)
+    message = f"makes {total} engines of the fleet, expected at most {ENGINES_MAX} in all"
+    return [(("engines", index, "count"), message)]
 
 
-def _port_faults(fleet: EmulatedFleet) -> list[tuple[KeyPath, str]]:
+def _name_faults(written: Written) -> list[tuple[KeyPath, str]]:
+    faults: list[tuple[KeyPath, str]] = []
+    owners: dict[str, int] = {}
+    for index, engine in written:
+        owner = owners.setdefault(engine.name, index)
+        if owner != index:
+            message = f'is "{engine.name}", which engines[{owner}] has; rename one'
+            faults.append((("engines", index, "name"), message))
+    return faults
+
+
+_PORT_KEYS = (
+    "port",
+    "side_channel_port",
+    "bootstrap_port",
+    "kv_events_port",
+    "kv_events_replay_port",
+    "kv_port",
+)
+_PORT_MAX = 65_535
+
+
+def _port_faults(fleet: EmulatedFleet, written: Written) -> list[tuple[KeyPath, str]]:
     faults: list[tuple[KeyPath, str]] = []
     taken: dict[tuple[str, int], str] = {}
     if fleet.admin is not None and fleet.admin.port:
         taken[fleet.admin.host, fleet.admin.port] = "admin.port"
-    for index, engine in enumerate(fleet.engines):
+    for number, (index, engine) in enumerate(written):
         for key in _PORT_KEYS:
             port = getattr(engine, key)
             if not port:
                 continue
-            owner = taken.setdefault((engine.host, port), f"engines[{index}].{key}")
-            if owner != f"engines[{index}].{key}":
-                faults.append((("engines", index, key), f"is {port}, which {owner} has; change one"))
+            mine = f"{number} engines[{index}].{key}"
+            owner = taken.setdefault((engine.host, port), mine)
+            if owner != mine:
+                other = owner.partition(" ")[2] or owner
+                faults.append((("engines", index, key), f"is {port}, which {other} has; change one"))
+            if port > _PORT_MAX:
+                message = f"reaches {port} with its count, expected at most {_PORT_MAX}"
+                faults.append((("engines", index, key), message))
     return faults
 
 

@@ -1,6 +1,6 @@
 """What a simulation runs, drawn from one seed: a fleet, its traffic, and what goes wrong."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from random import Random
 
@@ -15,7 +15,7 @@ from pdcoord.core.fleet import (
     PoolName,
     Role,
 )
-from pdcoord.core.model import Disaggregation, Fallback, Model, Slo, SplitMode
+from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, Model, Slo, SplitMode
 from pdcoord.protocol.headers import HostPort
 from pdcoord.sim.settings import EngineSettings, LoadFailurePolicy
 from transfer.layout import KvDtype, KvLayout, Order
@@ -30,6 +30,7 @@ class FaultKind(StrEnum):
 
     KILL = "kill"
     CUT = "cut"
+    CUT_KV = "cut-kv"
     SLOW_LINK = "slow-link"
     DRAIN = "drain"
     POLICY = "policy"
@@ -63,6 +64,9 @@ class Arrival:
     output_tokens: int
     choice_count: int
     leaves_after_s: float | None
+    tenant: str = ""
+    priority: int = 0
+    slo: Slo = field(default_factory=Slo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,34 @@ def draw(seed: int, *, request_count: int = 60) -> Scenario:
     settings = {endpoint.id: _settings(rng, endpoint) for endpoint in endpoints}
     arrivals = _arrivals(rng, request_count)
     faults = _faults(rng, endpoints, arrivals[-1].at_s)
+    # Drawn last and apart, so that a seed stands for the same fleet, traffic and trouble as without.
+    model, arrivals = _with_admission(Random(seed + 2), model, arrivals)  # noqa: S311 - as above
     return Scenario(seed, model, endpoints, settings, arrivals, faults)
+
+
+def _with_admission(
+    rng: Random, model: Model, arrivals: tuple[Arrival, ...]
+) -> tuple[Model, tuple[Arrival, ...]]:
+    """Rules of admission, and tenants, classes and objectives to try them; in half of all runs neither."""
+    if rng.random() < 0.5:
+        return model, arrivals
+    rules = AdmissionRules(
+        queue_s_max=rng.choice([0.0, 0.05, 0.5]),
+        wait_s_max=rng.choice([0.0, 0.3, 5.0]),
+        requests_max=rng.choice([2, 10, 1_000]),
+        deadline_excess_max=rng.choice([0.0, 0.5]),
+        low_share_min=rng.choice([0.0, 0.2]),
+    )
+    asked = tuple(
+        replace(
+            arrival,
+            tenant=rng.choice(["", "flood", "flood", "flood", "small"]),
+            priority=rng.choice([0, 0, 0, 10, -1]),
+            slo=Slo(ttft_s=rng.choice([None, None, 0.1, 1.0])),
+        )
+        for arrival in arrivals
+    )
+    return replace(model, admission=rules), asked
 
 
 def _pools(rng: Random, engine: EngineKind) -> tuple[Pool, ...]:

@@ -18,6 +18,7 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    TimePassed,
     Wait,
 )
 from pdcoord.core.fleet import (
@@ -35,7 +36,7 @@ from pdcoord.core.request import Request, RequestId
 from pdcoord.protocol.errors import RefuseReason, RungReason
 from pdcoord.protocol.plans import Mode
 from pdcoord.sim import messages as m
-from pdcoord.sim.loop import VirtualLoop
+from pdcoord.sim.loop import Timer, VirtualLoop
 from pdcoord.sim.scenario import MODEL_SEED, Arrival, Fault, FaultKind, Scenario
 from pdcoord.sim.tokens import answer_token, mix, pack_ids, prompt_digest
 from pdcoord.sim.virtual_engines import VirtualEngines
@@ -65,6 +66,7 @@ class Result:
     rungs: Counter[RungReason] = field(default_factory=Counter)
     refusals: Counter[RefuseReason] = field(default_factory=Counter)
     dispatch_count: int = 0
+    wait_count: int = 0
 
 
 class Simulation:
@@ -79,7 +81,8 @@ class Simulation:
         self.engines = VirtualEngines(self.loop, rng)
         self._endpoints = {endpoint.id: endpoint for endpoint in scenario.endpoints}
         self._draining: set[EndpointId] = set()
-        self._calls: list[_Call] = []
+        self._calls: dict[RequestId, _Call] = {}
+        self._wake: Timer | None = None
 
     def run(self) -> Result:
         """Run to the end.
@@ -95,7 +98,7 @@ class Simulation:
         self._scrape(end_s)
         for index, arrival in enumerate(self.scenario.arrivals):
             call = _Call(self, RequestId(f"r{index}"), arrival)
-            self._calls.append(call)
+            self._calls[call.id] = call
             self.loop.at(arrival.at_s, call.begin)
         for fault in self.scenario.faults:
             self.loop.at(fault.at_s, partial(self._strike, fault))
@@ -103,14 +106,23 @@ class Simulation:
         self._check_end()
         return self.result
 
-    def tell(self, event: Event) -> list[Action]:
-        """Pass an event to the coordinator, and check the plans that come of it."""
+    def tell(self, event: Event) -> None:
+        """Pass an event to the coordinator, check the plans that come of it, and pass those on."""
         actions = self.coordinator.handle(event, self.loop.now_s)
         self.coordinator.validate()
         for action in actions:
             if isinstance(action, Dispatch):
                 self._check_plan(action.plan)
-        return actions
+        self._set_timer()
+        for action in actions:
+            self._calls[action.id].act(action)
+
+    def _set_timer(self) -> None:
+        """Have the coordinator look at those who wait when it wants to."""
+        next_s = self.coordinator.next_event_s()
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = None if next_s is None else self.loop.at(next_s, lambda: self.tell(TimePassed()))
 
     def _scrape(self, end_s: float) -> None:
         for endpoint in self._endpoints.values():
@@ -132,6 +144,8 @@ class Simulation:
                 self.engines.kill(endpoint.address)
             case FaultKind.CUT:
                 self.engines.cut(endpoint.address, other.address)
+            case FaultKind.CUT_KV:
+                self.engines.cut_kv(endpoint.address, other.address)
             case FaultKind.SLOW_LINK:
                 self.engines.slow_link(endpoint.address, 0.01)
             case FaultKind.DRAIN:
@@ -147,7 +161,7 @@ class Simulation:
             case FaultKind.KILL:
                 if not self.engines.is_alive(endpoint.address):
                     self.engines.start(endpoint.address)
-            case FaultKind.CUT:
+            case FaultKind.CUT | FaultKind.CUT_KV:
                 self.engines.mend(endpoint.address, other.address)
             case FaultKind.SLOW_LINK:
                 self.engines.slow_link(endpoint.address, 1.0)
@@ -174,7 +188,7 @@ class Simulation:
                 raise CheckError(f"{plan.request_id}: {prefill.id} cannot feed {plan.decode.id}: {verdict}")
 
     def _check_end(self) -> None:
-        not_once = [call.id for call in self._calls if call.end_count != 1]
+        not_once = [call.id for call in self._calls.values() if call.end_count != 1]
         if not_once:
             raise CheckError(f"requests that did not end exactly once: {not_once}")
         if self.coordinator.ledger.open_count or self.coordinator.live_count:
@@ -198,7 +212,8 @@ class _Call:
         self._simulation = simulation
         self._arrival = arrival
         self._handoff: VirtualHandoff | None = None
-        self._is_dispatched = False
+        self._is_live = False
+        self._is_waiting = False
 
     def begin(self) -> None:
         arrival = self._arrival
@@ -215,23 +230,34 @@ class _Call:
             block_tokens=model.prefix_block_tokens,
             output_tokens_max=arrival.output_tokens,
             choice_count=arrival.choice_count,
+            tenant=arrival.tenant,
+            priority=arrival.priority,
+            slo=arrival.slo,
         )
         if arrival.leaves_after_s is not None:
             self._simulation.loop.after(arrival.leaves_after_s, self._leave)
-        self._act(self._simulation.tell(RequestArrived(request)))
+        self._simulation.tell(RequestArrived(request))
 
-    def _act(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Dispatch(plan):
-                    self._is_dispatched = True
-                    self._send(plan)
-                case Wait():
-                    pass
-                case Refuse(_, refusal):
-                    self._simulation.result.refusals[refusal.reason] += 1
-                    self._is_dispatched = False
-                    self._count_end(Outcome.REFUSED)
+    def act(self, action: Action) -> None:
+        """Do what the coordinator says of this call.
+
+        Raises:
+            CheckError: if it was told so already.
+        """
+        if self.end_count or (self._is_live and not self._is_waiting and isinstance(action, Wait)):
+            raise CheckError(f"{self.id}: {type(action).__name__} comes too late")
+        self._is_waiting = isinstance(action, Wait)
+        match action:
+            case Dispatch(plan):
+                self._is_live = True
+                self._send(plan)
+            case Wait():
+                self._is_live = True
+                self._simulation.result.wait_count += 1
+            case Refuse(_, refusal):
+                self._simulation.result.refusals[refusal.reason] += 1
+                self._is_live = False
+                self._count_end(Outcome.REFUSED)
 
     def _send(self, plan: Plan) -> None:
         simulation = self._simulation
@@ -248,7 +274,7 @@ class _Call:
 
     def _decode_unreachable(self) -> None:
         if not self.end_count:
-            self._act(self._simulation.tell(DecodeFailed(self.id, RungReason.DECODE_UNREACHABLE)))
+            self._simulation.tell(DecodeFailed(self.id, RungReason.DECODE_UNREACHABLE))
 
     def _hear(self, reply: Reply) -> None:
         if self.end_count:
@@ -264,8 +290,7 @@ class _Call:
                 if reason is None and status < 500:
                     self._end(Outcome.CLIENT_ERROR)
                 else:
-                    failed = DecodeFailed(self.id, RungReason.DECODE_ERROR, served)
-                    self._act(simulation.tell(failed))
+                    simulation.tell(DecodeFailed(self.id, RungReason.DECODE_ERROR, served))
             case Ended(tokens, is_whole):
                 self._check_answer(tokens, is_whole=is_whole)
                 self._end(Outcome.OK if is_whole else Outcome.UPSTREAM_ERROR)
@@ -273,15 +298,15 @@ class _Call:
     def _leave(self) -> None:
         if self.end_count:
             return
-        handoff, dispatched = self._handoff, self._is_dispatched
-        if dispatched:
+        handoff = self._handoff
+        if self._is_live:
             self._end(Outcome.CLIENT_GONE)
         if handoff is not None:
             handoff.leave()
 
     def _end(self, outcome: Outcome) -> None:
-        self._simulation.tell(RequestEnded(self.id, outcome))
         self._count_end(outcome)
+        self._simulation.tell(RequestEnded(self.id, outcome))
 
     def _count_end(self, outcome: Outcome) -> None:
         self.end_count += 1

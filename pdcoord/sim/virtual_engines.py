@@ -45,6 +45,7 @@ class VirtualEngines:
 
     Attributes:
         cuts: (prefill, decode) addresses between which nothing passes.
+        kv_cuts: those between which no KV passes, while their sidecars hear each other.
     """
 
     def __init__(self, loop: VirtualLoop, rng: Random) -> None:
@@ -53,6 +54,7 @@ class VirtualEngines:
         self._nodes: dict[HostPort, _Node] = {}
         self._pulls: dict[str, tuple[HostPort, HostPort]] = {}
         self.cuts: set[tuple[HostPort, HostPort]] = set()
+        self.kv_cuts: set[tuple[HostPort, HostPort]] = set()
 
     def add(self, address: HostPort, settings: EngineSettings) -> None:
         self._nodes[address] = _Node(address, settings)
@@ -96,7 +98,16 @@ class VirtualEngines:
         if model is None:
             return None
         self._pass(address, m.Tick())
-        return Sample(model.running_count, model.waiting_count, model.pool.usage, self._loop.now_s)
+        settings = model.settings
+        return Sample(
+            model.running_count,
+            model.waiting_count,
+            model.pool.usage,
+            self._loop.now_s,
+            kv_tokens=settings.block_total * settings.layout.block_tokens,
+            failed_pulls=model.counters.failed_transfers,
+            pulled_tokens=model.counters.external_hit_tokens,
+        )
 
     def submit(self, address: HostPort, request: m.EngineRequest, listener: Listener) -> None:
         """Send a request; the listener hears of it until its end, or until `abort`."""
@@ -165,7 +176,7 @@ class VirtualEngines:
     ) -> None:
         producer = effect.address
         model = self._nodes[producer].model
-        is_cut = model is None or (producer, consumer) in self.cuts
+        is_cut = model is None or (producer, consumer) in self.kv_cuts
         match effect:
             case m.AskHandshake():
                 if model is None or is_cut:
@@ -211,6 +222,11 @@ class VirtualEngines:
     def cut(self, producer: HostPort, consumer: HostPort) -> None:
         """Nothing passes between these two any more; pulls under way break."""
         self.cuts.add((producer, consumer))
+        self.cut_kv(producer, consumer)
+
+    def cut_kv(self, producer: HostPort, consumer: HostPort) -> None:
+        """No KV passes between these two any more; pulls under way break."""
+        self.kv_cuts.add((producer, consumer))
         for pull_id, pair in list(self._pulls.items()):
             if pair == (consumer, producer):
                 del self._pulls[pull_id]
@@ -219,6 +235,7 @@ class VirtualEngines:
 
     def mend(self, producer: HostPort, consumer: HostPort) -> None:
         self.cuts.discard((producer, consumer))
+        self.kv_cuts.discard((producer, consumer))
 
     def slow_link(self, address: HostPort, factor: float) -> None:
         """The engine's NIC runs at this share of its speed; 1.0 heals it."""

@@ -7,6 +7,7 @@ import pytest
 
 from pdcoord.core.events import Outcome
 from pdcoord.core.model import LegOrder
+from pdcoord.protocol.errors import RefuseReason
 from pdcoord.protocol.plans import Mode
 from pdcoord.sim.scenario import draw
 from pdcoord.sim.simulation import Result, Simulation
@@ -49,3 +50,7 @@ def test_the_seeds_reach_what_they_are_for() -> None:
     assert modes == set(Mode)
     assert {Outcome.OK, Outcome.CLIENT_GONE, Outcome.REFUSED, Outcome.UPSTREAM_ERROR} <= outcomes
     assert len(reasons) >= 5, reasons
+    refusals = {reason for result in results for reason in result.refusals}
+    shed = {RefuseReason.QUEUE_FULL, RefuseReason.WAITED_TOO_LONG, RefuseReason.DEADLINE, RefuseReason.SHED}
+    assert shed <= refusals, refusals
+    assert sum(result.wait_count for result in results) >= 50

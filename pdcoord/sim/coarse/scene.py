@@ -46,7 +46,10 @@ class Scene:
         scrape_interval_s: between two samples of one engine.
         signal_age_s: how old a sample is when a router hears of it.
         troubles: in any order.
-        sheds_after_s: a call that has not begun after this long leaves; None if clients wait for ever.
+        sheds_after_s: a call that has not begun after this long leaves and has failed; None if clients
+            wait for ever.
+        prefill_s_max: longest wait for one prefill leg's answer, as a plan's prefill_deadline_s.
+        transfer_s_max: longest wait from then to the first token, as a plan's transfer_deadline_s.
     """
 
     places: Sequence[Place]
@@ -55,3 +58,5 @@ class Scene:
     signal_age_s: float = 0.0
     troubles: Sequence[Trouble] = ()
     sheds_after_s: float | None = None
+    prefill_s_max: float = 60.0
+    transfer_s_max: float = 20.0

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+OURS = "pdcoord"
+"""What our own router is called in results, tables and plots."""
+
 
 class Fate(StrEnum):
     """How a simulated call ended; closed."""

@@ -2,10 +2,11 @@
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdcoord.core.blocks import PROMPT_BLOCKS_MAX, block_keys
+from pdcoord.core.blocks import PROMPT_BLOCKS_MAX, block_keys, token_keys
 
 prompts = st.binary(max_size=200)
 sizes = st.integers(1, 32)
@@ -60,3 +61,39 @@ def test_a_prompt_without_end_is_hashed_to_a_bound() -> None:
 def test_keys_are_the_same_in_every_process() -> None:
     # Replicas of the coordinator must agree, and recorded runs must replay.
     assert keys(b"abcdefgh", 4) == (0xBF1818C7AFA45EC4, 0x1170085950BFF3F8)
+
+
+tokens = st.lists(st.integers(0, 2**32 - 1), max_size=60)
+
+
+@given(tokens, tokens, sizes)
+def test_token_keys_agree_as_long_as_the_blocks_do(one: list[int], two: list[int], size: int) -> None:
+    first = token_keys(one, model="m", block_tokens=size)
+    second = token_keys(one[: size * 2] + two, model="m", block_tokens=size)
+    assert len(first) == len(one) // size
+    for index, (mine, other) in enumerate(zip(first, second, strict=False), 1):
+        is_same = one[: index * size] == (one[: size * 2] + two)[: index * size]
+        assert (mine == other) == is_same
+
+
+def test_token_keys_are_of_their_model_salt_and_adapter_alone() -> None:
+    triples = [
+        ("m", "", ""),
+        ("m", "a", ""),
+        ("m", "", "a"),
+        ("ma", "", ""),
+        ("m", "1:a\0", ""),
+        ("m", "a", "a"),
+    ]
+    found = {
+        token_keys([1, 2], model=model, cache_salt=salt, lora=lora, block_tokens=1)
+        for model, salt, lora in triples
+    }
+    assert len(found) == len(triples)
+    assert len(token_keys([0] * (PROMPT_BLOCKS_MAX + 9), model="m", block_tokens=1)) == PROMPT_BLOCKS_MAX
+
+
+@pytest.mark.parametrize("token", [-1, 2**32])
+def test_a_token_id_out_of_range_is_refused(token: int) -> None:
+    with pytest.raises(OverflowError):
+        token_keys([token], model="m", block_tokens=1)

@@ -12,6 +12,7 @@ from pdcoord.core.blocks import block_keys
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.costs import PathFigures, SpeedFigures
 from pdcoord.core.events import (
+    Action,
     DecodeFailed,
     Dispatch,
     ModelsReplaced,
@@ -21,6 +22,8 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    TimePassed,
+    Wait,
 )
 from pdcoord.core.fleet import (
     Endpoint,
@@ -39,7 +42,7 @@ from pdcoord.core.fleet import (
     SampleFailed,
     SampleTaken,
 )
-from pdcoord.core.model import Disaggregation, Fallback, LegOrder, Model, Slo, SplitMode
+from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, LegOrder, Model, Slo, SplitMode
 from pdcoord.core.paths import BreakerState
 from pdcoord.core.plan import DropReason, Plan, Why
 from pdcoord.core.probes import Probe
@@ -71,7 +74,8 @@ def pool(name: str, role: Role, side: Side | None = None, **changes: object) -> 
 
 
 P, D = pool("p", Role.PREFILL), pool("d", Role.DECODE)
-MODEL = Model(M, (P, D), aliases=("alias",))
+# Nobody waits in these stories: who does, and for how long, is told in test_admission.py.
+MODEL = Model(M, (P, D), aliases=("alias",), admission=AdmissionRules(wait_s_max=0.0))
 KEYS = block_keys(b"a prompt " * 2_000, model="m", cache_salt="", block_bytes=256)
 
 
@@ -211,7 +215,7 @@ def test_an_empty_fleet_says_so_and_when_to_come_back() -> None:
     assert (found.reason, found.retry_after_s) == (RefuseReason.NO_ENDPOINTS, 1)
 
 
-def test_a_full_fleet_is_saturated() -> None:
+def test_a_full_fleet_is_saturated_where_nobody_may_wait() -> None:
     story = Story(prefills=0, decodes=0)
     story.ready(endpoint(pool("d", Role.DECODE, limits=PoolLimits(in_flight_max=1)), 0))
     story.plan("a")
@@ -285,11 +289,11 @@ def test_what_a_sidecar_gave_up_opens_the_path_and_a_probe_closes_it() -> None:
         assert plan.prefill is not None
         story.begin(f"r{index}", colocated(gave_up(plan.prefill.address)))
         story.end(f"r{index}")
-        story.coordinator.prefix.forget(1)
+        story.coordinator.prefixes.forget(1)
     plan = story.plan("outage")
     assert (plan.mode, plan.why, plan.is_outage) == (Mode.COLOCATED, Why.NO_OPEN_PATH, True)
     story.end("outage")
-    story.coordinator.prefix.forget(1)
+    story.coordinator.prefixes.forget(1)
 
     story.now_s = 1.0
     probe = story.plan("probe")
@@ -351,7 +355,7 @@ def test_another_process_under_the_same_name_is_not_blamed_for_the_old_one() -> 
     assert story.coordinator.paths.breaker_count == 0
     state = story.coordinator.fleet.get(plan.prefill.id)
     assert state is not None
-    assert state.ordinal not in story.coordinator.prefix.match(KEYS)
+    assert state.ordinal not in story.coordinator.prefixes.approximate.match(KEYS)
 
 
 def test_another_process_under_the_same_name_is_not_praised_for_the_old_one() -> None:
@@ -633,6 +637,13 @@ models = st.builds(
     ),
     fallback=fallbacks,
     slo=st.builds(Slo, st.sampled_from([None, 0.5]), st.sampled_from([None, 0.02])),
+    admission=st.builds(
+        AdmissionRules,
+        queue_s_max=st.sampled_from([0.0, 0.1, 2.0]),
+        wait_s_max=st.sampled_from([0.0, 0.5, 30.0]),
+        requests_max=st.sampled_from([1, 3, 1_000]),
+        low_share_min=st.sampled_from([0.0, 0.5]),
+    ),
     prefix_blocks_per_endpoint_max=st.sampled_from([8, 1_000]),
 )
 # By index: to print a strategy that holds them all takes longer than the test.
@@ -660,6 +671,9 @@ asks = st.builds(
     is_splittable=st.sampled_from([True, True, True, True, True, False]),
     is_generative=st.sampled_from([True, True, True, True, True, False]),
     is_prompt_counted=st.booleans(),
+    tenant=st.sampled_from(["", "a", "b"]),
+    priority=st.sampled_from([0, 0, 0, 5, -1]),
+    slo=st.builds(Slo, st.sampled_from([None, None, 0.5])),
 )
 
 
@@ -677,6 +691,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         self.requests: dict[RequestId, Request] = {}
         self.failed: dict[RequestId, set[EndpointId]] = {}
         self.begun: set[RequestId] = set()
+        self.waiting: set[RequestId] = set()
 
     @initialize(model=models, listed=st.sets(indexes, min_size=3) | st.just({0, 1, 2, 6, 7, 8}))
     def start(self, model: Model, listed: set[int]) -> None:
@@ -686,13 +701,18 @@ class CoordinatorMachine(RuleBasedStateMachine):
             self.tell(SampleTaken(found.id, Sample(0, 0, 0.0, 0.0)))
             self.addresses[found.id] = found.address
 
-    def tell(self, event: object) -> list[Dispatch | Refuse]:
+    def tell(self, event: object, own: RequestId | None = None) -> list[Action]:
+        """What is said of the event's own request; of others there is only news for those who wait."""
         before = {name: self.states_of(name) for name in self.paths_in_trouble()}
         actions = self.coordinator.handle(event, self.now_s)  # type: ignore[arg-type]
         for action in actions:
             if isinstance(action, Dispatch):
-                self.check_plan(action.plan, before)
-        return actions
+                # Those who waited may go over a path that this event has closed.
+                self.check_plan(action.plan, before if action.id == own else {})
+            if action.id != own:
+                self.waiting.remove(action.id)
+                self.keep(action.id, [action])
+        return [action for action in actions if action.id == own]
 
     def paths_in_trouble(self) -> Iterable[tuple[EndpointId, EndpointId]]:
         names = [found.id for found in ENDPOINTS if found.id in self.coordinator.paths.troubled]  # type: ignore[operator]
@@ -799,6 +819,10 @@ class CoordinatorMachine(RuleBasedStateMachine):
     )
     def pass_time(self, new: Model | None, seconds: float, *, is_gone: bool) -> None:
         self.now_s += seconds
+        next_s = self.coordinator.next_event_s()
+        assert (next_s is not None) == bool(self.waiting)
+        if next_s is not None and next_s <= self.now_s:
+            self.tell(TimePassed())
         if new is not None:
             self.tell(ModelsReplaced(() if is_gone else (new, replace(new, name=N if new.name == M else M))))
 
@@ -810,12 +834,14 @@ class CoordinatorMachine(RuleBasedStateMachine):
             self.count += 1
             request = replace(one, id=RequestId(f"r{self.count}"))
             self.requests[request.id] = request
-            self.keep(request.id, self.tell(RequestArrived(request)))
+            self.keep(request.id, self.tell(RequestArrived(request), request.id))
 
-    def keep(self, name: RequestId, actions: list[Dispatch | Refuse]) -> None:
+    def keep(self, name: RequestId, actions: list[Action]) -> None:
         (action,) = actions
         if isinstance(action, Dispatch):
             self.plans[name] = action.plan
+        elif isinstance(action, Wait):
+            self.waiting.add(name)
         else:
             assert action.id == name
             self.plans.pop(name, None)
@@ -861,7 +887,16 @@ class CoordinatorMachine(RuleBasedStateMachine):
         served = None if is_plain else self.served(data, name, rungs, Mode.COLOCATED)
         if reason is RungReason.DECODE_UNREACHABLE:
             self.unfit |= {failed} & set(self.addresses)
-        self.keep(name, self.tell(DecodeFailed(name, reason, served)))
+        self.keep(name, self.tell(DecodeFailed(name, reason, served), name))
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def leave_the_queue(self, data: st.DataObject) -> None:
+        self.leave(data.draw(st.sampled_from(sorted(self.waiting))))
+
+    def leave(self, name: RequestId) -> None:
+        self.waiting.remove(name)
+        assert self.tell(RequestEnded(name, Outcome.CLIENT_GONE)) == []
 
     @precondition(lambda self: self.plans)
     @rule(data=st.data(), outcome=st.sampled_from(Outcome))
@@ -877,10 +912,13 @@ class CoordinatorMachine(RuleBasedStateMachine):
     @invariant()
     def accounts_agree(self) -> None:
         self.coordinator.validate()
-        assert self.coordinator.live_count == len(self.plans)
+        assert self.coordinator.live_count == len(self.plans) + len(self.waiting)
+        assert self.coordinator.admission.count == len(self.waiting)
         assert self.coordinator.paths.breaker_count <= len(self.addresses) ** 2
 
     def teardown(self) -> None:
+        while self.waiting:
+            self.leave(min(self.waiting))
         for name in sorted(self.plans):
             self.forget(name)
             self.tell(RequestEnded(name, Outcome.OK))
@@ -896,7 +934,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             self.tell(EndpointGone(name))
         self.coordinator.validate()
         assert self.coordinator.paths.breaker_count == self.coordinator.paths.probe_count == 0
-        assert self.coordinator.prefix.block_count == 0
+        assert self.coordinator.prefixes.approximate.block_count == 0
         assert list(ledger.loads()) == []
 
 

@@ -66,7 +66,7 @@ def test_reasons_of_speed_yield_where_nobody_serves_alone_and_the_others_do_not(
 
 
 def candidate(time_s: float, excess: float = 0.0, step_s: float = 0.0) -> Candidate:
-    figures = Figures(time_s - step_s, 0.0, 0.0, step_s, 0.0, excess, 0.0, 0, 0)
+    figures = Figures(time_s - step_s, 0.0, 0.0, step_s, 0.0, excess, 0.0, 0, 0, pace_s=step_s)
     return Candidate(Endpoint(EndpointId("e"), POOL, HostPort("h:1")), None, None, figures)
 
 
@@ -88,6 +88,18 @@ def candidate(time_s: float, excess: float = 0.0, step_s: float = 0.0) -> Candid
 )
 def test_a_split_must_save_more_than_the_noise(split: Candidate, together: Candidate, expected: Why) -> None:
     assert weigh(split, together, MODEL.disaggregation) is expected
+
+
+def test_pools_of_its_priority_outweigh_time_and_no_violation() -> None:
+    def unfit(made: Candidate, legs: int) -> Candidate:
+        return replace(made, figures=replace(made.figures, unfit=legs))
+
+    rules = MODEL.disaggregation
+    fast, slow = candidate(0.1), candidate(0.9)
+    assert weigh(slow, unfit(fast, 2), rules) is Why.SPLIT_PREFERRED
+    assert weigh(unfit(fast, 1), slow, rules) is Why.COLOCATED_PREFERRED
+    assert weigh(unfit(fast, 2), unfit(slow, 2), rules) is Why.SPLIT_FASTER
+    assert weigh(candidate(0.9, 0.5), unfit(fast, 2), rules) is Why.COLOCATED_FASTER
 
 
 @given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 2), st.floats(0, 2))

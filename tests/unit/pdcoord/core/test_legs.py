@@ -21,7 +21,7 @@ from pdcoord.core.fleet import (
     Role,
 )
 from pdcoord.core.ledger import Load
-from pdcoord.core.legs import OUTPUT_TOKENS_COUNTED_MAX, OUTPUT_TOKENS_GUESS, Leg, LegMaker
+from pdcoord.core.legs import OUTPUT_TOKENS_COUNTED_MAX, OUTPUT_TOKENS_GUESS, Conditions, Leg, LegMaker
 from pdcoord.core.request import Request, RequestId
 from pdcoord.core.speed import SeededSpeed
 from pdcoord.protocol.headers import HostPort
@@ -48,12 +48,14 @@ def state(ordinal: int, of: Pool) -> EndpointState:
 def maker(
     cached: Mapping[int, int], troubled: Container[EndpointId] = (), room: int = 4, request: Request = REQUEST
 ) -> LegMaker:
-    return LegMaker(request, cached, SeededSpeed(), room=room, troubled=troubled, now_s=NOW_S)
+    return LegMaker(
+        request, cached, SeededSpeed(), room=room, troubled=troubled, conditions=Conditions(NOW_S)
+    )
 
 
 def leg(role: Role, load: Load, others: int = 0, cached: int = 0, request: Request = REQUEST) -> Leg:
     of = pool(role)
-    fit = PoolFit(of, [(state(0, of), load, others)])
+    fit = PoolFit(of, [(state(0, of), load, others)], 1)
     (made,) = maker({0: cached}, request=request).legs(fit).legs
     return made
 
@@ -125,7 +127,7 @@ def test_of_idle_twins_those_whose_turn_it_is_stay_and_only_what_they_beat_is_le
     fits = [(state(index, of), load, others) for index, (load, others, _) in enumerate(endpoints)]
     cached = [tokens for _, _, tokens in endpoints]
     troubled_ids = {EndpointId(f"e{index}") for index in troubled}
-    made = maker(dict(enumerate(cached)), troubled_ids, room).legs(PoolFit(of, fits))
+    made = maker(dict(enumerate(cached)), troubled_ids, room).legs(PoolFit(of, fits, len(fits)))
     kept = {found.endpoint.id for found in made.legs}
     assert made.endpoint_count == len(endpoints)
     assert len(kept) == len(made.legs)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pdcoord.core.prefix import PrefixIndex
+from pdcoord.core.prefix import PrefixIndex, mark_depth
 from pdcoord.core.request import BlockKey
 
 # Chained keys: a prompt is a path in a small tree, and a key stands for the whole way to its node.
@@ -52,12 +52,22 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(keys=prompts)
     def look(self, keys: tuple[BlockKey, ...]) -> None:
-        assert self.index.match(keys) == match(self.held, keys)
+        found = match(self.held, keys)
+        assert self.index.match(keys) == found
+        for ordinal in (0, 1, 2, 63, 64, 200):
+            assert self.index.depth(ordinal, keys) == found.get(ordinal, 0)
 
     @invariant()
     def both_directions_agree(self) -> None:
         self.index.validate()
         assert self.index.block_count == len({key for blocks in self.held.values() for key in blocks})
+
+
+@given(st.sets(st.integers(0, 1_100), min_size=1, max_size=24), st.integers(1, 9))
+def test_every_ordinal_of_a_mask_is_marked(marked: set[int], depth: int) -> None:
+    found: dict[int, int] = {}
+    mark_depth(found, sum(1 << ordinal for ordinal in marked), depth)
+    assert found == dict.fromkeys(marked, depth)
 
 
 TestPrefixMachine = PrefixMachine.TestCase

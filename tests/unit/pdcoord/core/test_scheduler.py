@@ -28,12 +28,16 @@ from pdcoord.core.fleet import (
     Sample,
     SampleTaken,
 )
+from pdcoord.core.harm import Surroundings, harm
 from pdcoord.core.ledger import Entry, Ledger
 from pdcoord.core.model import Disaggregation, Fallback, Model, Slo, SplitMode
+from pdcoord.core.objective import Objective
 from pdcoord.core.paths import BreakerState, PathTable
 from pdcoord.core.plan import Candidate, DropReason, Figures, Why
 from pdcoord.core.prefix import PrefixIndex
+from pdcoord.core.prefixes import Prefixes
 from pdcoord.core.request import BlockKey, Request, RequestId
+from pdcoord.core.room import room_wait_s
 from pdcoord.core.scheduler import Choice, NoChoice, Scheduler
 from pdcoord.core.speed import SeededSpeed
 from pdcoord.protocol.errors import RungReason
@@ -61,7 +65,7 @@ class World:
     speed: SeededSpeed
 
     def choose(self) -> Choice | NoChoice:
-        scheduler = Scheduler(self.fleet, self.ledger, self.prefix, self.paths, self.speed)
+        scheduler = Scheduler(self.fleet, self.ledger, Prefixes(self.prefix), self.paths, self.speed)
         return scheduler.choose(self.request, self.model, self.excluded, self.now_s)
 
 
@@ -89,6 +93,7 @@ def random_pool(rng: random.Random, index: int, engine: EngineKind) -> Pool:
         link_bytes_per_s=rng.choice([1e9, *[1.25e10] * 5, 0.0]),
         cost_per_hour=rng.choice([0.0, 1.0, 4.0]),
         limits=PoolLimits(in_flight_max=rng.choice([4, 256, 256])),
+        priority_max=rng.choice([None, None, None, 0]),
     )
 
 
@@ -121,7 +126,8 @@ def random_world(seed: int) -> World:
             fleet.handle(EndpointSeen(endpoints[-1]))
             others = rng.choice([0, 1, 3]) if rng.random() < busy_share / 2 else 0
             if rng.random() < 0.95:
-                fleet.handle(SampleTaken(name, Sample(others, 0, 0.5, 0.0)))
+                usage, kv_tokens = rng.choice([0.5, 0.97, 1.0]), rng.choice([0, 100_000, 400_000])
+                fleet.handle(SampleTaken(name, Sample(others, 0, usage, 0.0, kv_tokens)))
             if rng.random() < 0.05:
                 fleet.handle(EndpointDraining(name))
             if rng.random() < 0.3:
@@ -179,6 +185,8 @@ class Reference:
         self.world = world
         matched = world.prefix.match(world.request.block_keys)
         most = max(0, world.request.prompt_tokens - 1)
+        self.objective = Objective(world.model)
+        self.room_s: dict[EndpointId, float] = {}
         self.cached = {o: min(n * world.request.block_tokens, most) for o, n in matched.items()}
         self.fit = [state for state in world.fleet.states() if self.is_fit(state)]
         self.decodes = [s for s in self.fit if s.endpoint.pool.can_decode]
@@ -197,20 +205,42 @@ class Reference:
         pool, load = endpoint.pool, world.ledger.load(endpoint.id)
         cached = self.cached.get(state.ordinal, 0)
         others = load.others(state.sample)
-        prefill_s = pool.speed.prefill_s(request.prompt_tokens - cached) if request.is_generative else 0.0
+        prefill_s = (
+            world.speed.prefill_s(endpoint, request.prompt_tokens - cached) if request.is_generative else 0.0
+        )
         queue_s, streams = load.pending_prefill_s(world.now_s), load.streaming_count
         if pool.can_decode:
             streams += others
         elif request.is_generative:
-            queue_s += others * pool.speed.prefill_s(request.prompt_tokens)
+            queue_s += others * world.speed.prefill_s(endpoint, request.prompt_tokens)
         batch, limit = load.decode_count + others + 1, pool.limits.in_flight_max
-        step_s = pool.speed.step_s(batch, load.context_tokens + request.prompt_tokens)
+        step_s = world.speed.step_s(endpoint, batch, load.context_tokens + request.prompt_tokens)
         output = min(256 if request.output_tokens_max is None else request.output_tokens_max, 1_024)
         cost = pool.cost_per_hour / 3600.0 * (prefill_s + output * step_s / limit)
-        excess = self.excess(queue_s + prefill_s + step_s, step_s)
         uncached = request.prompt_tokens - cached
-        stall_s = prefill_s * streams
-        return Figures(queue_s, prefill_s, 0.0, step_s, stall_s, excess, cost, uncached, cached)
+        room_s = room_wait_s(state.sample, load, uncached, output, step_s) if pool.can_decode else 0.0
+        pace_s = step_s / (1.0 - load.prefill_share(world.now_s)) if pool.can_decode else 0.0
+        met = Surroundings(queue_s, streams, step_s if pool.can_decode else 0.0, pace_s)
+        typical_s = world.ledger.typical_prefill_s
+        caused = harm(world.model.slo, prefill_s, met, typical_s, output)
+        self.room_s[endpoint.id] = max(room_s, queue_s)
+        excess = self.excess(max(queue_s, room_s) + prefill_s + step_s, pace_s) + caused
+        return Figures(
+            queue_s=queue_s,
+            prefill_s=prefill_s,
+            transfer_s=0.0,
+            step_s=step_s,
+            stall_s=prefill_s * streams,
+            slo_excess=excess,
+            cost=cost,
+            uncached_tokens=uncached,
+            cached_tokens=cached,
+            room_s=max(0.0, room_s - queue_s),
+            landing_tokens=uncached,
+            pace_s=pace_s,
+            harm=caused,
+            unfit=self.objective.unfit(max(queue_s, room_s) + prefill_s + step_s, pool),
+        )
 
     def pair_figures(self, worker: EndpointState, decode: EndpointState) -> Figures | None:
         """None where the pair may not carry this request."""
@@ -231,7 +261,8 @@ class Reference:
         moved = other.uncached_tokens * prefill_pool.kv_bytes_per_token
         ahead = max(world.ledger.load(s.endpoint.id).bytes_in_flight for s in (worker, decode))
         transfer_s = 0.002 + (moved + ahead) / bandwidth
-        excess = self.excess(own.queue_s + own.prefill_s + transfer_s + other.step_s, other.step_s)
+        ready_s, room_s = own.queue_s + own.prefill_s + transfer_s, self.room_s[decode.endpoint.id]
+        excess = self.excess(max(ready_s, room_s) + other.step_s, other.pace_s) + own.harm
         output_cost = other.cost - other.prefill_s * decode_pool.cost_per_hour / 3600.0
         return replace(
             own,
@@ -240,17 +271,21 @@ class Reference:
             slo_excess=excess,
             cost=own.prefill_s * prefill_pool.cost_per_hour / 3600.0 + output_cost,
             transfer_bytes=moved,
+            room_s=max(0.0, room_s - ready_s),
+            landing_tokens=other.uncached_tokens,
+            pace_s=other.pace_s,
+            unfit=self.objective.unfit(max(ready_s, room_s) + other.step_s, decode_pool, prefill_pool),
         )
 
-    def excess(self, ttft_s: float, step_s: float) -> float:
+    def excess(self, ttft_s: float, pace_s: float) -> float:
         slo = self.world.model.slo
-        parts = [(ttft_s, slo.ttft_s), (step_s, slo.tpot_s)]
+        parts = [(ttft_s, slo.ttft_s), (pace_s, slo.tpot_s)]
         return sum(max(0.0, value / bound - 1.0) for value, bound in parts if bound is not None)
 
-    def rank(self, figures: Figures) -> tuple[float, float]:
-        """What must be exact: the violation and the time, in steps of what counts as equal."""
+    def rank(self, figures: Figures) -> tuple[float, int, float]:
+        """What must be exact: the violation, the pools and the time, in steps of what counts as equal."""
         noise_s = self.world.model.disaggregation.saving_s_min or 1e-6
-        return figures.slo_excess // 0.01, figures.time_s // noise_s
+        return figures.slo_excess // 0.01, figures.unfit, figures.time_s // noise_s
 
     def alone(self) -> Iterator[tuple[EndpointState, Figures]]:
         for state in self.decodes:
@@ -276,9 +311,14 @@ def state_of(world: World, endpoint: Endpoint) -> EndpointState:
     return state
 
 
-def check_alone(world: World, reference: Reference, found: Candidate | None) -> None:
+def check_alone(world: World, reference: Reference, found: Candidate | None, *, is_outage: bool) -> None:
     everyone = list(reference.alone())
     assert (found is None) == (not everyone)
+    if is_outage:
+        # What others were to prefill goes where the KV pool has headroom, if that is anywhere.
+        usage_max = world.model.fallback.decode_kv_usage_max
+        roomy = [(s, f) for s, f in everyone if s.sample is not None and s.sample.kv_usage <= usage_max]
+        everyone = roomy or everyone
     if found is not None:
         expected = reference.own_figures(state_of(world, found.decode))
         assert found.prefill is None
@@ -327,7 +367,7 @@ def check(world: World) -> str:
     if found.best.prefill is None:
         split, alone = alone, found.best
     assert (found.best.prefill is not None) == found.why.startswith("split-")
-    check_alone(world, reference, alone)
+    check_alone(world, reference, alone, is_outage=found.is_outage)
     if together_why is not None and alone is not None:
         assert found.why is together_why
         assert split is None

@@ -90,3 +90,31 @@ def test_values_out_of_range_are_brought_into_it() -> None:
 @given(st.binary(max_size=400), st.integers(min_value=0, max_value=400))
 def test_any_bytes_are_read_without_an_error(noise: bytes, position: int) -> None:
     parse_sample(VLLM[:position] + noise + VLLM[position:], at_s=0.0)
+
+
+COUNTERS = b"""\
+vllm:num_requests_running 1
+vllm:num_requests_waiting 0
+vllm:cache_config_info{block_size="16",cache_dtype="auto",engine="0",num_gpu_blocks="27000"} 1.0
+vllm:prompt_tokens_by_source_total{engine="0",source="local_compute"} 900.0
+vllm:prompt_tokens_by_source_total{engine="0",source="external_kv_transfer"} 1425.0
+vllm:nixl_num_failed_transfers_total{engine="0"} 2.0
+vllm:pdcoord_failures_total{engine="0",kind="stale-epoch"} 3.0
+vllm:pdcoord_failures_total{engine="0",kind="staging-full"} 40.0
+"""
+
+
+def test_the_pools_size_and_the_counters_of_pulls() -> None:
+    sample = parse_sample(COUNTERS, at_s=0.0)
+    assert sample is not None
+    assert sample.kv_tokens == 432_000
+    assert sample.pulled_tokens == 1_425
+    # Overload is not a failure of the path.
+    assert sample.failed_pulls == 5
+
+
+def test_sglang_counts_pulls_that_failed() -> None:
+    text = SGLANG + b"sglang:max_total_num_tokens 500000.0\nsglang:num_transfer_failed_reqs_total 1.0\n"
+    sample = parse_sample(text, at_s=0.0)
+    assert sample is not None
+    assert (sample.kv_tokens, sample.failed_pulls, sample.pulled_tokens) == (500_000, 1, None)

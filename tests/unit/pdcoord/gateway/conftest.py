@@ -9,13 +9,13 @@ from typing import Any, Self
 import pytest
 
 from pdcoord.core.costs import SpeedFigures
-from pdcoord.core.events import Action, DecodeFailed, Dispatch, Event, Refuse, RequestArrived
+from pdcoord.core.events import Action, DecodeFailed, Dispatch, Event, Refuse, RequestArrived, Wait
 from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, ModelName, Pool, PoolName, Role
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Candidate, Figures, Plan, Rung, Why
 from pdcoord.core.request import RequestId
 from pdcoord.gateway.app import GatewayApp
-from pdcoord.gateway.ports import CallRecord, Limits
+from pdcoord.gateway.ports import CallRecord, Decided, Limits, Tokens
 from pdcoord.gateway.relay import Relay
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.protocol.headers import HostPort
@@ -78,14 +78,19 @@ def make_plan(
     )
 
 
+WAIT = "wait"
+
+
 @dataclass
 class ScriptedCoordination:
-    """Answers each arrival and failure with the next of `script`: an address, a Refusal or an error."""
+    """Answers each arrival and failure with the next of `script`: an address, WAIT, a Refusal or an error."""
 
     script: list[str | Refusal | Exception] = field(default_factory=lambda: ["10.0.0.2:8000"])
     is_split: bool = False
+    served: Model = MODEL
     unready_refusal: Refusal | None = None
     events: list[Event] = field(default_factory=list)
+    expected: dict[RequestId, Decided] = field(default_factory=dict)
 
     def handle(self, event: Event) -> list[Action]:
         self.events.append(event)
@@ -103,10 +108,22 @@ class ScriptedCoordination:
             raise step
         if isinstance(step, Refusal):
             return Refuse(request_id, step)
+        if step == WAIT:
+            return Wait(request_id)
         return Dispatch(make_plan(request_id, decode=step, is_split=self.is_split))
 
+    def expect(self, request_id: RequestId, decided: Decided) -> None:
+        assert request_id not in self.expected, "expected twice"
+        self.expected[request_id] = decided
+
+    def decide(self, request_id: str) -> None:
+        """Tell a call that waits the next of `script`."""
+        action = self._next(RequestId(request_id))
+        assert not isinstance(action, Wait)
+        self.expected.pop(RequestId(request_id))(action)
+
     def model(self, name: str) -> Model | None:
-        return MODEL if name in {MODEL.name, *MODEL.aliases} else None
+        return self.served if name in {self.served.name, *self.served.aliases} else None
 
     def models(self) -> tuple[Model, ...]:
         return (MODEL,)
@@ -232,6 +249,7 @@ class Stage:
         self.observer = RecordingObserver()
         self.limits = Limits(body_bytes_max=10_000, body_timeout_s=2.0, request_deadline_s=5.0)
         self.metrics: Callable[[], bytes] = lambda: b"metric 1\n"
+        self.tokens: Tokens | None = None
         self.gone = asyncio.Event()
         self._ids = itertools.count(1)
         self._app: GatewayApp | None = None
@@ -246,6 +264,7 @@ class Stage:
                 limits=self.limits,
                 clock=asyncio.get_running_loop().time,
                 new_id=lambda: f"made-{next(self._ids)}",
+                tokens=self.tokens,
             )
             self._app = GatewayApp(relay, metrics=self.metrics, created_unix_s=1_700_000_000)
         return self._app

@@ -1,12 +1,13 @@
 """From a call to the core's request."""
 
 import json
+from array import array
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pdcoord.core.blocks import block_keys
+from pdcoord.core.blocks import block_keys, token_keys
 from pdcoord.core.model import Model
 from pdcoord.core.request import RequestId
 from pdcoord.gateway.intake import build_request, check_reserved, model_unknown
@@ -39,6 +40,18 @@ def test_text_blocks_are_keyed_by_model_and_salt(model: Model) -> None:
     expected = block_keys(b"x" * 600, model="org/model", cache_salt="tenant", block_bytes=256)
     assert request.block_keys == expected
     assert len(expected) == 2
+
+
+def test_known_tokens_are_counted_and_keyed_beside_the_text(model: Model) -> None:
+    model = replace(model, precise_block_tokens=8)
+    call = parse("/v1/completions", prompt="x" * 600, cache_salt="tenant")
+    request = build_request(ID, call, model, array("I", range(20)))
+    assert (request.prompt_tokens, request.is_prompt_counted) == (20, True)
+    expected = token_keys(range(20), model="org/model", cache_salt="tenant", block_tokens=8)
+    assert (request.token_keys, request.token_block_tokens) == (expected, 8)
+    assert len(expected) == 2
+    assert request.block_keys == build_request(ID, call, model).block_keys
+    assert build_request(ID, call, model).token_keys == ()
 
 
 def test_an_alias_shares_the_models_keys(model: Model) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pdcoord.core.events import DecodeFailed, Outcome, RequestArrived, RequestEnded, ResponseBegan
+from pdcoord.core.model import PrefixMode
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.plans import Mode, RungKind, RungTaken, ServedHeader, decode_plan, encode_served
 from pdcoord.wire.errors import ConnectError, HeadTimeoutError, InvalidRequestError, ResetError, StreamError
@@ -29,7 +30,7 @@ async def test_a_call_is_decided_forwarded_relayed_and_ended_once(stage: Any, re
     assert (answer.status, answer.body, answer.is_complete) == (200, b"".join(chunks), True)
     assert answer.header("x-pdcoord-decision") == "colocated; colocated-faster"
     assert stage.coordination.told() == ["RequestArrived", "ResponseBegan", "RequestEnded"]
-    assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.OK)
+    assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.OK, 2)
     (asked,) = stage.upstream.asked
     assert (asked["method"], asked["address"], asked["target"]) == (
         "POST",
@@ -380,7 +381,7 @@ async def test_a_stream_that_breaks_off_ends_with_an_error_event_and_no_end(stag
     assert (first, rest) == (b"data: 1", b"")
     assert json.loads(second.removeprefix(b"data: "))["error"]["code"] == "upstream-failed"
     assert not answer.is_complete
-    assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.UPSTREAM_ERROR)
+    assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.UPSTREAM_ERROR, 1)
 
 
 @pytest.mark.parametrize(
@@ -411,9 +412,77 @@ async def test_a_client_that_leaves_takes_the_upstream_connection_with_it(
         stage.gone.set()
     assert silent.is_closed or silent_at == "request"
     assert not call.result().is_complete
-    assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.CLIENT_GONE)
+    tokens = 1 if silent_at == "later" else None
+    assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.CLIENT_GONE, tokens)
     assert stage.coordination.told().count("RequestEnded") == 1
     assert stage.observer.records[0].status == (200 if silent_at == "later" else 499)
+
+
+QUEUE_FULL = Refusal(RefuseReason.QUEUE_FULL, "full", retry_after_s=7)
+
+
+async def test_a_call_that_waits_is_served_when_its_turn_comes(stage: Any, until: Any) -> None:
+    stage.coordination.script = ["wait", "10.0.0.7:8000"]
+    async with asyncio.TaskGroup() as group:
+        call = group.create_task(stage.call())
+        await until(lambda: stage.coordination.expected)
+        assert stage.upstream.asked == []
+        stage.coordination.decide("made-1")
+    assert call.result().status == 200
+    assert stage.upstream.asked[0]["address"] == "10.0.0.7:8000"
+    assert stage.coordination.told() == ["RequestArrived", "ResponseBegan", "RequestEnded"]
+
+
+async def test_a_call_that_waited_in_vain_is_refused_and_the_core_hears_no_more(
+    stage: Any, until: Any
+) -> None:
+    stage.coordination.script = ["wait", QUEUE_FULL]
+    async with asyncio.TaskGroup() as group:
+        call = group.create_task(stage.call())
+        await until(lambda: stage.coordination.expected)
+        stage.coordination.decide("made-1")
+    answer = call.result()
+    assert (answer.status, answer.header("retry-after")) == (429, "7")
+    assert answer.header("x-pdcoord-reason") == "queue-full"
+    assert stage.coordination.told() == ["RequestArrived"]
+    assert stage.observer.records[0].outcome is Outcome.REFUSED
+
+
+@pytest.mark.parametrize("then", [None, "10.0.0.2:8000", QUEUE_FULL])
+async def test_a_client_that_leaves_while_it_waits_frees_its_place(
+    stage: Any, until: Any, then: str | Refusal | None
+) -> None:
+    """Whatever the core decides in the moment between the client's going and the call's end."""
+    stage.coordination.script = ["wait"] if then is None else ["wait", then]
+    async with asyncio.TaskGroup() as group:
+        call = group.create_task(stage.call())
+        await until(lambda: stage.coordination.expected)
+        stage.gone.set()
+        await asyncio.sleep(0)
+        if then is not None and stage.coordination.expected:
+            stage.coordination.decide("made-1")
+    assert call.result().status is None
+    told = ["RequestArrived"] if then is QUEUE_FULL else ["RequestArrived", "RequestEnded"]
+    assert stage.coordination.told() == told
+    assert stage.upstream.asked == []
+
+
+async def test_a_call_waits_no_longer_than_its_deadline(stage: Any) -> None:
+    stage.limits = replace(stage.limits, request_deadline_s=0.02)
+    stage.coordination.script = ["wait"]
+    answer = await stage.call()
+    assert (answer.status, error_of(answer)["code"]) == (504, "upstream-timeout")
+    assert stage.coordination.told() == ["RequestArrived", "RequestEnded"]
+
+
+async def test_tenant_objective_and_slo_reach_the_core_and_go_on_to_the_engine(stage: Any) -> None:
+    headers = [(b"x-llm-d-inference-fairness-id", b"team-a"), (b"x-slo-ttft-ms", b"250")]
+    headers += [(b"x-gateway-inference-objective", b"nobody-knows")]
+    await stage.call(headers=headers)
+    request = stage.coordination.events[0].request
+    assert (request.tenant, request.priority, request.slo.ttft_s) == ("team-a", 0, 0.25)
+    assert stage.observer.records[0].has_unknown_objective
+    assert set(headers) <= set(stage.upstream.asked[0]["headers"])
 
 
 async def test_a_call_past_its_deadline_is_answered_or_broken_off(stage: Any, reply: Any) -> None:
@@ -492,3 +561,34 @@ async def test_waits_differ_for_streams_and_whole_answers(stage: Any, reply: Any
     await stage.call(body=b'{"model":"org/model","prompt":"hi","stream":true}')
     waits = [asked["head_timeout_s"] for asked in stage.upstream.asked]
     assert waits == [stage.limits.answer_timeout_s, stage.limits.head_timeout_s]
+
+
+class Tokenizing:
+    """Knows one prompt's tokens, or none."""
+
+    def __init__(self, ids: list[int] | None) -> None:
+        self.ids = ids
+        self.asked = 0
+
+    async def tokens(self, call: Any, model: Any) -> list[int] | None:
+        self.asked += 1
+        await asyncio.sleep(0)
+        return self.ids
+
+
+@pytest.mark.parametrize("ids", [list(range(40)), None])
+async def test_tokens_are_asked_for_where_prefixes_are_precise(stage: Any, ids: list[int] | None) -> None:
+    stage.tokens = Tokenizing(ids)
+    stage.coordination.served = replace(stage.coordination.served, prefix_mode=PrefixMode.PRECISE)
+    assert (await stage.call()).status == 200
+    await stage.call("/v1/embeddings", b'{"model":"org/model","input":"hi"}')
+    assert stage.tokens.asked == 1
+    request = stage.coordination.events[0].request
+    counted = (40, True, 2) if ids is not None else (1, False, 0)
+    assert (request.prompt_tokens, request.is_prompt_counted, len(request.token_keys)) == counted
+
+
+async def test_tokens_are_not_asked_for_where_prefixes_are_approximate(stage: Any) -> None:
+    stage.tokens = Tokenizing([1])
+    assert (await stage.call()).status == 200
+    assert (stage.tokens.asked, stage.coordination.events[0].request.is_prompt_counted) == (0, False)

@@ -1,5 +1,7 @@
 """Tests of warnings: every one's golden line, and none for what is sound."""
 
+from pathlib import Path
+
 import pytest
 
 from pdcoord.policy.compile import compile_policy
@@ -75,3 +77,54 @@ def test_an_address_of_two_models_is_warned_of(good: str) -> None:
     assert warnings_of(f"{good}---\n{other}") == [
         "p:61: pools[1].endpoints[0].address: is 10.0.1.1:8000, which serves another model too (line 28)"
     ]
+
+
+PRECISE = "prefix: {mode: precise}"
+
+
+def precise(good: str, more: str = "") -> str:
+    text = good.replace('"10.0.0.1:8000"}', '"10.0.0.1:8000", kv_events_port: 5557}')
+    text = text.replace('"10.0.0.2:8000"}', '"10.0.0.2:8000", kv_events_port: 5557}')
+    return text.replace("aliases: [llama]", PRECISE + more)
+
+
+SILENT = "p:28: pools[1].endpoints: 1 of 1 have no kv_events_port, so their prefixes are approximate"
+
+
+def test_pools_that_tell_nothing_are_warned_of(good: str) -> None:
+    assert warnings_of(precise(good)) == [SILENT]
+
+
+def test_a_tokenizer_that_is_not_there_is_warned_of(good: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    text = precise(good, f"\n  tokenizer: {{file: {path}}}")
+    assert warnings_of(text) == [
+        SILENT.replace("p:28", "p:29"),
+        (
+            f'p:7: model.tokenizer.file: is "{path}", which is no file here, so prompts are asked of the '
+            "engines"
+        ),
+    ]
+    path.write_text("{}")
+    assert warnings_of(text) == [SILENT.replace("p:28", "p:29")]
+
+
+def test_a_tokenizer_that_nobody_uses_is_warned_of(good: str) -> None:
+    text = good.replace("aliases: [llama]", "tokenizer: {deadline_ms: 20}")
+    assert warnings_of(text) == [
+        "p:6: model.tokenizer: is not used: model.prefix.mode is approximate; set it to precise"
+    ]
+
+
+def test_chats_that_nobody_can_tokenize_are_warned_of(good: str) -> None:
+    text = precise(good).replace("engine: vllm", "engine: sglang")
+    text = text.replace("connector: pdcoord", "connector: none").replace("role: prefill", "role: both")
+    text = text.replace("role: decode", "role: both").replace(
+        "per_token: 0.2}", "per_token: 0.2, step_base_ms: 5}"
+    )
+    warning = (
+        "p:6: model.prefix.mode: is precise, but nobody can tell the tokens of chats: no pool is of vLLM, "
+        "and model.tokenizer.render is not set; their prefixes are approximate"
+    )
+    assert warning in warnings_of(text)
+    assert warning not in warnings_of(text.replace(PRECISE, PRECISE + "\n  tokenizer: {render: 'r:1'}"))

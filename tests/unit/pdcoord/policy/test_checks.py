@@ -194,3 +194,24 @@ def test_what_is_wrong_between_parts_is_said_although_a_part_is_wrong(good: str)
         "p:69: pools[1].endpoints[0].address",
         "p:73: slo.ttft",
     ]
+
+
+def test_precise_prefixes_need_an_engine_that_tells(good: str) -> None:
+    text = good.replace("aliases: [llama]", "prefix: {mode: precise}")
+    assert problems_of(text) == [
+        (
+            "p:6: model.prefix.mode: is precise, but no endpoint has a kv_events_port; set it where the "
+            "engines publish KV events, or set mode to approximate"
+        )
+    ]
+    # An endpoints file may bring the ports.
+    start = text.index('endpoints: [{address: "10.0.1.1:8000"}]')
+    selecting = text[:start] + "selector: {match_labels: {a: b}}" + text[start:].partition("]")[2]
+    assert parse_policies(selecting.encode(), "p")
+
+
+def test_a_replay_of_nothing_is_refused(good: str) -> None:
+    text = good.replace('"10.0.0.2:8000"}', '"10.0.0.2:8000", kv_events_replay_port: 5558}')
+    assert problems_of(text) == [
+        ("p:18: pools[0].endpoints[1].kv_events_replay_port: is 5558 without kv_events_port; set both")
+    ]

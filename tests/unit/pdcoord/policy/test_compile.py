@@ -8,10 +8,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pdcoord.core.fleet import EngineKind, Role
-from pdcoord.core.model import Disaggregation, Fallback, LegOrder, Slo, SplitMode
+from pdcoord.core.model import (
+    AdmissionRules,
+    Disaggregation,
+    Fallback,
+    LegOrder,
+    PrefixMode,
+    Slo,
+    SplitMode,
+    Tokenizing,
+)
 from pdcoord.policy.compile import CompiledPolicy, PoolBinding, compile_policy
 from pdcoord.policy.errors import PolicyError
 from pdcoord.policy.load import parse_policies
+from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import RungKind
 from transfer.layout import KvDtype, KvSplit, Order
 from transfer.presets import PRESETS
@@ -61,10 +71,22 @@ def test_each_pool_is_bound_to_its_endpoints_or_its_labels(good: str) -> None:
     assert wide == PoolBinding(wide.pool, (), {"role": "d"})
 
 
+def test_admission_is_compiled_to_seconds_and_pools_to_their_priority(good: str) -> None:
+    rules = (
+        "queue_ms_max: 500, wait_ms_max: 1500, requests_max: 9, deadline_excess_max: 0.5, low_share_min: 0.1"
+    )
+    text = f"{good}admission: {{{rules}, objectives: {{gold: 10, batch: -1}}}}\n"
+    text = text.replace("  - name: fast\n", "  - name: fast\n    priority_max: -1\n")
+    (model,) = compiled(text).models
+    assert model.admission == AdmissionRules(0.5, 1.5, 9, 0.5, 0.1, {"gold": 10, "batch": -1})
+    assert [pool.priority_max for pool in model.pools] == [-1, None]
+
+
 def test_what_is_left_out_is_the_cores_default(good: str) -> None:
     text = good[: good.index("disaggregation:")]
     (model,) = compiled(text).models
     assert (model.disaggregation, model.fallback, model.slo) == (Disaggregation(), Fallback(), Slo())
+    assert model.admission == AdmissionRules()
 
 
 class Writer:
@@ -97,6 +119,14 @@ class Writer:
                 disaggregation=self._disaggregation(),
                 fallback=self._fallback(),
                 slo=self._some(ttft_ms=self._figure() + 0.1, tpot_ms=self._figure() + 0.1),
+                admission=self._some(
+                    queue_ms_max=self._figure(),
+                    wait_ms_max=self._figure(),
+                    requests_max=self._rng.randint(1, 65_536),
+                    deadline_excess_max=self._rng.uniform(0, 100),
+                    low_share_min=self._rng.random(),
+                    objectives=self._some(gold=self._rng.randint(-1_000, 1_000), batch=-1),
+                ),
             ),
         }
 
@@ -130,6 +160,7 @@ class Writer:
                 layout=self._layout(),
                 link_gbit_per_s=self._figure() + 0.1,
                 cost_per_hour=self._figure(),
+                priority_max=self._rng.randint(-1_000, 1_000),
                 limits=self._some(
                     in_flight_max=self._rng.randint(1, 65_536), context_tokens_max=self._rng.randint(1, 10**8)
                 ),
@@ -231,10 +262,32 @@ def test_every_accepted_policy_compiles_and_survives_a_dump(seed: int) -> None:
 
 def test_the_order_of_legs_and_the_ports_of_endpoints_reach_the_core(good: str) -> None:
     text = good.replace("mode: auto", "order: concurrent").replace(
-        '"10.0.0.1:8000"}', '"10.0.0.1:8000", kv_port: 15000, metrics_port: 9091}'
+        '"10.0.0.1:8000"}',
+        '"10.0.0.1:8000", kv_port: 15000, metrics_port: 9091, kv_events_port: 5557,'
+        " kv_events_replay_port: 5558}",
     )
     result = compiled(text)
     assert result.models[0].disaggregation.order is LegOrder.CONCURRENT
     first, second = result.bindings[0].endpoints
     assert (first.kv_port, first.metrics_port) == (15_000, 9_091)
+    assert (first.kv_events_port, first.kv_events_replay_port) == (5_557, 5_558)
+    assert (second.kv_events_port, second.kv_events_replay_port) == (None, None)
     assert (second.kv_port, second.metrics_port) == (None, None)
+
+
+def test_precise_prefixes_and_their_tokens_reach_the_core(good: str) -> None:
+    text = good.replace('"10.0.0.1:8000"}', '"10.0.0.1:8000", kv_events_port: 5557}')
+    text = text.replace(
+        "aliases: [llama]",
+        "prefix: {mode: precise, precise_block_tokens: 32, precise_blocks_max: 5000}\n"
+        "  tokenizer: {file: /m/tokenizer.json, render: 'R:9', deadline_ms: 20}",
+    )
+    (model,) = compiled(text).models
+    assert model.prefix_mode is PrefixMode.PRECISE
+    assert (model.precise_block_tokens, model.precise_blocks_max) == (32, 5_000)
+    assert model.tokenizing == Tokenizing("/m/tokenizer.json", HostPort("r:9"), 0.02)
+
+
+def test_prefixes_are_approximate_unless_said_otherwise(good: str) -> None:
+    (model,) = compiled(good).models
+    assert (model.prefix_mode, model.tokenizing) == (PrefixMode.APPROXIMATE, Tokenizing())

@@ -41,7 +41,7 @@ def test_entries_become_endpoints_of_the_pool_that_selects_them(good: str, tmp_p
         HEAD
         + "- {name: w0, address: 'H:1', labels: {role: d, v: amd, more: x}}\n"
         + "- {address: 'h:2', labels: {role: d, v: amd}, is_draining: true, bootstrap_port: 7, kv_port: 8,"
-        + " metrics_port: 9}\n"
+        + " metrics_port: 9, kv_events_port: 10, kv_events_replay_port: 11}\n"
         + "- {address: 'h:3', labels: {role: d}}\n"
         + "- {address: 'h:4'}\n"
     )
@@ -53,6 +53,8 @@ def test_entries_become_endpoints_of_the_pool_that_selects_them(good: str, tmp_p
         ("wide/h:2", "h:2", True, 7),
     ]
     assert [(m.endpoint.kv_port, m.endpoint.metrics_port) for m in found] == [(None, None), (8, 9)]
+    ports = [(m.endpoint.kv_events_port, m.endpoint.kv_events_replay_port) for m in found]
+    assert ports == [(None, None), (10, 11)]
     assert {m.endpoint.pool for m in found} == {bindings[1].pool}
     assert [str(problem) for problem in unmatched_entries(bindings, document)] == [
         f"{path}:6: endpoints[2]: is picked by no pool's selector, so nothing is sent there",

@@ -75,6 +75,12 @@ def test_sglang_prefill_has_its_usual_bootstrap_port(
 
 
 def test_ports_of_an_endpoint_are_kept() -> None:
-    endpoint = make_endpoint(pool_of(FULL), HostPort("h:1"), None, None, kv_port=14_580, metrics_port=9_090)
-    assert (endpoint.kv_port, endpoint.metrics_port) == (14_580, 9_090)
+    ports = {
+        "kv_port": 14_580,
+        "metrics_port": 9_090,
+        "kv_events_port": 5_557,
+        "kv_events_replay_port": 5_558,
+    }
+    endpoint = make_endpoint(pool_of(FULL), HostPort("h:1"), None, None, **ports)
+    assert {name: getattr(endpoint, name) for name in ports} == ports
     assert make_endpoint(pool_of(FULL), HostPort("h:1"), None, None).kv_port is None

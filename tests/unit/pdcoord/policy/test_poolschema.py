@@ -117,7 +117,7 @@ def problems_of(text: str) -> list[str]:
             '[{address: "10.0.1.1:8000", labels: {a: b}}]',
             (
                 "p:28: pools[1].endpoints[0].labels: is not a known key; keys here are address, name, "
-                "bootstrap_port, kv_port, metrics_port"
+                "bootstrap_port, kv_port, metrics_port, kv_events_port, kv_events_replay_port"
             ),
         ),
         (

@@ -6,11 +6,11 @@ import pytest
 from pydantic import BaseModel
 
 from pdcoord.core.fleet import PoolLimits
-from pdcoord.core.model import Disaggregation, Fallback, Model
+from pdcoord.core.model import Disaggregation, Fallback, Model, Tokenizing
 from pdcoord.policy.errors import PolicyError
 from pdcoord.policy.load import parse_policies
 from pdcoord.policy.poolschema import LimitsSpec
-from pdcoord.policy.schema import DisaggregationSpec, FallbackSpec, PoolPolicy, PrefixSpec
+from pdcoord.policy.schema import DisaggregationSpec, FallbackSpec, PoolPolicy, PrefixSpec, TokenizerSpec
 
 
 def problems_of(text: str) -> list[str]:
@@ -56,6 +56,32 @@ def problems_of(text: str) -> list[str]:
             "aliases: [llama]",
             "aliases: [llama]\n  prefix: {block_tokens: 0}",
             "p:7: model.prefix.block_tokens: is 0, expected a whole number from 1 to 8192",
+        ),
+        (
+            "aliases: [llama]",
+            "prefix: {mode: exact}",
+            'p:6: model.prefix.mode: is "exact", expected one of precise, approximate',
+        ),
+        (
+            "aliases: [llama]",
+            "tokenizer: {file: tokenizer.json}",
+            (
+                'p:6: model.tokenizer.file: is "tokenizer.json", expected an absolute path such as '
+                "/models/llama/tokenizer.json"
+            ),
+        ),
+        (
+            "aliases: [llama]",
+            "tokenizer: {render: here}",
+            (
+                'p:6: model.tokenizer.render: is "here", expected host:port such as 10.0.0.1:8000, or '
+                "[2001:db8::1]:8000"
+            ),
+        ),
+        (
+            "aliases: [llama]",
+            "tokenizer: {deadline_ms: 0}",
+            "p:6: model.tokenizer.deadline_ms: is 0, expected a number from 1 to 10000",
         ),
         (
             "disaggregation: {mode: auto}",
@@ -157,7 +183,7 @@ def specs(model_class: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[
 
 def test_every_field_of_every_section_says_what_it_is() -> None:
     found = list(specs(PoolPolicy, set()))
-    assert len(found) == 14
+    assert len(found) >= 15
     for spec in found:
         assert spec.model_config["extra"] == "forbid"
         assert spec.model_config["frozen"] is True
@@ -186,3 +212,7 @@ def test_defaults_are_the_cores_own() -> None:
     fields = Model.__dataclass_fields__
     assert PrefixSpec().block_tokens == fields["prefix_block_tokens"].default
     assert PrefixSpec().blocks_per_endpoint_max == fields["prefix_blocks_per_endpoint_max"].default
+    assert PrefixSpec().mode == fields["prefix_mode"].default
+    assert PrefixSpec().precise_block_tokens == fields["precise_block_tokens"].default
+    assert PrefixSpec().precise_blocks_max == fields["precise_blocks_max"].default
+    assert TokenizerSpec().deadline_ms == Tokenizing().deadline_s * 1e3

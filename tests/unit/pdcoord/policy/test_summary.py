@@ -74,3 +74,13 @@ def test_an_impossible_pair_has_no_cost(good: str) -> None:
         if line.startswith("  fast     wide    impossible  -          layouts differ in")
     ]
     assert "unpack tiling fractal-nz" in row
+
+
+def test_precise_prefixes_say_where_tokens_come_from(good: str) -> None:
+    text = good.replace('"10.0.0.1:8000"}', '"10.0.0.1:8000", kv_events_port: 5557}')
+    text = text.replace("aliases: [llama]", "prefix: {mode: precise}")
+    lines = list(describe_policy(compile_policy(parse_policies(text.encode(), "p")), None))
+    assert "  prefixes: precise; tokens by the engines' /tokenize within 50 ms" in lines
+    text = text.replace("{mode: precise}", "{mode: precise}\n  tokenizer: {file: /t.json, render: 'r:1'}")
+    lines = list(describe_policy(compile_policy(parse_policies(text.encode(), "p")), None))
+    assert "  prefixes: precise; tokens by /t.json, r:1/render within 50 ms" in lines

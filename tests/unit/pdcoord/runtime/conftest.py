@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import structlog
 
 from pdcoord.core.coordinator import Coordinator
-from pdcoord.core.events import Dispatch, ModelsReplaced, Refuse, RequestArrived
+from pdcoord.core.events import Dispatch, ModelsReplaced, Refuse, RequestArrived, Wait
 from pdcoord.core.fleet import EndpointId, EndpointSeen, ModelName, Sample, SampleTaken
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import Request, RequestId
@@ -54,6 +54,7 @@ class Bench:
 
     now_s: float = 100.0
     decisions_max: int = 8
+    decided: list[Dispatch | Refuse] = field(default_factory=list)
     policy: CompiledPolicy = field(
         default_factory=lambda: compile_policy(parse_policies(POLICY.encode(), "p"))
     )
@@ -65,6 +66,16 @@ class Bench:
         self.loop = CoordinatorLoop(
             self.coordinator, clock=lambda: self.now_s, decisions=self.decisions, metrics=self.metrics
         )
+
+    def fill(self, round_: int = 0) -> None:
+        """Two seconds of work on each prefill endpoint, and a policy that has the next request wait."""
+        for endpoint_id in ALL:
+            self.loop.handle(SampleTaken(EndpointId(endpoint_id), Sample(0, 0, 0.25, self.now_s)))
+        for index in range(2):
+            self.arrive(f"fill-{index + 2 * round_}", tokens=100_000)
+        (model,) = self.policy.models
+        rules = replace(model.admission, queue_s_max=0.5, wait_s_max=5.0)
+        self.loop.handle(ModelsReplaced((replace(model, admission=rules),)))
 
     def load(self) -> None:
         """Put the policy in force with all its endpoints unknown."""
@@ -78,10 +89,17 @@ class Bench:
             sample = Sample(running=1, waiting=0, kv_usage=0.25, at_s=self.now_s)
             self.loop.handle(SampleTaken(EndpointId(endpoint_id), sample))
 
-    def arrive(self, request_id: str = "r-1", tokens: int = 4_000) -> Plan | Refusal:
-        request = Request(RequestId(request_id), ModelName("m"), tokens, output_tokens_max=64)
+    def arrive(
+        self, request_id: str = "r-1", tokens: int = 4_000, priority: int = 0
+    ) -> Plan | Refusal | None:
+        """What the core says; None for a wait, whose end comes into `decided`."""
+        name = RequestId(request_id)
+        request = Request(name, ModelName("m"), tokens, output_tokens_max=64, priority=priority)
         (action,) = self.loop.handle(RequestArrived(request))
         match action:
+            case Wait():
+                self.loop.expect(name, self.decided.append)
+                return None
             case Dispatch(plan):
                 return plan
             case Refuse(_, refusal):

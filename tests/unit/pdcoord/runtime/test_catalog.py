@@ -1,16 +1,21 @@
 """The table of metrics against the metrics, and against the page made of it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pdcoord.core.events import Outcome
+from pdcoord.core.events import ModelsReplaced, Outcome, ResponseBegan, TimePassed
 from pdcoord.core.fleet import EndpointId, SampleFailed
+from pdcoord.core.model import PrefixMode
 from pdcoord.core.request import RequestId
+from pdcoord.feeds.kvevents import KvEventsFeed
 from pdcoord.feeds.scrapes import ScrapeFailure
+from pdcoord.feeds.tokens import TokensMissing, TokenSource
 from pdcoord.gateway.ports import CallRecord
 from pdcoord.protocol.errors import RungReason
-from pdcoord.protocol.plans import RungKind
+from pdcoord.protocol.plans import RungKind, ServedHeader
 from pdcoord.runtime.catalog import METRICS, MetricType, render_page
+from pdcoord.runtime.prefix_state import kv_events_samples
 
 PAGE = Path(__file__).parents[4] / "docs" / "metrics-gateway.md"
 
@@ -33,14 +38,29 @@ def test_names_are_unique_and_say_what_they_are() -> None:
 
 
 def test_the_process_has_the_metrics_of_the_table_and_no_others(bench: Any) -> None:
-    bench.arrive()
+    plan = bench.arrive()
+    served = ServedHeader(mode=plan.mode, prefill_ms=1.0, transfer_ms=1.0)
+    bench.loop.handle(ResponseBegan(plan.request_id, served))
     bench.loop.handle(SampleFailed(EndpointId("wide/d0"), "timeout"))
     bench.loop.report_failed(EndpointId("wide/d0"), ScrapeFailure.STATUS)
     bench.metrics.count_rung(RungKind.REFUSE, RungReason.DECODE_ERROR)
     record = CallRecord(
         RequestId("r"), "/v1/completions", 1.0, status=200, outcome=Outcome.OK, first_byte_s=2.0
     )
+    record.has_unknown_objective = True
     bench.metrics.count_call(record)
+    bench.fill()
+    assert bench.arrive("waits", 50_000) is None
+    bench.now_s += 5.0
+    bench.loop.handle(TimePassed())
+    bench.fill(1)
+    assert bench.arrive("waits too", 50_000) is None
+    bench.arrive("shed", 50_000, priority=-1)
+    bench.metrics.tokenized("m", TokenSource.NONE, TokensMissing.BUSY, 0.001)
+    precise = [replace(model, prefix_mode=PrefixMode.PRECISE) for model in bench.coordinator.models()]
+    bench.loop.handle(ModelsReplaced(tuple(precise)))
+    feed = KvEventsFeed(bench.loop, bench.loop.precise_endpoints, lambda: 0.0)
+    bench.metrics.read_state_from(lambda: kv_events_samples(feed))
     found: dict[str, tuple[str, set[str]]] = {}
     for family in bench.metrics.registry.collect():
         suffix = "_total" if family.type == "counter" else ""

@@ -154,6 +154,50 @@ def test_names_and_ports_are_used_once(tmp_path: Path) -> None:
     assert taken[0][1:] == ("engines[0].port", "is 1800, which admin.port has; change one")
 
 
+def test_a_count_stands_for_engines_alike_with_ports_in_a_row(tmp_path: Path) -> None:
+    pods = (
+        "{name: pod, count: 3, profile: amd-mi300x-8b, port: 1800, kv_events_port: 1900, labels: {tier: new}}"
+    )
+    loaded = load_fleet(write(tmp_path, pods, "{name: last, profile: nvidia-h100-8b, port: 1803}"))
+    found = [(e.name, e.port, e.side_channel_port, e.kv_events_port, e.labels) for e in loaded.fleet.engines]
+    assert found == [
+        ("pod-0", 1800, 0, 1900, {"tier": "new"}),
+        ("pod-1", 1801, 0, 1901, {"tier": "new"}),
+        ("pod-2", 1802, 0, 1902, {"tier": "new"}),
+        ("last", 1803, 0, None, {}),
+    ]
+    assert [engine.name for engine in loaded.chosen(["pod-1"])] == ["pod-1"]
+    assert all(engine.settings("m", 0).name == engine.name for engine in loaded.fleet.engines)
+
+
+@pytest.mark.parametrize(
+    ("engines", "path", "message"),
+    [
+        (["{name: a, count: 3, port: 1800"], "engines[0].count", None),
+        (["{name: a, port: 1801", "{name: b, count: 3, port: 1800"], "engines[1].port", "is 1801, which"),
+        (["{name: a-1, port: 1", "{name: a, count: 2, port: 3"], "engines[1].name", 'is "a-1", which'),
+        (
+            ["{name: a, count: 600, port: 0", "{name: b, count: 500, port: 0"],
+            "engines[0].count",
+            "1100 engines",
+        ),
+        (["{name: a, count: 0, port: 0"], "engines[0].count", "count"),
+        (["{name: a, count: 9, port: 65530"], "engines[0].port", "with its count, expected at most 65535"),
+        (["{name: a, count: 2, port: 1800, side_channel_port: 1801"], "engines[0].port", "is 1801, which"),
+    ],
+)
+def test_counts_are_refused_where_they_are_written(
+    tmp_path: Path, engines: list[str], path: str, message: str | None
+) -> None:
+    file = write(tmp_path, *(f"{engine}, profile: amd-mi300x-8b}}" for engine in engines))
+    if message is None:
+        assert len(load_fleet(file).fleet.engines) == 3
+        return
+    found = {where: text for _, where, text in problems(file)}
+    assert path in found
+    assert message in found[path] or message == "count"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -1,0 +1,158 @@
+"""Routing in the simulator: the published table, rivals on every workload, trouble; bars decide the exit."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.policies import adversity, bars, report, seedtable, suite
+from benchmarks.policies.jobs import Done, Pool
+from benchmarks.policies.workloads import SUITE, TRACES
+from pdcoord.sim.study.results import OURS
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "policies.json"
+PARTS = ("seed", "suite", "adversity")
+QUICK_RIVALS = (
+    "round-robin",
+    "least-request",
+    "llm-d",
+    "llm-d-precise",
+    "cache-aware",
+    "least-load",
+    "dynamo-agg",
+    "dynamo",
+    "dynamo-conditional",
+    "llm-d-pd",
+    "mooncake",
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.policies", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="3 seeds, shorter runs, the rivals that matter most"
+    )
+    parser.add_argument("--seeds", type=int, help="seeds of finalists (default 20, with --quick 3)")
+    parser.add_argument("--seconds", type=float, help="arrivals of each run (default 60, with --quick 20)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="run this part only; may be repeated")
+    parser.add_argument("--workload", choices=SUITE, action="append", help="of the suite; may be repeated")
+    parser.add_argument(
+        "--traces", type=Path, metavar="FOLDER", help=f"where {' and '.join(TRACES.values())} lie"
+    )
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
+    options = parser.parse_args()
+    if any(value is not None and value <= 0 for value in (options.seeds, options.seconds, options.workers)):
+        parser.error("every number must be positive")
+    return options
+
+
+def plan_of(options: argparse.Namespace) -> suite.Plan:
+    is_quick = options.quick
+    return suite.Plan(
+        rivals=QUICK_RIVALS if is_quick else suite.all_rivals(),
+        seeds=options.seeds or (3 if is_quick else 20),
+        seconds=options.seconds or (20.0 if is_quick else 60.0),
+        finalists=1 if is_quick else 2,
+        step=1.6 if is_quick else 1.3,
+        rates_beside=0 if is_quick else 1,
+        traces=options.traces,
+    )
+
+
+def workloads_of(options: argparse.Namespace) -> list[str]:
+    chosen = options.workload or list(SUITE)
+    if options.traces is None:
+        for name in TRACES:
+            if name in chosen:
+                print(f"{name} is left out: its trace is not given with --traces", file=sys.stderr)
+        chosen = [name for name in chosen if name not in TRACES]
+    return list(dict.fromkeys(chosen))
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Everything asked for; the order of parts is fixed, since trouble strikes who was best before."""
+    plan, parts = plan_of(options), options.only or PARTS
+    results: dict[str, Any] = {
+        "settings": {
+            "is_quick": options.quick,
+            "seeds": plan.seeds,
+            "seconds": plan.seconds,
+            "rivals": list(plan.rivals),
+        }
+    }
+    pool = Pool(options.workers)
+    try:
+        with progress(console) as told:
+            if "seed" in parts:
+                seeds, seconds = (1, 120.0) if options.quick else (3, 240.0)
+                results["seed_table"] = seedtable.study(pool, seeds, seconds, told("seed table"))
+            if "suite" in parts or "adversity" in parts:
+                chosen = workloads_of(options) if "suite" in parts else ["mix"]
+                results["suite"] = suite.study(pool, plan, chosen, told("suite"))
+            if "adversity" in parts and "mix" in results["suite"]:
+                finals = results["suite"]["mix"]["finals"]
+                rivals = [final["peak"] for label, final in finals.items() if label != OURS]
+                rate = max(rivals, key=lambda peak: peak["mean"])["rate"]
+                of = (plan.seeds, plan.seconds, plan.traces)
+                results["adversity"] = adversity.study(pool, list(finals), rate, of, told("adversity"))
+    finally:
+        pool.close()
+    results["bars"] = bars.bars(results)
+    return results
+
+
+class progress:  # noqa: N801 - used as a function
+    """A line for each part, with the runs done of those known so far."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> Callable[[str], Callable[[Done], None]]:
+        self._progress.start()
+        return self._begin
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _begin(self, name: str) -> Callable[[Done], None]:
+        task = self._progress.add_task(name, total=None, note="")
+
+        def told(done: Done) -> None:
+            job = done.job
+            note = f"{job.router} on {job.workload} x{job.rate:.2f}, {done.wall_s:.1f} s"
+            self._progress.update(task, advance=1, note=note)
+
+        return told
+
+
+def main() -> int:
+    options = parse()
+    console = Console()
+    started_s = time.perf_counter()
+    results = run(options, console)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    report.show(results, console)
+    missed = [bar for bar in results["bars"] if not bar["is_met"]]
+    for bar in missed:
+        print(f"missed: {bar['name']}: {bar['why']}")
+    print(f"{time.perf_counter() - started_s:.0f} s; results in {options.json}; make plots draws them")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What a prefill does to others' objectives: how many of their requests it is expected to push past them.
+
+Without it everybody flees from a queue to where the prompt must be computed once more, which makes all queues
+longer: each request keeps its own objective at the price of several others'.
+"""
+
+from dataclasses import dataclass
+
+from pdcoord.core.model import Slo
+
+STREAM_WEIGHT = 3.0
+"""Streams count so much more than their share of slack says: of prefills one seldom comes alone. Found in the
+simulator, where 1 to 3 differ little (docs/policies-benchmark.md)."""
+SLACK_SHARE_MIN = 0.1
+"""Least slack of a stream, as a share of the objective, so that nothing is divided by zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a prefill meets on an endpoint.
+
+    Attributes:
+        queue_s: predicted time of the prefills before it.
+        stream_count: answers that are generated there meanwhile.
+        step_s: one step of theirs, undisturbed.
+        pace_s: time per token of theirs, with the prefills that come there lately.
+    """
+
+    queue_s: float
+    stream_count: int
+    step_s: float
+    pace_s: float
+
+
+def harm(
+    slo: Slo, prefill_s: float, at: Surroundings, typical_prefill_s: float, output_tokens: float
+) -> float:
+    """Expected number of others' requests that miss an objective because of this prefill.
+
+    - Queue: where the wait nears the TTFT objective, capacity is what the next ones lack. `prefill_s` of it
+      would have served `prefill_s / typical_prefill_s` of them; with a shorter queue in proportion fewer.
+    - Streams: each can be held up by its slack, (objective - step) times its tokens, before it misses its
+      TPOT objective. `prefill_s` takes a share of that, which matters the more, the nearer their pace is.
+
+    Grows with `prefill_s` and with everything in `at`.
+    """
+    found = 0.0
+    if slo.ttft_s is not None and at.queue_s > 0.0 and typical_prefill_s > 0.0:
+        found += prefill_s * min(at.queue_s / slo.ttft_s, 1.0) / typical_prefill_s
+    if slo.tpot_s is not None and at.stream_count and output_tokens > 0.0:
+        slack_s = max(slo.tpot_s - at.step_s, SLACK_SHARE_MIN * slo.tpot_s) * output_tokens
+        nearness = min(at.pace_s / slo.tpot_s, 1.0)
+        share = 1.0 if prefill_s >= slack_s else prefill_s / slack_s
+        found += STREAM_WEIGHT * at.stream_count * share * nearness * nearness
+    return found

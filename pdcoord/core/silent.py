@@ -1,0 +1,107 @@
+"""Pulls that failed without a word: an engine that computes the prompt anew answers as if nothing were wrong.
+
+Its counters tell. They are of an engine, not of a path, so blame needs a share of the requests that came
+over a path meanwhile, not one unlucky pull.
+"""
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+from pdcoord.core.fleet import EndpointId, Sample
+
+JUDGED_MIN = 3
+"""Split requests on an endpoint before its counters are judged: what failed once may be chance."""
+FAILED_SHARE = 0.5
+"""Share of them that has to have failed."""
+LEGS_MAX = 1_024
+"""Legs remembered for one endpoint; of more, the first ones say enough."""
+
+PathKey = tuple[EndpointId, EndpointId]
+
+
+@dataclass(slots=True)
+class _Window:
+    """What is known of one decode endpoint since it was last judged.
+
+    Attributes:
+        legs: split requests that were answered, by prefill endpoint.
+        expected_tokens: what they should have pulled.
+    """
+
+    failed_pulls: int | None = None
+    pulled_tokens: int | None = None
+    legs: dict[EndpointId, int] = field(default_factory=dict)
+    leg_count: int = 0
+    expected_tokens: int = 0
+
+    def start(self, sample: Sample) -> None:
+        self.failed_pulls, self.pulled_tokens = sample.failed_pulls, sample.pulled_tokens
+        self.legs, self.leg_count, self.expected_tokens = {}, 0, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Paths into one endpoint that its own counters speak against, and those that they speak for."""
+
+    bad: tuple[PathKey, ...] = ()
+    good: tuple[PathKey, ...] = ()
+
+
+class SilentFailures:
+    """Holds what sidecars say went well against what the engines' counters say."""
+
+    def __init__(self) -> None:
+        self._windows: dict[EndpointId, _Window] = {}
+
+    def answered(self, prefill: EndpointId, decode: EndpointId, expected_tokens: int) -> None:
+        """A split request was answered, as if its KV had come over this path."""
+        window = self._windows.setdefault(decode, _Window())
+        if window.leg_count < LEGS_MAX:
+            window.legs[prefill] = window.legs.get(prefill, 0) + 1
+            window.leg_count += 1
+            window.expected_tokens += expected_tokens
+
+    def sampled(self, decode: EndpointId, sample: Sample) -> Judgement:
+        """Judge the paths into an endpoint by its latest counters; most often there is nothing to say.
+
+        A window begins with the first sample and ends with the first that has JUDGED_MIN legs behind it. The
+        counters may be read before the last of them is counted, which is why shares decide.
+        """
+        window = self._windows.get(decode)
+        if window is None:
+            if sample.failed_pulls is None and sample.pulled_tokens is None:
+                return Judgement()
+            window = self._windows[decode] = _Window()
+            window.start(sample)
+            return Judgement()
+        failed = _since(window.failed_pulls, sample.failed_pulls)
+        pulled = _since(window.pulled_tokens, sample.pulled_tokens)
+        if failed is None and pulled is None:
+            # Counters that begin, or that went back: another process counts from here.
+            window.start(sample)
+            return Judgement()
+        if window.leg_count < JUDGED_MIN:
+            return Judgement()
+        is_bad = failed is not None and failed >= FAILED_SHARE * window.leg_count
+        # Some tokens fewer tell nothing: more of the prompts may have been cached there than was known.
+        is_bad = is_bad or (pulled == 0 and window.expected_tokens > 0)
+        paths = tuple((prefill, decode) for prefill in window.legs)
+        window.start(sample)
+        return Judgement(bad=paths) if is_bad else Judgement(good=paths)
+
+    def forget(self, endpoint_id: EndpointId) -> None:
+        """The endpoint is gone, or is another process by now."""
+        self._windows.pop(endpoint_id, None)
+        for window in self._windows.values():
+            window.legs.pop(endpoint_id, None)
+
+    def validate(self, endpoints: Container[EndpointId]) -> None:
+        """Assert that only endpoints that exist are remembered, within bounds."""
+        for decode, window in self._windows.items():
+            assert decode in endpoints, f"{decode}: counters of an endpoint that is gone"
+            assert all(prefill in endpoints for prefill in window.legs), f"{decode}: a leg from nowhere"
+            assert window.leg_count <= LEGS_MAX, f"{decode}: too many legs"
+
+
+def _since(before: int | None, now: int | None) -> int | None:
+    return None if before is None or now is None or now < before else now - before
