@@ -353,13 +353,16 @@ class Coordinator:
             self.prefixes.compare(state, request, model)
         # Recorded when routed, not when answered, so that a burst of one prefix goes to one place.
         for endpoint in {worker.id: worker, plan.decode.id: plan.decode}.values():
-            self._record_prefix(endpoint, request, model, now_s)
+            wait_s = plan.chosen.figures.ttft_s
+            self._record_prefix(endpoint, request, model, now_s, wait_s=wait_s)
         return Dispatch(plan)
 
-    def _record_prefix(self, endpoint: Endpoint, request: Request, model: Model, now_s: float) -> None:
+    def _record_prefix(
+        self, endpoint: Endpoint, request: Request, model: Model, now_s: float, *, wait_s: float = 0.0
+    ) -> None:
         state = self._state_of(endpoint)
         if state is not None and request.is_generative:
-            self.prefixes.record(state, request, model, now_s)
+            self.prefixes.record(state, request, model, now_s, wait_s=wait_s)
 
     def _state_of(self, endpoint: Endpoint) -> EndpointState | None:
         """The endpoint of a plan as it is now; None if it is gone or is another process by now."""

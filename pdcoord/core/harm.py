@@ -1,7 +1,7 @@
-"""What a prefill does to others' objectives: how many of their requests it is expected to push past them.
+"""What a prefill does to others: the time that it costs them, and how many it pushes past their objectives.
 
 Without it everybody flees from a queue to where the prompt must be computed once more, which makes all queues
-longer: each request keeps its own objective at the price of several others'.
+longer: each request helps itself at the price of several others.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,12 @@ from pdcoord.core.model import Slo
 STREAM_WEIGHT = 3.0
 """Streams count so much more than their share of slack says: of prefills one seldom comes alone. Found in the
 simulator, where 1 to 3 differ little (docs/policies-benchmark.md)."""
+STALL_WEIGHT = 0.1
+"""Of a stream's delay beside a wait for a first token: it spreads over the rest of an answer, which is read
+more slowly than it is written. Found in the simulator, as STREAM_WEIGHT."""
+QUEUE_WEIGHT = 3.0
+"""Of those who come behind: more than stand there now, as what makes a queue does not end with it. Found in
+the simulator, too."""
 SLACK_SHARE_MIN = 0.1
 """Least slack of a stream, as a share of the objective, so that nothing is divided by zero."""
 
@@ -30,6 +36,19 @@ class Surroundings:
     stream_count: int
     step_s: float
     pace_s: float
+
+
+def others_s(prefill_s: float, at: Surroundings, typical_prefill_s: float) -> float:
+    """Time that this prefill costs others, as it is counted beside a request's own.
+
+    - Streams: each stands still for as long as it takes.
+    - Queue: those who come behind it wait longer. In a queue of `queue_s` some `queue_s / typical_prefill_s`
+      stand before this request, and as many will have come by the time that it is served.
+
+    Grows with `prefill_s` and with everything in `at`.
+    """
+    behind = QUEUE_WEIGHT * at.queue_s / typical_prefill_s if typical_prefill_s > 0.0 else 0.0
+    return prefill_s * (STALL_WEIGHT * at.stream_count + behind)
 
 
 def harm(

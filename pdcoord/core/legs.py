@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pdcoord.core.filters import PoolFit
 from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Pool, Sample
-from pdcoord.core.harm import Surroundings, harm
+from pdcoord.core.harm import Surroundings, harm, others_s
 from pdcoord.core.ledger import Load
 from pdcoord.core.model import Slo
 from pdcoord.core.ports import SpeedModel
@@ -28,6 +28,7 @@ class Leg:
         queue_s: wait before its prefill could start here.
         room_s: wait for room in the KV pool here, beside that wait; 0.0 on a prefill endpoint.
         pace_s: time per output token, with the prefills that are lately sent here between; likewise.
+        others_s: what its prefill here costs others, as it counts beside the request's own time.
         harm: requests of others that its prefill here is expected to push past their objectives.
         stall_s: delay that its prefill here would cause running streams, summed over them.
         step_s: one decode step here with this request in the batch; 0.0 on a prefill endpoint.
@@ -50,6 +51,7 @@ class Leg:
     room_s: float = 0.0
     pace_s: float = 0.0
     harm: float = 0.0
+    others_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,7 @@ class _PoolLegMaker:
             room_s = room_wait_s(sample, load, uncached_tokens, self._output_tokens, step_s)
         elif others:
             queue_s += others * self._prefill_time(endpoint, self._prompt_tokens)
+        at = Surroundings(queue_s, streams, step_s, pace_s)
         return Leg(
             endpoint,
             load,
@@ -211,7 +214,8 @@ class _PoolLegMaker:
             output_price,
             room_s,
             pace_s,
-            self._harm(prefill_s, Surroundings(queue_s, streams, step_s, pace_s)),
+            self._harm(prefill_s, at),
+            others_s(prefill_s, at, self._typical_prefill_s),
         )
 
     def _harm(self, prefill_s: float, at: Surroundings) -> float:

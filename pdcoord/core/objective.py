@@ -59,7 +59,7 @@ class Objective:
         self,
         ttft_s: float,
         pace_s: float,
-        stall_s: float,
+        others_s: float,
         cost: float,
         turn: int,
         *,
@@ -69,13 +69,13 @@ class Objective:
         """Where a candidate stands.
 
         Args:
-            stall_s: delay it causes others, which counts as its own time.
+            others_s: what it costs others, which counts as its own time.
             turn: when its endpoints were last sent a request; the one whose turn is longest past goes first.
             unfit: as the method of that name says.
             harm: requests of others that are expected to miss their objectives for it.
         """
         excess = self.excess(ttft_s, pace_s) + harm if self._has_objectives else 0.0
-        time_s = ttft_s + stall_s
+        time_s = ttft_s + others_s
         return (excess // SLO_EXCESS_EQUAL, unfit, time_s // self._noise_s, cost, time_s, turn)
 
 

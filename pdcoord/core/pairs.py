@@ -85,7 +85,7 @@ class Pairs:
             load = leg.load
             ready_s, price = leg.queue_s + leg.prefill_s, leg.prefill_price
             turn, owner = load.begun_ordinal, leg.endpoint.id
-            figures = ready_s, leg.stall_s, load.bytes_in_flight, leg.harm, 0.0
+            figures = ready_s, leg.others_s, load.bytes_in_flight, leg.harm, 0.0
             rows.append((figures, price, turn, index, owner, leg))
         return self._worker_list.kept(rows)
 
@@ -168,7 +168,7 @@ class Pairs:
         return objective.rank(
             ttft_s,
             decode.pace_s,
-            worker.stall_s,
+            worker.others_s,
             worker.prefill_price + decode.output_price,
             worker.load.begun_ordinal + decode.load.begun_ordinal,
             unfit=unfit,
@@ -195,6 +195,7 @@ class Pairs:
             landing_tokens=decode.uncached_tokens,
             pace_s=decode.pace_s,
             harm=worker.harm,
+            others_s=worker.others_s,
             spread_s=math.hypot(
                 self._speed.prefill_spread_s(worker.endpoint, worker.uncached_tokens),
                 transfer_s * link.spread_share,

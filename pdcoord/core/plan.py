@@ -59,6 +59,7 @@ class Figures:
         uncached_tokens: prompt tokens to compute on the endpoint that prefills.
         cached_tokens: prompt tokens expected in that endpoint's prefix cache.
         pace_s: time per output token, with the prefills between that come to the endpoint lately.
+        others_s: what the prefill costs others, as it counts beside the request's own time.
         harm: requests of others that the prefill is expected to push past their objectives.
         room_s: wait for room in the KV pool of the endpoint that decodes.
         landing_tokens: prompt tokens to be written into that pool.
@@ -79,6 +80,7 @@ class Figures:
     room_s: float = 0.0
     pace_s: float = 0.0
     harm: float = 0.0
+    others_s: float = 0.0
     landing_tokens: int = 0
     unfit: int = 0
     spread_s: float = 0.0
@@ -89,8 +91,8 @@ class Figures:
 
     @property
     def time_s(self) -> float:
-        """What is compared: the request's own first token, and the delay it causes others."""
-        return self.ttft_s + self.stall_s
+        """What is compared: the request's own first token, and what it costs others."""
+        return self.ttft_s + self.others_s
 
 
 @dataclass(frozen=True, slots=True)

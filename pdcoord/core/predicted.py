@@ -1,23 +1,28 @@
 """Blocks that an endpoint was just sent and has not yet told of: taken as cached for a few seconds."""
 
-from collections import deque
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pdcoord.core.request import BlockKey
 
 PREDICTION_S_MAX = 5.0
-"""How long routing alone counts as caching. Dynamo's predict-on-route keeps its predictions as long."""
+"""How long after its prefill a prompt counts as cached without being told of. Dynamo's predict-on-route keeps
+its predictions as long."""
+WAIT_S_MAX = 120.0
+"""Longest wait for a prefill that is counted besides: while a prompt stands in a queue, others with the same
+beginning do well to stand behind it."""
 
 PREDICTED_BLOCKS_MAX = 262_144
-"""Bound on what is predicted of one model at a time; past it the oldest predictions go first."""
+"""Bound on what is predicted of one model at a time; past it those go first that end first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class _Prediction:
+    until_s: float
+    number: int
     ordinal: int
     keys: tuple[BlockKey, ...]
-    until_s: float
 
 
 class Predictions:
@@ -26,8 +31,9 @@ class Predictions:
     def __init__(self) -> None:
         self._holders: dict[BlockKey, int] = {}
         self._until_s: dict[int, dict[BlockKey, float]] = {}
-        self._queue: deque[_Prediction] = deque()
+        self._queue: list[_Prediction] = []
         self._queued_blocks = 0
+        self._count = 0
 
     @property
     def holders(self) -> Mapping[BlockKey, int]:
@@ -38,26 +44,31 @@ class Predictions:
         """Of the endpoints that something is predicted of."""
         return set(self._until_s)
 
-    def note(self, ordinal: int, keys: Sequence[BlockKey], now_s: float) -> None:
-        """Take keys as held by an endpoint from now on."""
+    def note(self, ordinal: int, keys: Sequence[BlockKey], now_s: float, wait_s: float = 0.0) -> None:
+        """Take keys as held by an endpoint from now on.
+
+        Args:
+            wait_s: until their prefill is predicted to be done.
+        """
         if not keys:
             return
         kept = tuple(keys[:PREDICTED_BLOCKS_MAX])
-        until_s = now_s + PREDICTION_S_MAX
-        self._queue.append(_Prediction(ordinal, kept, until_s))
+        until_s = now_s + min(wait_s, WAIT_S_MAX) + PREDICTION_S_MAX
+        self._count += 1
+        heapq.heappush(self._queue, _Prediction(until_s, self._count, ordinal, kept))
         self._queued_blocks += len(kept)
         bit, untils, holders = 1 << ordinal, self._until_s.setdefault(ordinal, {}), self._holders
         for key in kept:
-            untils[key] = until_s
+            untils[key] = max(until_s, untils.get(key, 0.0))
             holders[key] = holders.get(key, 0) | bit
         while self._queued_blocks > PREDICTED_BLOCKS_MAX:
-            self._end(self._queue.popleft())
+            self._end(heapq.heappop(self._queue))
 
     def expire(self, now_s: float) -> None:
         """Drop what its time is up for; work is in proportion to what was noted."""
         queue = self._queue
         while queue and queue[0].until_s <= now_s:
-            self._end(queue.popleft())
+            self._end(heapq.heappop(queue))
 
     def forget(self, ordinal: int) -> None:
         """Drop all that an endpoint was predicted to hold; its place in the queue runs out by itself."""

@@ -9,7 +9,7 @@ from pdcoord.core.exact import ExactCount, ExactIndex
 from pdcoord.core.fleet import EndpointState, ModelName
 from pdcoord.core.kvcache import KvCleared, KvLost, KvRemoved, KvSignal, KvStored
 from pdcoord.core.model import Model, PrefixMode
-from pdcoord.core.predicted import Predictions
+from pdcoord.core.predicted import PREDICTION_S_MAX, Predictions
 from pdcoord.core.prefix import PrefixIndex
 from pdcoord.core.request import Request
 
@@ -191,8 +191,10 @@ class Prefixes:
             exact[ordinal] = max(exact.get(ordinal, 0), cached[ordinal])
         return exact
 
-    def record(self, state: EndpointState, request: Request, model: Model, now_s: float) -> None:
-        """Note that a request was sent to an endpoint."""
+    def record(
+        self, state: EndpointState, request: Request, model: Model, now_s: float, *, wait_s: float = 0.0
+    ) -> None:
+        """Note that a request was sent to an endpoint, which will have computed its prompt after `wait_s`."""
         ordinal = state.ordinal
         self.approximate.record(ordinal, request.block_keys, model.prefix_blocks_per_endpoint_max)
         precise = self._precise_of(request, model)
@@ -201,7 +203,9 @@ class Prefixes:
         keys, index = request.token_keys, precise.index
         known = index.depth(ordinal, keys)
         index.touch(keys[:known])
-        precise.predictions.note(ordinal, keys[known:], now_s)
+        # What is cached now may be gone when a queue is over, but it will have been computed again then.
+        predicted = keys if wait_s > PREDICTION_S_MAX else keys[known:]
+        precise.predictions.note(ordinal, predicted, now_s, wait_s)
         if len(keys) - known > index.told_at_once(ordinal):
             precise.hearing.unanswered.setdefault(ordinal, now_s)
 

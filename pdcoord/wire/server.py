@@ -79,7 +79,7 @@ class _Service:
         """Accept no more, close what is idle, let requests finish for drain_s, then cancel them."""
         if self._server is not None:
             self._server.close()
-        await asyncio.sleep(0)  # What was accepted in this turn of the loop has its transport in the next.
+        await asyncio.sleep(0)  # What was accepted in this turn of the loop has its protocol in the next.
         for connection in list(self._connections):
             connection.shutdown()
         try:
@@ -91,7 +91,7 @@ class _Service:
                 task.cancel()
             await self._wait_until_quiet(CANCEL_S_MAX if self._state.tasks else 0.0)
             for connection in list(self._connections):
-                connection.transport.abort()
+                connection.abort()
 
     async def _wait_until_quiet(self, wait_s: float) -> None:
         """Wait until every request has ended and what it sent has left, but for wait_s at most."""

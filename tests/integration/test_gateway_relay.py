@@ -325,9 +325,11 @@ async def gateway(folder: Path, engine_count: int = 1, **settings: Any) -> Async
             stop.set()
             for engine in engines:
                 engine.release.set()
-            assert await running == 0
-            for engine in engines:
-                await engine.die()
+            try:
+                assert await running == 0
+            finally:
+                for engine in engines:
+                    await engine.die()
 
 
 CALL = {"model": "org/model", "prompt": "hi"}

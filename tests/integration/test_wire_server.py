@@ -162,6 +162,29 @@ async def test_draining_finishes_streams_accepts_nobody_and_closes_what_is_idle(
         assert app.cancelled == 0
 
 
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+@pytest.mark.parametrize("drain_s", [0.0, WAIT_S])
+def test_a_connection_that_is_being_accepted_when_the_stop_comes_is_closed(
+    run: Callable[[Coroutine[Any, Any, None]], None], drain_s: float
+) -> None:
+    async def stop_after(turns: int) -> None:
+        async with asyncio.timeout(WAIT_S):
+            async with running(answering(b"x"), drain_s=drain_s) as here:
+                host, _, port = here.addresses[0].rpartition(":")
+                with socket.create_connection((host, int(port))) as client:
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    here.stop.set()
+                    await here.ended()
+                    here.task.result()
+                    client.settimeout(WAIT_S)
+                    with contextlib.suppress(ConnectionResetError):
+                        assert client.recv(1) == b""
+
+    for turns in range(8):  # Between the kernel's accept and the transport lie some turns of the loop.
+        run(stop_after(turns))
+
+
 @on_uvloop
 async def test_what_a_drain_does_not_see_the_end_of_is_cancelled_and_its_client_told(
     caplog: pytest.LogCaptureFixture,

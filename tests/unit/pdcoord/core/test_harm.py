@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdcoord.core.harm import STREAM_WEIGHT, Surroundings, harm
+from pdcoord.core.harm import QUEUE_WEIGHT, STALL_WEIGHT, STREAM_WEIGHT, Surroundings, harm, others_s
 from pdcoord.core.model import Slo
 
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
@@ -32,6 +32,13 @@ def test_without_objectives_there_is_nothing_to_miss() -> None:
     assert harm(Slo(), 9.0, Surroundings(9.0, 99, 0.1, 0.2), 0.3, 200.0) == 0.0
 
 
+def test_time_of_others_is_that_of_the_streams_and_of_those_behind() -> None:
+    at = Surroundings(0.6, 5, 0.01, 0.02)
+    assert others_s(1.5, at, 0.3) == pytest.approx(1.5 * (STALL_WEIGHT * 5 + QUEUE_WEIGHT * 2))
+    assert others_s(1.5, at, 0.0) == pytest.approx(1.5 * STALL_WEIGHT * 5)
+    assert others_s(1.5, Surroundings(0.0, 0, 0.01, 0.01), 0.3) == 0.0
+
+
 @given(
     prefill_s=seconds,
     queue_s=seconds,
@@ -53,5 +60,6 @@ def test_it_is_never_negative_and_grows_with_the_prefill_and_what_it_meets(
     at = Surroundings(queue_s, streams, 0.01, pace_s)
     least = harm(SLO, prefill_s, at, typical_s, output)
     assert least >= 0.0
+    assert others_s(prefill_s, at, typical_s) >= 0.0
     busier = Surroundings(queue_s + more, streams + 1, 0.01, pace_s + more)
     assert harm(SLO, prefill_s + more, busier, typical_s, output) >= least

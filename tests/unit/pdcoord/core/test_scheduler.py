@@ -28,7 +28,7 @@ from pdcoord.core.fleet import (
     Sample,
     SampleTaken,
 )
-from pdcoord.core.harm import Surroundings, harm
+from pdcoord.core.harm import Surroundings, harm, others_s
 from pdcoord.core.ledger import Entry, Ledger
 from pdcoord.core.model import Disaggregation, Fallback, Model, Slo, SplitMode
 from pdcoord.core.objective import Objective
@@ -239,6 +239,7 @@ class Reference:
             landing_tokens=uncached,
             pace_s=pace_s,
             harm=caused,
+            others_s=others_s(prefill_s, met, typical_s),
             unfit=self.objective.unfit(max(queue_s, room_s) + prefill_s + step_s, pool),
         )
 
