@@ -48,7 +48,7 @@ def weigh(split: Candidate, together: Candidate, rules: Disaggregation) -> Why:
     if split.figures.unfit != together.figures.unfit:
         is_split = split.figures.unfit < together.figures.unfit
         return Why.SPLIT_PREFERRED if is_split else Why.COLOCATED_PREFERRED
-    saving_s = together.figures.time_s - split.figures.time_s
+    saving_s = together.figures.split_time_s - split.figures.split_time_s
     if saving_s <= 0.0:
         return Why.COLOCATED_FASTER
     return Why.SPLIT_FASTER if saving_s >= sure_s else Why.SAVING_BELOW_NOISE

@@ -90,6 +90,11 @@ class Figures:
         return self.queue_s + self.prefill_s + self.transfer_s + self.room_s + self.step_s
 
     @property
+    def split_time_s(self) -> float:
+        """What decides whether to split: the delay of streams in full, since to spare them is what it is for."""
+        return self.ttft_s + self.stall_s
+
+    @property
     def time_s(self) -> float:
         """What is compared: the request's own first token, and what it costs others."""
         return self.ttft_s + self.others_s

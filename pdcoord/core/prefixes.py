@@ -196,7 +196,7 @@ class Prefixes:
     ) -> None:
         """Note that a request was sent to an endpoint, which will have computed its prompt after `wait_s`."""
         ordinal = state.ordinal
-        self.approximate.record(ordinal, request.block_keys, model.prefix_blocks_per_endpoint_max)
+        self.approximate.record(ordinal, request.block_keys, _blocks_max(state, request, model))
         precise = self._precise_of(request, model)
         if precise is None or precise.hearing.trust(ordinal) is Trust.NONE:
             return
@@ -265,3 +265,11 @@ class Prefixes:
         precise = self._precise.get(model.name)
         is_keyed = bool(request.token_keys) and request.token_block_tokens == model.precise_block_tokens
         return precise if is_keyed else None
+
+
+def _blocks_max(state: EndpointState, request: Request, model: Model) -> int:
+    """How many blocks an endpoint is taken to keep: no more than its KV pool holds, where it says so."""
+    sample = state.sample
+    if sample is None or not sample.kv_tokens:
+        return model.prefix_blocks_per_endpoint_max
+    return min(model.prefix_blocks_per_endpoint_max, max(1, sample.kv_tokens // request.block_tokens))
