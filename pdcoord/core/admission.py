@@ -1,6 +1,7 @@
 """Whether a request starts now, waits for its turn, or is refused before any work is done for it."""
 
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ TRIES_MAX = 8
 """Plans made for waiting requests of one model at a time; more follow at once, as an event of their own."""
 RETRY_S_MIN = 0.005
 """After a try in vain the next one comes no sooner, however many events there are."""
+TRIAL_S = 5.0
+"""From one request that goes though its deadline seems lost to the next, for each model."""
 RETRY_S_MAX = 1.0
 """Though nothing is heard, whoever waits is looked at this often."""
 
@@ -53,6 +56,7 @@ class Admission:
         self._give_up: list[tuple[float, int, RequestId]] = []
         self._retry_s: dict[ModelName, float] = {}
         self._tried_s: dict[ModelName, float] = {}
+        self._trial_s: dict[ModelName, float] = {}
         self._order = 0
 
     def __contains__(self, request_id: object) -> bool:
@@ -96,12 +100,16 @@ class Admission:
         return engine_wait_s + (queue.work_s / self._worker_count(model) if queue is not None else 0.0)
 
     def is_behind(self, request: Request) -> bool:
-        """Whether others wait whose turn is before this one's."""
+        """Whether others wait whose class is before this one's.
+
+        Of its own class none is: who waits has been looked at since room was made, so what is left is room
+        that this one can use and they cannot, on endpoints that are too small for them, say.
+        """
         queue = self._queues.get(request.model)
-        return queue is not None and any(priority >= request.priority for priority, _ in queue.classes())
+        return queue is not None and any(priority > request.priority for priority, _ in queue.classes())
 
     def judge(
-        self, request: Request, model: Model, figures: Figures | None, waited_s: float
+        self, request: Request, model: Model, figures: Figures | None, waited_s: float, *, now_s: float
     ) -> Refusal | Later | None:
         """Rule on a request whose best way is known; None if it may start.
 
@@ -115,7 +123,9 @@ class Admission:
             engine_wait_s = figures.queue_s + figures.room_s
             wanted_s = self._wanted_s(request, model)
             ttft_s = waited_s + figures.ttft_s
-            if wanted_s is not None and ttft_s > wanted_s * (1.0 + rules.deadline_excess_max):
+            latest_s = math.inf if wanted_s is None else wanted_s * (1.0 + rules.deadline_excess_max)
+            is_slow = figures.ttft_s > latest_s and engine_wait_s <= 0.0
+            if wanted_s is not None and ttft_s > latest_s and not (is_slow and self._tries(model, now_s)):
                 return refusals.deadline(ttft_s, wanted_s, self.drain_s(model.name, engine_wait_s))
             if engine_wait_s <= rules.queue_s_max:
                 return None
@@ -127,6 +137,18 @@ class Admission:
             return Later()
         too_long_s = engine_wait_s - rules.queue_s_max
         return Later(min(max(too_long_s, RETRY_S_MIN), RETRY_S_MAX), figures.uncached_tokens)
+
+    def _tries(self, model: Model, now_s: float) -> bool:
+        """Whether this request goes though its deadline seems lost where nobody is before it.
+
+        One in a while does, the first TRIAL_S after a refusal: who is refused teaches nothing, and a fleet
+        that was slow once would be slow for ever.
+        """
+        refused_s = self._trial_s.setdefault(model.name, now_s)
+        if now_s < refused_s + TRIAL_S:
+            return False
+        self._trial_s[model.name] = now_s
+        return True
 
     def enqueue(self, request: Request, model: Model, later: Later, now_s: float) -> list[Action]:
         """Have a request wait, if there is place; others may lose theirs to it."""
@@ -188,6 +210,7 @@ class Admission:
 
     def keep_only(self, models: dict[str, Model]) -> list[Action]:
         """There are other models by now: refuse those who wait for one that is gone."""
+        self._trial_s = {name: at_s for name, at_s in self._trial_s.items() if name in models}
         gone = [waiting for waiting in self._waiting.values() if waiting.request.model not in models]
         for waiting in gone:
             self._remove(waiting)

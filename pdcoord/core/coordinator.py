@@ -219,7 +219,7 @@ class Coordinator:
         elif isinstance(signal, EndpointGone):
             before = self.fleet.get(signal.id)
         elif isinstance(signal, SampleTaken):
-            self.ledger.note_sample(signal.id)
+            self.ledger.note_sample(signal.id, now_s)
             self._judge_paths(signal.id, signal.sample, now_s)
         self.fleet.handle(signal)
         if before is None:
@@ -290,7 +290,9 @@ class Coordinator:
     ) -> Dispatch | Refuse | Later:
         """Send a request its way, unless it must wait or is not worth starting."""
         plan = planned if isinstance(planned, Plan) else None
-        ruling = self.admission.judge(request, model, plan.chosen.figures if plan else None, waited_s)
+        ruling = self.admission.judge(
+            request, model, plan.chosen.figures if plan else None, waited_s, now_s=now_s
+        )
         if isinstance(ruling, Refusal):
             return Refuse(request.id, ruling)
         if ruling is not None or plan is None:
@@ -342,6 +344,7 @@ class Coordinator:
                 prompt_tokens=request.prompt_tokens,
                 transfer_bytes=plan.chosen.figures.transfer_bytes,
                 uncached_tokens=plan.chosen.figures.landing_tokens,
+                is_streamed=request.is_streamed,
             ),
             now_s,
         )

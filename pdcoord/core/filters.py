@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pdcoord.core.fleet import EndpointId, EndpointState, Health, Pool, PoolGroup
-from pdcoord.core.ledger import Ledger, Load
+from pdcoord.core.ledger import IDLE, Ledger, Load
 from pdcoord.core.plan import DropReason
 from pdcoord.core.request import Request
 
@@ -44,9 +44,9 @@ def eligible(
     """Sort out which endpoints may serve this request."""
     found = Eligible([], Counter())
     for group in groups:
-        for health, reason in _HEALTH_DROPS.items():
-            if group.by_health[health]:
-                found.drops[reason] += len(group.by_health[health])
+        for health, endpoints_of in group.by_health.items():
+            if endpoints_of and health is not Health.READY:
+                found.drops[_HEALTH_DROPS[health]] += len(endpoints_of)
         ready = group.by_health[Health.READY]
         if ready and _is_too_long(request, group.pool):
             found.drops[DropReason.CONTEXT_TOO_LONG] += len(ready)
@@ -70,15 +70,24 @@ def _is_too_long(request: Request, pool: Pool) -> bool:
 def _within_limits(
     group: PoolGroup, ledger: Ledger, excluded: frozenset[EndpointId], drops: Counter[DropReason]
 ) -> list[tuple[EndpointState, Load, int]]:
-    in_flight_max = group.pool.limits.in_flight_max
+    in_flight_max, loads = group.pool.limits.in_flight_max, ledger.accounts
     endpoints: list[tuple[EndpointState, Load, int]] = []
+    excluded_count = full_count = 0
+    # A thousand times for each request: `Ledger.load` and `Load.others`, without their calls.
     for endpoint_id, state in group.by_health[Health.READY].items():
-        load = ledger.load(endpoint_id)
-        others = load.others(state.sample)
-        if endpoint_id in excluded:
-            drops[DropReason.EXCLUDED] += 1
+        load = loads.get(endpoint_id, IDLE)
+        sample, others = state.sample, 0
+        if sample is not None:
+            others = sample.running + sample.waiting - load.own_at_sample
+            others = max(others, 0)
+        if excluded and endpoint_id in excluded:
+            excluded_count += 1
         elif load.request_count + others >= in_flight_max:
-            drops[DropReason.AT_LIMIT] += 1
+            full_count += 1
         else:
             endpoints.append((state, load, others))
+    if excluded_count:
+        drops[DropReason.EXCLUDED] += excluded_count
+    if full_count:
+        drops[DropReason.AT_LIMIT] += full_count
     return endpoints

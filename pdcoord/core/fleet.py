@@ -110,6 +110,7 @@ class Sample:
         kv_tokens: what the KV pool holds; 0 where the engine does not say.
         failed_pulls: pulls of KV that failed since the engine started; None where it does not count.
         pulled_tokens: prompt tokens whose KV came from elsewhere since then; None likewise.
+        computed_tokens: prompt tokens that it computed itself since then; None likewise.
     """
 
     running: int
@@ -119,6 +120,7 @@ class Sample:
     kv_tokens: int = 0
     failed_pulls: int | None = None
     pulled_tokens: int | None = None
+    computed_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

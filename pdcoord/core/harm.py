@@ -17,11 +17,13 @@ more slowly than it is written. Found in the simulator, as STREAM_WEIGHT."""
 QUEUE_WEIGHT = 3.0
 """Of those who come behind: more than stand there now, as what makes a queue does not end with it. Found in
 the simulator, too."""
+TYPICAL_S_MIN = 0.001
+"""No prefill takes less than its launch, so that nothing is divided by next to zero."""
 SLACK_SHARE_MIN = 0.1
 """Least slack of a stream, as a share of the objective, so that nothing is divided by zero."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Surroundings:
     """What a prefill meets on an endpoint.
 
@@ -47,7 +49,7 @@ def others_s(prefill_s: float, at: Surroundings, typical_prefill_s: float) -> fl
 
     Grows with `prefill_s` and with everything in `at`.
     """
-    behind = QUEUE_WEIGHT * at.queue_s / typical_prefill_s if typical_prefill_s > 0.0 else 0.0
+    behind = QUEUE_WEIGHT * at.queue_s / max(typical_prefill_s, TYPICAL_S_MIN)
     return prefill_s * (STALL_WEIGHT * at.stream_count + behind)
 
 
@@ -64,8 +66,8 @@ def harm(
     Grows with `prefill_s` and with everything in `at`.
     """
     found = 0.0
-    if slo.ttft_s is not None and at.queue_s > 0.0 and typical_prefill_s > 0.0:
-        found += prefill_s * min(at.queue_s / slo.ttft_s, 1.0) / typical_prefill_s
+    if slo.ttft_s is not None and at.queue_s > 0.0:
+        found += prefill_s * min(at.queue_s / slo.ttft_s, 1.0) / max(typical_prefill_s, TYPICAL_S_MIN)
     if slo.tpot_s is not None and at.stream_count and output_tokens > 0.0:
         slack_s = max(slo.tpot_s - at.step_s, SLACK_SHARE_MIN * slo.tpot_s) * output_tokens
         nearness = min(at.pace_s / slo.tpot_s, 1.0)

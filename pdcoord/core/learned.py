@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 from pdcoord.core.costs import PathFigures, SpeedFigures
@@ -73,7 +73,7 @@ class LearnedSpeed:
         self._left_out: Counter[ObservationKind] = Counter()
 
     @property
-    def unlike(self) -> Container[EndpointId]:
+    def unlike(self) -> Collection[EndpointId]:
         return self._unlike
 
     @property
@@ -91,7 +91,8 @@ class LearnedSpeed:
         return self.prefill_s(endpoint, uncached_tokens) * self._pool(endpoint.pool).prefill.scale.spread
 
     def step_s(self, endpoint: Endpoint, batch: int, context_tokens: int) -> float:
-        pool = self._pool(endpoint.pool)
+        found = self._found.get(id(endpoint.pool))
+        pool = found[1] if found is not None else self._find(endpoint.pool)
         time_s = pool.figures.step_s(batch, context_tokens)
         if pool.unlike:
             time_s *= pool.unlike.get(endpoint.id, _ALIKE)[1]
@@ -107,7 +108,10 @@ class LearnedSpeed:
         known = self._paths.get(_pair(prefill, decode))
         if known is None:
             return PathFigures(PATH_LATENCY_S, bandwidth)
-        return PathFigures(known.latency.time_s, bandwidth, known.scale.spread)
+        figures = known.figures
+        if figures is None or figures.bandwidth_bytes_per_s != bandwidth:
+            figures = known.figures = PathFigures(known.latency.time_s, bandwidth, known.scale.spread)
+        return figures
 
     def output_tokens(self, model: ModelName, tenant: str) -> float | None:
         of_model = self._model_outputs.get(model)
@@ -191,6 +195,7 @@ class LearnedSpeed:
         path = _used(self._paths, _pair(seen.prefill, seen.decode), _PathTime, PATHS_MAX)
         path.scale.learn(math.log(seen.took_s / (path.latency.time_s + moved_s)), 1.0)
         path.latency.learn(seen.took_s - moved_s)
+        path.figures = None
 
     def _learn_output(self, seen: OutputSeen) -> None:
         tokens = float(seen.output_tokens)
@@ -201,9 +206,14 @@ class LearnedSpeed:
 
 
 class _PathTime:
-    """The way between two pools."""
+    """The way between two pools.
+
+    Attributes:
+        figures: made of the rest for whoever asked last; None since something was learned.
+    """
 
     def __init__(self) -> None:
+        self.figures: PathFigures | None = None
         self.latency = MedianTime(PATH_LATENCY_S, PATH_LATENCY_S / 2.0, _LATENCY_S_MAX)
         self.scale = RobustScale()
 

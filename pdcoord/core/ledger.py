@@ -1,7 +1,7 @@
 """What was sent and has not ended: the coordinator's own account of load, between signals."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pdcoord.core.fleet import EndpointId, Sample
@@ -23,6 +23,7 @@ class Entry:
         prefill_us: predicted work of the prefill, in whole microseconds so that sums return to zero.
         transfer_bytes: KV to move from worker to decode; 0 when colocated.
         uncached_tokens: of the prompt, to be written into the decode endpoint's KV pool.
+        is_streamed: its answer begins with its first token, not with its last.
     """
 
     request_id: RequestId
@@ -32,6 +33,7 @@ class Entry:
     prompt_tokens: int
     transfer_bytes: int
     uncached_tokens: int = 0
+    is_streamed: bool = True
 
 
 @dataclass(slots=True)
@@ -93,7 +95,7 @@ class Load:
         if done_us <= 0.0:
             return self.prefill_us / 1e6
         oldest_us = next(iter(self.prefills.values()))
-        return (self.prefill_us - min(done_us, oldest_us)) / 1e6
+        return (self.prefill_us - (done_us if done_us < oldest_us else oldest_us)) / 1e6
 
     def prefill_share(self, now_s: float) -> float:
         """Share of its time that the endpoint lately spent on prefills, 0..PREFILL_SHARE_MAX.
@@ -127,7 +129,8 @@ class Load:
         return max(0, sample.running + sample.waiting - self.own_at_sample)
 
 
-_IDLE = Load()
+IDLE = Load()
+"""The account of whoever was sent nothing; read only."""
 
 
 class Ledger:
@@ -141,6 +144,7 @@ class Ledger:
         self._entries: dict[RequestId, Entry] = {}
         self._loads: dict[EndpointId, Load] = {}
         self._begun_count = 0
+        self._unheard: set[RequestId] = set()
         self.typical_prefill_s = 0.0
 
     @property
@@ -148,9 +152,14 @@ class Ledger:
         """Requests begun and not ended."""
         return len(self._entries)
 
+    @property
+    def accounts(self) -> Mapping[EndpointId, Load]:
+        """Every account there is; read only. An endpoint without one is IDLE."""
+        return self._loads
+
     def load(self, endpoint_id: EndpointId) -> Load:
         """The account of one endpoint; read only."""
-        return self._loads.get(endpoint_id, _IDLE)
+        return self._loads.get(endpoint_id, IDLE)
 
     def loads(self) -> Iterator[tuple[EndpointId, Load]]:
         return iter(self._loads.items())
@@ -167,6 +176,9 @@ class Ledger:
         decode.pending_tokens += entry.uncached_tokens
         decode.begun_ordinal = self._begun_count
         worker = self._own(entry.worker)
+        self._retire(worker, now_s)
+        if not entry.is_streamed:
+            self._unheard.add(entry.request_id)
         worker.begun_ordinal = self._begun_count
         worker.request_count += worker is not decode
         if not worker.prefills:
@@ -183,6 +195,18 @@ class Ledger:
         weight = max(1.0 / self._begun_count, TYPICAL_WEIGHT)
         self.typical_prefill_s += weight * (prefill_s - self.typical_prefill_s)
 
+    def _retire(self, load: Load, now_s: float) -> None:
+        """Take prefills for done whose end nobody will tell of, when their predicted time is over.
+
+        A whole answer begins when it is complete; until then its prefill would seem to keep others waiting.
+        """
+        while load.prefills:
+            request_id, prefill_us = next(iter(load.prefills.items()))
+            end_s = load.progress_since_s + prefill_us / 1e6
+            if request_id not in self._unheard or end_s > now_s:
+                return
+            self.finish_prefill(request_id, end_s)
+
     def finish_prefill(self, request_id: RequestId, now_s: float) -> None:
         """The prompt is computed and, for a split request, its KV has arrived. Idempotent."""
         entry = self._entries[request_id]
@@ -191,6 +215,7 @@ class Ledger:
             return
         if next(iter(worker.prefills)) == request_id:
             worker.progress_since_s = now_s
+        self._unheard.discard(request_id)
         prefill_us = worker.prefills.pop(request_id)
         worker.prefill_us -= prefill_us
         worker.prefilled_us += prefill_us
@@ -212,7 +237,7 @@ class Ledger:
     def summed_load(self, endpoint_id: EndpointId, now_s: float) -> Load:
         """The account of one endpoint with its sums over time brought up to now; read only."""
         load = self.load(endpoint_id)
-        if load is not _IDLE:
+        if load is not IDLE:
             load.sum_up(now_s)
         return load
 
@@ -227,10 +252,11 @@ class Ledger:
         decode.streaming_tokens -= entry.prompt_tokens
         decode.context_tokens -= entry.prompt_tokens
 
-    def note_sample(self, endpoint_id: EndpointId) -> None:
+    def note_sample(self, endpoint_id: EndpointId, now_s: float) -> None:
         """A sample of this endpoint has just been taken: what is sent now is in it."""
         load = self._loads.get(endpoint_id)
         if load is not None:
+            self._retire(load, now_s)
             load.own_at_sample = load.own_peak
             load.own_peak = load.request_count
 

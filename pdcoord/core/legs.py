@@ -185,7 +185,9 @@ class _PoolLegMaker:
         self, endpoint: Endpoint, load: Load, others: int, cached_tokens: int, sample: Sample | None = None
     ) -> Leg:
         uncached_tokens = self._prompt_tokens - cached_tokens
-        prefill_s = self._own_prefill_s(endpoint, uncached_tokens)
+        prefill_s = self._prefill_s.get(uncached_tokens)
+        if prefill_s is None or (self._unlike and endpoint.id in self._unlike):
+            prefill_s = self._own_prefill_s(endpoint, uncached_tokens)
         queue_s = load.pending_prefill_s(self._now_s) if load.prefills else 0.0
         streams = load.streaming_count
         step_s = pace_s = output_price = room_s = 0.0
@@ -196,11 +198,19 @@ class _PoolLegMaker:
             batch = load.decode_count + others + 1
             step_s = self._speed.step_s(endpoint, batch, load.context_tokens + self._prompt_tokens)
             output_price = self._output_price_per_s * step_s
-            pace_s = step_s / (1.0 - load.prefill_share(self._now_s))
-            room_s = room_wait_s(sample, load, uncached_tokens, self._output_tokens, step_s)
+            pace_s = step_s
+            if load.recent_prefill_s:
+                pace_s /= 1.0 - load.prefill_share(self._now_s)
+            if sample is not None and sample.kv_tokens:
+                room_s = room_wait_s(sample, load, uncached_tokens, self._output_tokens, step_s)
         elif others:
-            queue_s += others * self._prefill_time(endpoint, self._prompt_tokens)
-        at = Surroundings(queue_s, streams, step_s, pace_s)
+            queue_s += others * self._own_prefill_s(endpoint, self._prompt_tokens)
+        harmed = lost_s = 0.0
+        if prefill_s and (queue_s or streams):
+            at = Surroundings(queue_s, streams, step_s, pace_s)
+            lost_s = others_s(prefill_s, at, self._typical_prefill_s)
+            if self._slo is not None:
+                harmed = harm(self._slo, prefill_s, at, self._typical_prefill_s, self._output_tokens)
         return Leg(
             endpoint,
             load,
@@ -214,14 +224,9 @@ class _PoolLegMaker:
             output_price,
             room_s,
             pace_s,
-            self._harm(prefill_s, at),
-            others_s(prefill_s, at, self._typical_prefill_s),
+            harmed,
+            lost_s,
         )
-
-    def _harm(self, prefill_s: float, at: Surroundings) -> float:
-        if self._slo is None or not prefill_s:
-            return 0.0
-        return harm(self._slo, prefill_s, at, self._typical_prefill_s, self._output_tokens)
 
     def _own_prefill_s(self, endpoint: Endpoint, uncached_tokens: int) -> float:
         if endpoint.id in self._unlike:

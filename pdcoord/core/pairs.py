@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.fleet import Endpoint, EndpointId, Pool, Role
+from pdcoord.core.ledger import IDLE
 from pdcoord.core.legs import Leg, PoolLegs
 from pdcoord.core.model import Model, SplitMode
 from pdcoord.core.objective import Objective, Rank
@@ -14,6 +15,9 @@ from pdcoord.core.paths import BreakerState, PathTable
 from pdcoord.core.plan import Candidate, DropReason, Figures, Why
 from pdcoord.core.ports import SpeedModel
 from pdcoord.core.shortlist import Row, ShortList
+
+SHORT_ANYWAY = 12
+"""So many legs of a pool are weighed as they are: a short list of them would cost more than it saves."""
 
 DECODE_ROOM = 2
 """How many matches put a decode endpoint out of a short list: one of them may be the pair's other end."""
@@ -24,16 +28,50 @@ def worker_room(model: Model) -> int:
     return DECODE_ROOM + model.fallback.other_prefill_max
 
 
-@dataclass(frozen=True, slots=True)
+Listed = list[tuple[PoolLegs, list[Leg]]]
+"""Pools, each with those of its legs that may be in the best pair."""
+
+
+@dataclass(slots=True)
+class _Field:
+    """The pairs of two pools.
+
+    Attributes:
+        least_decode: as good in each figure as the best of `decodes`.
+        bound: no pair of them has a lower rank; None where there is no other field.
+    """
+
+    workers: list[Leg]
+    decodes: list[Leg]
+    least_decode: Leg
+    link: PathFigures
+    bound: Rank | None = None
+
+
 class BestPair:
     """The best pair, and the next best prefill endpoints for its decode endpoint."""
 
-    candidate: Candidate
-    other_prefills: tuple[Endpoint, ...]
+    def __init__(
+        self, pairs: "Pairs", worker: Leg, decode: Leg, figures: PathFigures, listed: Listed
+    ) -> None:
+        self.candidate = pairs.candidate(worker, decode, figures)
+        self._pairs = pairs
+        self._worker = worker
+        self._decode = decode
+        self._listed = listed
+
+    @property
+    def other_prefills(self) -> tuple[Endpoint, ...]:
+        """Whom the pair's ladder may turn to; found when asked for, since few pairs are chosen."""
+        return self._pairs.others(self._worker, self._decode, self._listed)
 
 
 class Pairs:
-    """The open pairs of one request, formed from a short list of each pool."""
+    """The open pairs of one request, formed from a short list of each pool.
+
+    Only those that may be better than the best so far are looked at. So of the pairs whose path is no use
+    those are counted that stood before it; of pools between which nothing goes, all.
+    """
 
     def __init__(
         self,
@@ -43,35 +81,54 @@ class Pairs:
         drops: Counter[DropReason],
         now_s: float,
         *,
-        priority: int = 0,
+        objective: Objective | None = None,
     ) -> None:
         self._model = model
-        self._objective = Objective(model, priority)
+        self._objective = objective or Objective(model)
         self._paths = paths
         self._troubled = paths.troubled
         self._has_probes = paths.has_measured
+        self._is_calm = not paths.troubled and not paths.has_measured
         self._speed = speed
         self._drops = drops
         self._now_s = now_s
-        self._worker_list = ShortList(worker_room(model), paths.troubled)
-        self._decode_list = ShortList(DECODE_ROOM, paths.troubled)
         self._cached: set[EndpointId] = set()
 
     def best(self, workers: Sequence[PoolLegs], decodes: Sequence[PoolLegs]) -> BestPair | None:
         """The best open pair, or None."""
-        short_workers = [(pool_legs, self._short_workers(pool_legs)) for pool_legs in workers]
-        best: tuple[Rank, Leg] | None = None
-        for pool_legs in decodes:
-            short_decodes = self._short_decodes(pool_legs)
-            for pool_workers, listed in short_workers:
-                link = self._link(pool_workers.pool, pool_legs.pool, listed, short_decodes)
-                if isinstance(link, DropReason):
-                    self._drops[link] += pool_workers.endpoint_count * pool_legs.endpoint_count
-                elif link is not None:
-                    best = self._better(best, listed, short_decodes, link)
+        listed = [(pool_legs, self._short_workers(pool_legs)) for pool_legs in workers]
+        best: _Found | None = None
+        for field in self._fields(listed, decodes):
+            if best is not None and field.bound is not None and field.bound >= best[0]:
+                break
+            best = self._better(best, field)
         if best is None:
             return None
-        return self._with_others(best[1], short_workers)
+        _, worker, decode, figures = best
+        return BestPair(self, worker, decode, figures, listed)
+
+    def _fields(self, listed: Listed, decodes: Sequence[PoolLegs]) -> list[_Field]:
+        """The pairs of pools that can hand over, least bound first."""
+        fields: list[_Field] = []
+        for pool_legs in decodes:
+            own = self._short_decodes(pool_legs)
+            least_decode = _least_decode(own) if own else None
+            for pool_workers, workers in listed:
+                worker = workers[0] if workers else None
+                link = self._link(pool_workers.pool, pool_legs.pool, worker, least_decode)
+                if isinstance(link, DropReason):
+                    self._drops[link] += pool_workers.endpoint_count * pool_legs.endpoint_count
+                elif link is not None and least_decode is not None:
+                    fields.append(_Field(workers, own, least_decode, link))
+        if len(fields) < 2:  # nothing to sort
+            return fields
+        least_workers = {id(workers): _least_worker(workers) for _, workers in listed if workers}
+        bounds = []
+        for index, field in enumerate(fields):
+            least_worker = least_workers[id(field.workers)]
+            field.bound = self._rank(least_worker, field.least_decode, field.link)
+            bounds.append((field.bound, index))
+        return [fields[index] for _, index in sorted(bounds)]
 
     def why_none(self, alone: Candidate, workers: Sequence[PoolLegs]) -> Why:
         """Why a request that might have been split stays together."""
@@ -80,6 +137,8 @@ class Pairs:
         return Why.NO_OPEN_PATH if workers else Why.NO_PREFILL_ENDPOINT
 
     def _short_workers(self, pool_legs: PoolLegs) -> list[Leg]:
+        if len(pool_legs.legs) <= SHORT_ANYWAY:
+            return pool_legs.legs
         rows: list[Row[Leg]] = []
         for index, leg in enumerate(pool_legs.legs):
             load = leg.load
@@ -87,56 +146,72 @@ class Pairs:
             turn, owner = load.begun_ordinal, leg.endpoint.id
             figures = ready_s, leg.others_s, load.bytes_in_flight, leg.harm, 0.0
             rows.append((figures, price, turn, index, owner, leg))
-        return self._worker_list.kept(rows)
+        return ShortList(worker_room(self._model), self._troubled).kept(rows)
 
     def _short_decodes(self, pool_legs: PoolLegs) -> list[Leg]:
         rules = self._model.disaggregation
         may_stay = rules.mode is SplitMode.AUTO and pool_legs.pool.can_serve_alone
         cached_below = rules.uncached_tokens_min if may_stay else -1
+        legs: list[Leg] = []
+        for leg in pool_legs.legs:
+            if leg.uncached_tokens < cached_below:
+                self._cached.add(leg.endpoint.id)
+            else:
+                legs.append(leg)
+        if len(legs) <= SHORT_ANYWAY:
+            return legs
         rows: list[Row[Leg]] = []
-        for index, leg in enumerate(pool_legs.legs):
+        for index, leg in enumerate(legs):
             tokens, load, owner = leg.uncached_tokens, leg.load, leg.endpoint.id
-            if tokens < cached_below:
-                self._cached.add(owner)
-                continue
             moving, price, turn = load.bytes_in_flight, leg.output_price, load.begun_ordinal
             figures = leg.step_s, tokens, moving, max(leg.room_s, leg.queue_s), leg.pace_s
             rows.append((figures, price, turn, index, owner, leg))
-        return self._decode_list.kept(rows)
+        return ShortList(DECODE_ROOM, self._troubled).kept(rows)
 
-    def _better(
-        self, best: tuple[Rank, Leg] | None, workers: list[Leg], decodes: list[Leg], link: PathFigures
-    ) -> tuple[Rank, Leg] | None:
-        """The best rank so far, with its decode leg, after these pairs."""
-        for decode in decodes:
-            for worker in workers:
-                figures = self._way(worker, decode, link)
+    def _better(self, best: "_Found | None", field: _Field) -> "_Found | None":
+        """The best so far after these pairs. A path is looked at only where its links would be better."""
+        least, link = field.least_decode, field.link
+        bounds = [(self._rank(worker, least, link), index) for index, worker in enumerate(field.workers)]
+        bounds.sort()
+        for bound, index in bounds:
+            if best is not None and bound >= best[0]:
+                break
+            worker = field.workers[index]
+            for decode in field.decodes:
+                if worker.endpoint is decode.endpoint:
+                    continue
+                rank = self._rank(worker, decode, link)
+                if best is not None and rank >= best[0]:
+                    continue
+                figures = link if self._is_calm else self._way(worker, decode, link)
                 if isinstance(figures, DropReason):
                     self._drops[figures] += 1
-                elif worker.endpoint is not decode.endpoint:
+                    continue
+                if figures is not link:
                     rank = self._rank(worker, decode, figures)
-                    if best is None or rank < best[0]:
-                        best = rank, decode
+                if best is None or rank < best[0]:
+                    best = rank, worker, decode, figures
         return best
 
-    def _with_others(self, decode: Leg, workers: list[tuple[PoolLegs, list[Leg]]]) -> BestPair:
-        """The best pair with this decode endpoint, and whom its ladder may turn to."""
-        ranked: list[tuple[Rank, int, Leg, PathFigures]] = []
-        for pool_workers, listed in workers:
-            link = self._link(pool_workers.pool, decode.endpoint.pool, listed, [decode])
+    def others(self, best: Leg, decode: Leg, listed: Listed) -> tuple[Endpoint, ...]:
+        """The next best prefill endpoints for a decode endpoint, as many as the policy's ladder has."""
+        most = self._model.fallback.other_prefill_max
+        ranked: list[tuple[Rank, int, Leg]] = []
+        for pool_workers, workers in listed if most else ():
+            link = self._link(
+                pool_workers.pool, decode.endpoint.pool, workers[0] if workers else None, decode
+            )
             if not isinstance(link, PathFigures):
                 continue
-            for worker in listed:
-                figures = self._way(worker, decode, link)
-                if worker.endpoint is not decode.endpoint and isinstance(figures, PathFigures):
-                    ranked.append((self._rank(worker, decode, figures), len(ranked), worker, figures))
-        ranked.sort(key=lambda row: row[:2])
-        _, _, best, figures = ranked[0]
-        # A rung is there to save the request: it is no place to probe a path.
-        others = [leg.endpoint for _, _, leg, _ in ranked[1:] if self._is_closed(leg, decode)]
-        return BestPair(
-            self._candidate(best, decode, figures), tuple(others[: self._model.fallback.other_prefill_max])
-        )
+            for worker in workers:
+                if worker is best or worker.endpoint is decode.endpoint:
+                    continue
+                figures = link if self._is_calm else self._way(worker, decode, link)
+                # A rung is there to save the request: it is no place to probe a path.
+                if isinstance(figures, PathFigures) and (self._is_calm or self._is_closed(worker, decode)):
+                    ranked.append((self._rank(worker, decode, figures), len(ranked), worker))
+        ranked.sort(key=_rank_and_order)
+        return tuple(leg.endpoint for _, _, leg in ranked[:most])
 
     def _way(self, worker: Leg, decode: Leg, link: PathFigures) -> PathFigures | DropReason:
         """What one path costs, given what the way between its pools does, or why it is not used."""
@@ -157,10 +232,16 @@ class Pairs:
         return state is BreakerState.CLOSED
 
     def _rank(self, worker: Leg, decode: Leg, link: PathFigures) -> Rank:
-        transfer_s = link.transfer_s(_transfer_bytes(worker, decode), _bytes_ahead(worker, decode))
+        """Must grow with every figure of both legs, or the bounds and the short lists lose what is best."""
+        # As `PathFigures.transfer_s` and `candidate` have it, without their calls: this is asked the most.
+        moved = decode.uncached_tokens * worker.endpoint.pool.kv_bytes_per_token
+        ahead, other = worker.load.bytes_in_flight, decode.load.bytes_in_flight
+        moved += max(other, ahead)
+        ready_s = worker.queue_s + worker.prefill_s + (link.latency_s + moved / link.bandwidth_bytes_per_s)
         # Its KV is there, but it is taken into the batch behind the prompts that wait on the same endpoint.
-        ready_s = worker.queue_s + worker.prefill_s + transfer_s
-        ttft_s = max(ready_s, decode.room_s, decode.queue_s) + decode.step_s
+        ready_s = max(ready_s, decode.room_s)
+        ready_s = max(ready_s, decode.queue_s)
+        ttft_s = ready_s + decode.step_s
         objective = self._objective
         unfit = 0
         if objective.has_unfit:
@@ -175,7 +256,7 @@ class Pairs:
             harm=worker.harm,
         )
 
-    def _candidate(self, worker: Leg, decode: Leg, link: PathFigures) -> Candidate:
+    def candidate(self, worker: Leg, decode: Leg, link: PathFigures) -> Candidate:
         transfer_bytes = _transfer_bytes(worker, decode)
         transfer_s = link.transfer_s(transfer_bytes, _bytes_ahead(worker, decode))
         ready_s = worker.queue_s + worker.prefill_s + transfer_s
@@ -206,19 +287,67 @@ class Pairs:
         return Candidate(decode.endpoint, worker.endpoint, verdict, figures)
 
     def _link(
-        self, prefill: Pool, decode: Pool, workers: list[Leg], decodes: list[Leg]
+        self, prefill: Pool, decode: Pool, worker_leg: Leg | None, decode_leg: Leg | None
     ) -> PathFigures | DropReason | None:
-        """What the way between two pools costs, why it is not used, or None with nobody at an end."""
+        """What the way between two pools costs, why it is not used, or None with nobody at an end.
+
+        Args:
+            worker_leg, decode_leg: any of the one pool and any of the other.
+        """
         if not self._paths.verdict(prefill, decode).is_possible:
             return DropReason.VERDICT_IMPOSSIBLE
-        if not workers or not decodes:
+        if worker_leg is None or decode_leg is None:
             return None
-        figures = self._speed.path(workers[0].endpoint, decodes[0].endpoint)
+        figures = self._speed.path(worker_leg.endpoint, decode_leg.endpoint)
         if figures.bandwidth_bytes_per_s <= 0.0:
             return DropReason.BANDWIDTH_UNKNOWN
         if figures.bandwidth_bytes_per_s < self._model.disaggregation.bandwidth_bytes_per_s_min:
             return DropReason.BANDWIDTH_TOO_LOW
         return figures
+
+
+_Found = tuple[Rank, Leg, Leg, PathFigures]
+"""A pair with its rank: worker, decode leg, and what its path costs."""
+
+
+def _rank_and_order(row: tuple[Rank, int, Leg]) -> tuple[Rank, int]:
+    return row[0], row[1]
+
+
+def _least_worker(legs: list[Leg]) -> Leg:
+    """One that no pair with any of these can be better than; what is not named here is 0, which is least."""
+    return Leg(
+        endpoint=legs[0].endpoint,
+        load=IDLE,
+        cached_tokens=0,
+        uncached_tokens=0,
+        queue_s=min([leg.queue_s + leg.prefill_s for leg in legs]),
+        prefill_s=0.0,
+        stall_s=0.0,
+        others_s=min([leg.others_s for leg in legs]),
+        step_s=0.0,
+        prefill_price=min([leg.prefill_price for leg in legs]),
+        output_price=0.0,
+        harm=min([leg.harm for leg in legs]),
+    )
+
+
+def _least_decode(legs: list[Leg]) -> Leg:
+    """The same at the other end of a pair."""
+    return Leg(
+        endpoint=legs[0].endpoint,
+        load=IDLE,
+        cached_tokens=0,
+        uncached_tokens=min([leg.uncached_tokens for leg in legs]),
+        queue_s=0.0,
+        prefill_s=0.0,
+        stall_s=0.0,
+        step_s=min([leg.step_s for leg in legs]),
+        prefill_price=0.0,
+        output_price=min([leg.output_price for leg in legs]),
+        room_s=min([max(leg.room_s, leg.queue_s) for leg in legs]),
+        pace_s=min([leg.pace_s for leg in legs]),
+    )
 
 
 def _transfer_bytes(worker: Leg, decode: Leg) -> int:

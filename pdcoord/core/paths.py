@@ -1,7 +1,7 @@
 """Paths between prefill and decode endpoints: verdict, breaker and last probe of each."""
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -21,6 +21,8 @@ OPEN_S_MAX = 60.0
 
 PROBES_MAX = 1 << 18
 """Paths of which the last probe is kept, some 60 MB; the probes of further ones are not looked at."""
+POOL_PAIRS_MAX = 4_096
+"""Pairs of pools whose verdicts are at hand; of more, all are looked up anew."""
 SWEEP_S = 10.0
 """Time between two looks for probes that say nothing any more."""
 
@@ -125,6 +127,7 @@ class PathTable:
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple[Side, Side], Verdict] = {}
+        self._of_pools: dict[tuple[int, int], tuple[Pool, Pool, Verdict]] = {}
         self._breakers: dict[PathKey, Breaker] = {}
         self._probes: dict[PathKey, Probe] = {}
         self._slow: set[PathKey] = set()
@@ -148,7 +151,7 @@ class PathTable:
         return len(self._probes)
 
     @property
-    def troubled(self) -> Container[EndpointId]:
+    def troubled(self) -> Collection[EndpointId]:
         """Endpoints with a path that is tripped, shut by its last probe, or slow by that or by transfers.
 
         Every path of any other lets requests pass and is as fast as its pools' links, or nearly so.
@@ -161,10 +164,19 @@ class PathTable:
             return _engines_differ(prefill, decode)
         if prefill.engine is EngineKind.SGLANG and (prefill.role, decode.role) != _SGLANG_ROLES:
             return _SGLANG_MODES
+        # A side's hash is that of all its fields: too slow for every decision. The pools are kept with the
+        # verdict, so that their ids are not others'.
+        key = (id(prefill), id(decode))
+        known = self._of_pools.get(key)
+        if known is not None:
+            return known[2]
         pair = (prefill.side, decode.side)
         found = self._verdicts.get(pair)
         if found is None:
             found = self._verdicts[pair] = verdict(*pair)
+        if len(self._of_pools) >= POOL_PAIRS_MAX:
+            self._of_pools.clear()
+        self._of_pools[key] = prefill, decode, found
         return found
 
     def state(self, prefill: EndpointId, decode: EndpointId, now_s: float) -> BreakerState:
@@ -298,6 +310,7 @@ class PathTable:
     def forget_verdicts(self) -> None:
         """Layouts may have changed with a new policy."""
         self._verdicts.clear()
+        self._of_pools.clear()
 
     def validate(self, endpoints: Container[EndpointId], live: Container[RequestId]) -> None:
         """Assert that breakers are of endpoints that exist, and probes of requests under way."""

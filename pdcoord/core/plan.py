@@ -91,7 +91,7 @@ class Figures:
 
     @property
     def split_time_s(self) -> float:
-        """What decides whether to split: the delay of streams in full, since to spare them is what it is for."""
+        """What decides whether to split: streams' delay in full, since to spare them is what it is for."""
         return self.ttft_s + self.stall_s
 
     @property

@@ -1,6 +1,6 @@
 """What the core asks of parts that may be replaced: how fast things are, and who drives it."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from pdcoord.core.costs import PathFigures
@@ -17,7 +17,7 @@ class SpeedModel(Protocol):
     """
 
     @property
-    def unlike(self) -> Container[EndpointId]:
+    def unlike(self) -> Collection[EndpointId]:
         """Endpoints that are known to be faster or slower than their pool."""
         ...
 

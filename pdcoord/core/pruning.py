@@ -6,10 +6,13 @@ larger than KEPT_MAX nobody is left out.
 """
 
 import heapq
-from collections.abc import Container, Mapping
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 
 from pdcoord.core.filters import PoolFit
-from pdcoord.core.fleet import EndpointId
+from pdcoord.core.fleet import EndpointId, EndpointState
+from pdcoord.core.ledger import Load
 
 LEAST_BUSY = 40
 MOST_CACHED = 20
@@ -17,7 +20,7 @@ TROUBLED_MAX = 4
 KEPT_MAX = LEAST_BUSY + MOST_CACHED + TROUBLED_MAX
 
 
-def pruned(fit: PoolFit, cached_tokens: Mapping[int, int], unlike: Container[EndpointId]) -> PoolFit:
+def pruned(fit: PoolFit, cached_tokens: Mapping[int, int], unlike: Collection[EndpointId]) -> PoolFit:
     """The endpoints of a pool that are worth a closer look.
 
     Least busy is who has the fewest requests, and of those whose turn is longest past; most cached, who
@@ -30,19 +33,40 @@ def pruned(fit: PoolFit, cached_tokens: Mapping[int, int], unlike: Container[End
     """
     if len(fit.endpoints) <= KEPT_MAX:
         return fit
-    turns: list[tuple[int, int, int]] = []
+    endpoints = fit.endpoints
+    kept = set(_least_busy(endpoints))
+    if cached_tokens:
+        kept.update(_most_cached(endpoints, cached_tokens))
+    if unlike:
+        apart = (index for index, (state, _, _) in enumerate(endpoints) if state.endpoint.id in unlike)
+        kept.update(itertools.islice(apart, TROUBLED_MAX))
+    return PoolFit(fit.pool, [fit.endpoints[index] for index in sorted(kept)], fit.endpoint_count)
+
+
+def _least_busy(endpoints: list[tuple[EndpointState, Load, int]]) -> list[int]:
+    """The LEAST_BUSY endpoints with the fewest requests, by index."""
+    by_busy: defaultdict[int, list[int]] = defaultdict(list)
+    for index, (_, load, others) in enumerate(endpoints):
+        by_busy[load.request_count + others].append(index)
+    kept: list[int] = []
+    # Only among those that are as busy as the last that is kept do turns decide.
+    for busy in sorted(by_busy):
+        group = by_busy[busy]
+        left = LEAST_BUSY - len(kept)
+        if len(group) >= left:
+            group.sort(key=[load.begun_ordinal for _, load, _ in endpoints].__getitem__)
+            return kept + group[:left]
+        kept += group
+    return kept
+
+
+def _most_cached(
+    endpoints: list[tuple[EndpointState, Load, int]], cached_tokens: Mapping[int, int]
+) -> list[int]:
+    """The MOST_CACHED endpoints that have the most of the prompt, by index."""
     holders: list[tuple[int, int, int]] = []
-    apart: list[int] = []
-    for index, (state, load, others) in enumerate(fit.endpoints):
-        busy = load.request_count + others
-        if state.endpoint.id in unlike:
-            apart.append(index)
-        turns.append((busy, load.begun_ordinal, index))
+    for index, (state, load, others) in enumerate(endpoints):
         cached = cached_tokens.get(state.ordinal, 0)
         if cached:
-            holders.append((-cached, busy, index))
-    turns.sort()
-    kept = {index for _, _, index in turns[:LEAST_BUSY]}
-    kept.update(index for _, _, index in heapq.nsmallest(MOST_CACHED, holders))
-    kept.update(apart[:TROUBLED_MAX])
-    return PoolFit(fit.pool, [fit.endpoints[index] for index in sorted(kept)], fit.endpoint_count)
+            holders.append((-cached, load.request_count + others, index))
+    return [index for _, _, index in heapq.nsmallest(MOST_CACHED, holders)]

@@ -1,7 +1,7 @@
 """The joint choice: the best pair of endpoints, or the best one alone, by predicted time."""
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pdcoord.core.disagg import MUST_STAY_TOGETHER, weigh, why_together
@@ -20,6 +20,7 @@ from pdcoord.core.pruning import pruned
 from pdcoord.core.request import Request
 
 _NO_SLO = Slo()
+_SPLIT = frozenset({Why.SPLIT_FASTER, Why.SPLIT_PREFERRED, Why.SPLIT_ALWAYS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Scheduler:
         if request.slo != _NO_SLO:
             own = Slo(request.slo.ttft_s or model.slo.ttft_s, request.slo.tpot_s or model.slo.tpot_s)
             model = replace(model, slo=own)
-        priority = request.priority
+        objective = Objective(model, request.priority)
         found = eligible(self._fleet.groups(model.name), request, self._ledger, excluded)
         drops = found.drops
         cached = self._prefixes.cached_tokens(request, model, now_s)
@@ -74,17 +75,17 @@ class Scheduler:
         room = worker_room(model)
         conditions = Conditions(now_s, model.slo, self._ledger.typical_prefill_s)
         maker = LegMaker(request, cached, self._speed, room=room, troubled=troubled, conditions=conditions)
-        apart = Either(troubled, self._speed.unlike)
+        apart = {*troubled, *self._speed.unlike}
         legs = [maker.legs(pruned(fit, cached, apart)) for fit in found.pools]
         decodes = [pool_legs for pool_legs in legs if pool_legs.pool.can_decode]
-        alone = best_alone(decodes, model, self._speed, drops, priority=priority)
+        alone = best_alone(decodes, model, self._speed, drops, objective)
         together_why = why_together(request, model)
         if together_why is not None and alone is not None:
             return Choice(alone, together_why, None, (), drops, is_outage=False)
         if together_why in MUST_STAY_TOGETHER:
             return NoChoice(drops)
         workers = [pool_legs for pool_legs in legs if pool_legs.pool.can_prefill]
-        pairs = Pairs(model, self._paths, self._speed, drops, now_s, priority=priority)
+        pairs = Pairs(model, self._paths, self._speed, drops, now_s, objective=objective)
         pair = pairs.best(workers, decodes)
         if pair is None:
             if alone is None:
@@ -92,21 +93,21 @@ class Scheduler:
             why = pairs.why_none(alone, workers)
             is_outage = why is not Why.PREFIX_CACHED and has_way_to_split(model, self._paths)
             if is_outage:
-                alone = self._best_with_headroom(decodes, model, priority) or alone
+                alone = self._best_with_headroom(decodes, model, objective) or alone
             return Choice(alone, why, None, (), drops, is_outage)
-        split, others = pair.candidate, pair.other_prefills
+        split = pair.candidate
         if alone is None:
-            return Choice(split, Why.SPLIT_ONLY_WAY, None, others, drops, is_outage=False)
+            return Choice(split, Why.SPLIT_ONLY_WAY, None, pair.other_prefills, drops, is_outage=False)
         why = weigh(split, alone, model.disaggregation)
-        if why in {Why.SPLIT_FASTER, Why.SPLIT_PREFERRED, Why.SPLIT_ALWAYS}:
-            return Choice(split, why, alone, others, drops, is_outage=False)
+        if why in _SPLIT:
+            return Choice(split, why, alone, pair.other_prefills, drops, is_outage=False)
         return Choice(alone, why, split, (), drops, is_outage=False)
 
     def _best_with_headroom(
-        self, decodes: Iterable[PoolLegs], model: Model, priority: int
+        self, decodes: Iterable[PoolLegs], model: Model, objective: Objective
     ) -> Candidate | None:
         roomy = self._with_headroom(decodes, model)
-        return best_alone(roomy, model, self._speed, Counter(), priority=priority)
+        return best_alone(roomy, model, self._speed, Counter(), objective)
 
     def _with_headroom(self, decodes: Iterable[PoolLegs], model: Model) -> Iterator[PoolLegs]:
         """The legs on endpoints whose KV pool has room for a prefill that others were to do."""
@@ -120,27 +121,19 @@ class Scheduler:
             yield replace(pool_legs, legs=roomy)
 
 
-class Either:
-    """Endpoints that are in one container or in the other."""
-
-    def __init__(self, one: Container[EndpointId], other: Container[EndpointId]) -> None:
-        self._one = one
-        self._other = other
-
-    def __contains__(self, endpoint_id: object) -> bool:
-        return endpoint_id in self._one or endpoint_id in self._other
-
-
 def best_alone(
     decodes: Iterable[PoolLegs],
     model: Model,
     speed: SpeedModel,
     drops: Counter[DropReason],
-    *,
-    priority: int = 0,
+    objective: Objective | None = None,
 ) -> Candidate | None:
-    """The best endpoint to serve the whole request, or None."""
-    objective = Objective(model, priority)
+    """The best endpoint to serve the whole request, or None.
+
+    Args:
+        objective: the request's; without it that of a usual request for the model.
+    """
+    objective = objective or Objective(model)
     best: tuple[Rank, Leg] | None = None
     for pool_legs in decodes:
         if not pool_legs.pool.can_serve_alone:

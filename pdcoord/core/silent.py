@@ -1,7 +1,7 @@
 """Pulls that failed without a word: an engine that computes the prompt anew answers as if nothing were wrong.
 
-Its counters tell. They are of an engine, not of a path, so blame needs a share of the requests that came
-over a path meanwhile, not one unlucky pull.
+Its counters tell. They are of an engine, not of a path: blame falls on a path that all of its split requests
+took meanwhile, or on all paths where next to nothing came over any.
 """
 
 from collections.abc import Container
@@ -12,7 +12,11 @@ from pdcoord.core.fleet import EndpointId, Sample
 JUDGED_MIN = 3
 """Split requests on an endpoint before its counters are judged: what failed once may be chance."""
 FAILED_SHARE = 0.5
-"""Share of them that has to have failed."""
+"""Share of them that has to have failed where they all took one path."""
+ALL_FAILED_SHARE = 0.9
+"""Share of them that has to have failed where they took several: then it is all of them, or the engine."""
+COMPUTED_SHARE = 0.5
+"""Of the tokens that should have come, computed by the engine instead: others of its requests compute too."""
 LEGS_MAX = 1_024
 """Legs remembered for one endpoint; of more, the first ones say enough."""
 
@@ -25,17 +29,20 @@ class _Window:
 
     Attributes:
         legs: split requests that were answered, by prefill endpoint.
+        computed_tokens: prompt tokens that the engine had computed itself by then.
         expected_tokens: what they should have pulled.
     """
 
     failed_pulls: int | None = None
     pulled_tokens: int | None = None
+    computed_tokens: int | None = None
     legs: dict[EndpointId, int] = field(default_factory=dict)
     leg_count: int = 0
     expected_tokens: int = 0
 
     def start(self, sample: Sample) -> None:
         self.failed_pulls, self.pulled_tokens = sample.failed_pulls, sample.pulled_tokens
+        self.computed_tokens = sample.computed_tokens
         self.legs, self.leg_count, self.expected_tokens = {}, 0, 0
 
 
@@ -82,12 +89,16 @@ class SilentFailures:
             return Judgement()
         if window.leg_count < JUDGED_MIN:
             return Judgement()
-        is_bad = failed is not None and failed >= FAILED_SHARE * window.leg_count
-        # Some tokens fewer tell nothing: more of the prompts may have been cached there than was known.
-        is_bad = is_bad or (pulled == 0 and window.expected_tokens > 0)
+        share = FAILED_SHARE if len(window.legs) == 1 else ALL_FAILED_SHARE
+        is_bad = failed is not None and failed >= share * window.leg_count
+        # No token came, and the engine computed what should have come: else it had it cached unknown to us.
+        computed = _since(window.computed_tokens, sample.computed_tokens)
+        is_computed = computed is not None and computed >= COMPUTED_SHARE * window.expected_tokens
+        is_bad = is_bad or (pulled == 0 and is_computed and window.expected_tokens > 0)
+        is_good = not failed and not is_bad
         paths = tuple((prefill, decode) for prefill in window.legs)
         window.start(sample)
-        return Judgement(bad=paths) if is_bad else Judgement(good=paths)
+        return Judgement(bad=paths if is_bad else (), good=paths if is_good else ())
 
     def forget(self, endpoint_id: EndpointId) -> None:
         """The endpoint is gone, or is another process by now."""

@@ -1,6 +1,6 @@
 """Speed as the policy seeds it: the figures written there, used as they are."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.fleet import Endpoint, EndpointId, ModelName
@@ -14,7 +14,7 @@ class SeededSpeed:
     """A SpeedModel that believes the policy and learns nothing."""
 
     @property
-    def unlike(self) -> Container[EndpointId]:
+    def unlike(self) -> Collection[EndpointId]:
         return ()
 
     @property

@@ -30,7 +30,8 @@ _LINE = re.compile(
     re.MULTILINE,
 )
 _DEFERRED = re.compile(rb'(?:^|,)\s*reason="deferred"')
-_EXTERNAL = re.compile(rb'(?:^|,)\s*source="external_kv_transfer"')
+_SOURCES = {b"external_kv_transfer": b"pulled", b"local_compute": b"computed"}
+_SOURCE = re.compile(rb'(?:^|,)\s*source="(\w{1,64})"')
 _BLOCKS = re.compile(rb'(?:^|,)\s*num_gpu_blocks="(\d{1,12})"')
 _BLOCK_TOKENS = re.compile(rb'(?:^|,)\s*block_size="(\d{1,9})"')
 _COUNT_MAX = 1 << 31
@@ -51,7 +52,7 @@ def parse_sample(text: bytes, *, at_s: float) -> Sample | None:
     for name, labels, number in _LINE.findall(text):
         value = _number(number)
         if value is not None and (value := _counted(name, labels, value)) is not None:
-            values.setdefault(name, []).append(value)
+            values.setdefault(_key(name, labels), []).append(value)
     running, waiting = _first(values, _RUNNING), _first(values, _WAITING)
     if running is None or waiting is None:
         return None
@@ -63,7 +64,8 @@ def parse_sample(text: bytes, *, at_s: float) -> Sample | None:
         at_s=at_s,
         kv_tokens=_total(values, (_CACHE, _POOL)) or 0,
         failed_pulls=_total(values, _COUNTED),
-        pulled_tokens=_total(values, (_BY_SOURCE,)),
+        pulled_tokens=_total(values, (b"pulled",)),
+        computed_tokens=_total(values, (b"computed",)),
     )
 
 
@@ -72,13 +74,19 @@ def _counted(name: bytes, labels: bytes, value: float) -> float | None:
     if name == _BY_REASON:
         return value if _DEFERRED.search(labels) else None
     if name == _BY_SOURCE:
-        return value if _EXTERNAL.search(labels) else None
+        return value if _key(name, labels) != name else None
     if name == _FAILED_OURS:
         return None if _NOT_THE_PATH.search(labels) else value
     if name == _CACHE:
         blocks, block_tokens = _BLOCKS.search(labels), _BLOCK_TOKENS.search(labels)
         return float(int(blocks[1]) * int(block_tokens[1])) if blocks and block_tokens else None
     return value
+
+
+def _key(name: bytes, labels: bytes) -> bytes:
+    """What a line is summed under: its name, or for prompt tokens where they came from."""
+    source = _SOURCE.search(labels) if name == _BY_SOURCE else None
+    return name if source is None else _SOURCES.get(source[1], name)
 
 
 def _total(values: dict[bytes, list[float]], names: tuple[bytes, ...]) -> int | None:

@@ -107,6 +107,7 @@ class VirtualEngines:
             kv_tokens=settings.block_total * settings.layout.block_tokens,
             failed_pulls=model.counters.failed_transfers,
             pulled_tokens=model.counters.external_hit_tokens,
+            computed_tokens=model.counters.computed_tokens,
         )
 
     def submit(self, address: HostPort, request: m.EngineRequest, listener: Listener) -> None:

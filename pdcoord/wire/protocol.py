@@ -84,8 +84,6 @@ class ServerProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config=config, server_state=state, app_state={})
         self._on_lost = on_lost
-        self._is_made = False
-        self._is_shut = False
         self._is_in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -94,11 +92,7 @@ class ServerProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        self._is_made = True
-        if self._is_shut:
-            transport.close()
-        else:
-            self._arm_head_timer()
+        self._arm_head_timer()
 
     def data_received(self, data: bytes) -> None:
         if self._is_in_head and b"pgrade" in data:
@@ -166,22 +160,6 @@ class ServerProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-
-    def shutdown(self) -> None:
-        """Close when the request under way, if any, has ended.
-
-        A connection that was just accepted has no transport for some turns of the loop; it is closed as
-        soon as it has one.
-        """
-        self._is_shut = True
-        if self._is_made:
-            super().shutdown()
-
-    def abort(self) -> None:
-        """Close at once, whatever is under way."""
-        self._is_shut = True
-        if self._is_made:
-            self.transport.abort()
 
     def silence(self) -> None:
         """Let no stack be logged for the request that is about to be cancelled; the app has its own word."""

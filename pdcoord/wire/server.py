@@ -25,6 +25,7 @@ CANCEL_S_MAX = 5.0
 # A client that does not take what it was sent for so long is dropped by the kernel, zero window included
 # (tcp(7), TCP_USER_TIMEOUT), so that a stalled reader cannot hold a stream, and its KV, for ever.
 SEND_STALL_MS_MAX = 60_000
+_ACCEPTED_S = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,6 @@ class _Service:
         self._config.load()
         self._state = ServerState()
         self._server: asyncio.Server | None = None
-        self._connections: set[ServerProtocol] = set()
         self._no_connections = asyncio.Event()
 
     async def start(self) -> None:
@@ -66,20 +66,27 @@ class _Service:
         self._server = await loop.create_server(self._make_protocol, sock=self._socket, backlog=BACKLOG)
 
     def _make_protocol(self) -> ServerProtocol:
-        connection = ServerProtocol(self._config, self._state, self._on_lost)
-        self._connections.add(connection)
-        return connection
+        return ServerProtocol(self._config, self._state, self._on_lost)
 
-    def _on_lost(self, connection: ServerProtocol) -> None:
-        self._connections.discard(connection)
+    @property
+    def _connections(self) -> set[ServerProtocol]:
+        """Those that have a transport, as uvicorn keeps them: from when it is made until it is lost."""
+        return cast("set[ServerProtocol]", self._state.connections)
+
+    def _on_lost(self, _connection: ServerProtocol) -> None:
         if not self._connections:
             self._no_connections.set()
 
     async def stop(self, *, drain_s: float) -> None:
         """Accept no more, close what is idle, let requests finish for drain_s, then cancel them."""
-        if self._server is not None:
-            self._server.close()
-        await asyncio.sleep(0)  # What was accepted in this turn of the loop has its protocol in the next.
+        # A timer fires after a turn's accepts, and whom it wakes runs after the tasks these have begun: by
+        # then what was accepted is attached. asyncio 3.11 drops a socket, open, that finds the server closed.
+        try:
+            await asyncio.sleep(_ACCEPTED_S)
+        finally:
+            if self._server is not None:
+                self._server.close()
+        await asyncio.sleep(0)  # What was attached in this turn of the loop has its transport in the next.
         for connection in list(self._connections):
             connection.shutdown()
         try:
@@ -91,7 +98,7 @@ class _Service:
                 task.cancel()
             await self._wait_until_quiet(CANCEL_S_MAX if self._state.tasks else 0.0)
             for connection in list(self._connections):
-                connection.abort()
+                connection.transport.abort()
 
     async def _wait_until_quiet(self, wait_s: float) -> None:
         """Wait until every request has ended and what it sent has left, but for wait_s at most."""

@@ -20,6 +20,8 @@ from pdcoord.wire.client import Client
 
 MODEL = "demo/tiny"
 STEP_MS = 4.0
+HOLD_TOKENS = 15_000
+"""A minute of steps: longer than any test here may take."""
 POLICY = """\
 apiVersion: pdcoord.io/v1alpha1
 kind: PoolPolicy
@@ -72,6 +74,16 @@ class Bench:
             at_s = asyncio.get_running_loop().time()
             self.answers[name] = Answer(response.status, shown, json.loads(raw), at_s)
         return self.answers[name]
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """The engine's one place is taken for as long as the block lasts, or until its client gives up."""
+        async with asyncio.TaskGroup() as group:
+            holder = group.create_task(self.call("holder", tokens=HOLD_TOKENS))
+            await until(lambda: self.process.coordinator.live_count == 1)
+            yield
+            assert not holder.done()
+            holder.cancel()
 
     @property
     def waiting_count(self) -> int:
@@ -135,12 +147,10 @@ async def started(folder: Path, wait_ms_max: int = 20_000, requests_max: int = 1
 
 async def test_calls_wait_for_their_turn_and_are_all_served(tmp_path: Path) -> None:
     async with started(tmp_path) as bench, asyncio.TaskGroup() as group:
-        first = group.create_task(bench.call("first"))
-        await until(lambda: bench.process.coordinator.live_count == 1)
-        calls = [group.create_task(bench.call(f"r{i}", tokens=5)) for i in range(8)]
-        await until(lambda: bench.waiting_count == 8)
-        answers = [await call for call in [first, *calls]]
-        assert {answer.status for answer in answers} == {200}
+        async with bench.held():
+            calls = [group.create_task(bench.call(f"r{i}", tokens=5)) for i in range(8)]
+            await until(lambda: bench.waiting_count == 8)
+        assert {(await call).status for call in calls} == {200}
         shown = bench.decision("r7")
         assert shown.waited_ms > 0.0
         assert shown.outcome == "ok"
@@ -148,33 +158,31 @@ async def test_calls_wait_for_their_turn_and_are_all_served(tmp_path: Path) -> N
 
 async def test_priorities_overtake_and_the_sheddable_is_refused_at_once(tmp_path: Path) -> None:
     async with started(tmp_path) as bench, asyncio.TaskGroup() as group:
-        group.create_task(bench.call("first", tokens=100))
-        await until(lambda: bench.process.coordinator.live_count == 1)
-        group.create_task(bench.call("plain"))
-        await until(lambda: bench.waiting_count == 1)
-        group.create_task(bench.call("gold", x_llm_d_inference_objective="gold"))
-        await until(lambda: bench.waiting_count == 2)
-        batch = await bench.call("batch", x_llm_d_inference_objective="batch")
-        assert (batch.status, batch.headers["x-pdcoord-reason"]) == (429, "shed")
-        assert batch.body["error"]["type"] == "rate_limit_error"
-        assert "first" not in bench.answers, "it was refused before any work was done"
-        await until(lambda: len(bench.answers) == 4)
-        assert list(bench.answers) == ["batch", "first", "gold", "plain"]
+        async with bench.held():
+            group.create_task(bench.call("plain"))
+            await until(lambda: bench.waiting_count == 1)
+            group.create_task(bench.call("gold", x_llm_d_inference_objective="gold"))
+            await until(lambda: bench.waiting_count == 2)
+            batch = await bench.call("batch", x_llm_d_inference_objective="batch")
+            assert (batch.status, batch.headers["x-pdcoord-reason"]) == (429, "shed")
+            assert batch.body["error"]["type"] == "rate_limit_error"
+        await until(lambda: len(bench.answers) == 3)
+        assert list(bench.answers) == ["batch", "gold", "plain"]
 
 
 async def test_a_flood_is_told_at_once_when_to_come_back_and_shuts_out_nobody_else(tmp_path: Path) -> None:
     async with started(tmp_path, requests_max=6) as bench, asyncio.TaskGroup() as group:
-        group.create_task(bench.call("first", tokens=150))
-        await until(lambda: bench.process.coordinator.live_count == 1)
-        flood = [
-            group.create_task(bench.call(f"f{i}", tokens=5, x_llm_d_inference_fairness_id="flood"))
-            for i in range(30)
-        ]
-        await until(lambda: len(bench.answers) == 24)
-        assert "first" not in bench.answers
-        assert {answer.headers["x-pdcoord-reason"] for answer in bench.answers.values()} == {"queue-full"}
-        assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in bench.answers.values())
-        small = await bench.call("small", tokens=5, x_llm_d_inference_fairness_id="small")
+        async with bench.held():
+            flood = [
+                group.create_task(bench.call(f"f{i}", tokens=5, x_llm_d_inference_fairness_id="flood"))
+                for i in range(30)
+            ]
+            await until(lambda: len(bench.answers) == 24)
+            assert {answer.headers["x-pdcoord-reason"] for answer in bench.answers.values()} == {"queue-full"}
+            assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in bench.answers.values())
+            coming = group.create_task(bench.call("small", tokens=5, x_llm_d_inference_fairness_id="small"))
+            await until(lambda: len(bench.answers) == 25)
+        small = await coming
         assert small.status == 200
         answers = [await call for call in flood]
         statuses = [answer.status for answer in answers]
@@ -185,24 +193,22 @@ async def test_a_flood_is_told_at_once_when_to_come_back_and_shuts_out_nobody_el
 
 async def test_a_client_that_leaves_frees_its_place(tmp_path: Path) -> None:
     async with started(tmp_path, requests_max=1) as bench, asyncio.TaskGroup() as group:
-        group.create_task(bench.call("first", tokens=100))
-        await until(lambda: bench.process.coordinator.live_count == 1)
-        leaver = group.create_task(bench.call("leaver"))
-        await until(lambda: bench.waiting_count == 1)
-        assert (await bench.call("full")).headers["x-pdcoord-reason"] == "queue-full"
-        leaver.cancel()
-        await until(lambda: bench.waiting_count == 0)
-        assert (await bench.call("stayer")).status == 200
+        async with bench.held():
+            leaver = group.create_task(bench.call("leaver"))
+            await until(lambda: bench.waiting_count == 1)
+            assert (await bench.call("full")).headers["x-pdcoord-reason"] == "queue-full"
+            leaver.cancel()
+            await until(lambda: bench.waiting_count == 0)
+            stayer = group.create_task(bench.call("stayer"))
+            await until(lambda: bench.waiting_count == 1)
+        assert (await stayer).status == 200
         assert bench.decision("leaver").outcome == "client-gone"
 
 
 async def test_who_waited_too_long_is_refused_by_the_clock_alone(tmp_path: Path) -> None:
-    async with started(tmp_path, wait_ms_max=150) as bench, asyncio.TaskGroup() as group:
-        first = group.create_task(bench.call("first", tokens=200))
-        await until(lambda: bench.process.coordinator.live_count == 1)
+    async with started(tmp_path, wait_ms_max=150) as bench, bench.held():
         answer = await bench.call("second", tokens=5)
         assert (answer.status, answer.headers["x-pdcoord-reason"]) == (429, "waited-too-long")
-        assert not first.done()
 
 
 async def test_tokens_of_answers_reach_the_core(tmp_path: Path) -> None:

@@ -167,22 +167,26 @@ async def test_draining_finishes_streams_accepts_nobody_and_closes_what_is_idle(
 def test_a_connection_that_is_being_accepted_when_the_stop_comes_is_closed(
     run: Callable[[Coroutine[Any, Any, None]], None], drain_s: float
 ) -> None:
-    async def stop_after(turns: int) -> None:
-        async with asyncio.timeout(WAIT_S):
-            async with running(answering(b"x"), drain_s=drain_s) as here:
-                host, _, port = here.addresses[0].rpartition(":")
-                with socket.create_connection((host, int(port))) as client:
-                    for _ in range(turns):
-                        await asyncio.sleep(0)
-                    here.stop.set()
-                    await here.ended()
-                    here.task.result()
-                    client.settimeout(WAIT_S)
-                    with contextlib.suppress(ConnectionResetError):
-                        assert client.recv(1) == b""
+    async def stop_beside(connect_turn: int, stop_turn: int) -> None:
+        async with asyncio.timeout(WAIT_S), running(answering(b"x"), drain_s=drain_s) as here:
+            host, _, port = here.addresses[0].rpartition(":")
+            with socket.socket() as client:
+                is_connected = False
+                for turn in range(max(connect_turn, stop_turn) + 1):
+                    if turn == connect_turn:
+                        is_connected = client.connect_ex((host, int(port))) == 0
+                    if turn == stop_turn:
+                        here.stop.set()
+                    await asyncio.sleep(0)
+                await here.ended()
+                here.task.result()
+                client.settimeout(WAIT_S)
+                with contextlib.suppress(ConnectionResetError):
+                    assert not is_connected or client.recv(1) == b""
 
-    for turns in range(8):  # Between the kernel's accept and the transport lie some turns of the loop.
-        run(stop_after(turns))
+    for turn in range(8):  # Between the kernel's accept and the transport lie some turns of the loop.
+        run(stop_beside(0, turn))
+        run(stop_beside(turn, 0))
 
 
 @on_uvloop

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pdcoord.core import admission
+from pdcoord.core.admission import TRIAL_S
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.costs import SpeedFigures
 from pdcoord.core.events import (
@@ -192,6 +193,18 @@ def test_a_deadline_that_cannot_be_met_is_not_started() -> None:
     assert story.ask("hopeless", slo=Slo(ttft_s=0.6)) == "deadline"
     assert story.ask("just", slo=Slo(ttft_s=0.7)) == "go p"
     assert story.ask("soft") == "wait"
+
+
+def test_now_and_then_one_goes_though_its_deadline_seems_lost() -> None:
+    """Who is refused teaches nothing: an endpoint that was slow once would be slow for ever."""
+    story = Story(rules=replace(RULES, deadline_excess_max=0.0))
+    assert story.ask("a", slo=Slo(ttft_s=0.6)) == "deadline"
+    story.pass_time(TRIAL_S - 0.1)
+    assert story.ask("b", slo=Slo(ttft_s=0.6)) == "deadline"
+    story.pass_time(0.2)
+    assert story.ask("c", slo=Slo(ttft_s=0.6)) == "go p"
+    story.end("c")
+    assert story.ask("d", slo=Slo(ttft_s=0.6)) == "deadline"
 
 
 def test_a_deadline_that_passes_while_waiting_ends_the_wait() -> None:

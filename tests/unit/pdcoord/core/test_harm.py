@@ -1,5 +1,7 @@
 """What a prefill does to others' objectives."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def test_without_objectives_there_is_nothing_to_miss() -> None:
 def test_time_of_others_is_that_of_the_streams_and_of_those_behind() -> None:
     at = Surroundings(0.6, 5, 0.01, 0.02)
     assert others_s(1.5, at, 0.3) == pytest.approx(1.5 * (STALL_WEIGHT * 5 + QUEUE_WEIGHT * 2))
-    assert others_s(1.5, at, 0.0) == pytest.approx(1.5 * STALL_WEIGHT * 5)
+    assert others_s(1.5, replace(at, queue_s=0.0), 0.0) == pytest.approx(1.5 * STALL_WEIGHT * 5)
     assert others_s(1.5, Surroundings(0.0, 0, 0.01, 0.01), 0.3) == 0.0
 
 

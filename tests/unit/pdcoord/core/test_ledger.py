@@ -57,7 +57,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(endpoint_id=st.sampled_from([P, D, E]))
     def sample(self, endpoint_id: EndpointId) -> None:
-        self.ledger.note_sample(endpoint_id)
+        self.ledger.note_sample(endpoint_id, self.now_s)
 
     @rule(endpoint_id=st.sampled_from([P, D, E]))
     def forget(self, endpoint_id: EndpointId) -> None:
@@ -174,7 +174,7 @@ def test_others_are_what_a_sample_counts_beyond_our_own() -> None:
     assert ledger.load(D).others(sample(2, 1)) == 3
 
     ledger.begin(LOCAL, 0.0)
-    ledger.note_sample(D)
+    ledger.note_sample(D, 1.0)
     assert ledger.load(D).others(sample(2, 1)) == 2
     assert ledger.load(D).others(sample(0, 0)) == 0
 
@@ -185,9 +185,9 @@ def test_own_requests_that_ended_since_the_last_sample_are_not_taken_for_others(
     ledger.begin(SPLIT, 0.0)
     ledger.end(LOCAL.request_id, 0.1)
     ledger.end(SPLIT.request_id, 0.1)
-    ledger.note_sample(D)  # The engine may still have counted both.
+    ledger.note_sample(D, 1.0)  # The engine may still have counted both.
     assert ledger.load(D).others(sample(2, 0)) == 0
-    ledger.note_sample(D)
+    ledger.note_sample(D, 1.0)
     assert ledger.load(D).others(sample(2, 0)) == 2
 
 
@@ -215,3 +215,22 @@ def test_validate_sees_a_cooked_account() -> None:
     ledger.load(D).context_tokens += 1
     with pytest.raises(AssertionError, match="context"):
         ledger.validate()
+
+
+def test_a_whole_answers_prefill_is_over_when_its_predicted_time_is() -> None:
+    """Nobody tells of its end: such an answer begins when it is complete."""
+    ledger = Ledger()
+    for index in range(3):
+        entry = Entry(RequestId(f"whole-{index}"), D, D, 1_000_000, 100, 0, is_streamed=False)
+        ledger.begin(entry, 0.0)
+    assert ledger.load(D).pending_prefill_s(0.0) == pytest.approx(3.0)
+    ledger.note_sample(D, 2.5)
+    ledger.validate()
+    assert ledger.load(D).pending_prefill_s(2.5) == pytest.approx(0.5)
+    assert ledger.load(D).streaming_count == 2
+    ledger.begin(Entry(RequestId("streamed"), D, D, 1_000_000, 100, 0), 9.0)
+    ledger.note_sample(D, 60.0)
+    assert ledger.load(D).pending_prefill_s(9.5) == pytest.approx(0.5)
+    for name in ("whole-0", "whole-1", "whole-2", "streamed"):
+        ledger.end(RequestId(name), 61.0)
+    ledger.validate()

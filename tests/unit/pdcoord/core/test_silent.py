@@ -11,13 +11,13 @@ from pdcoord.core.silent import JUDGED_MIN, Judgement, SilentFailures
 P, Q, D = EndpointId("p"), EndpointId("q"), EndpointId("d")
 
 
-def sample(failed: int | None = None, pulled: int | None = None) -> Sample:
-    return Sample(running=0, waiting=0, kv_usage=0.0, at_s=0.0, failed_pulls=failed, pulled_tokens=pulled)
+def sample(failed: int | None = None, pulled: int | None = None, computed: int | None = None) -> Sample:
+    return Sample(0, 0, 0.0, 0.0, failed_pulls=failed, pulled_tokens=pulled, computed_tokens=computed)
 
 
 def begun(failed: int | None = 0, pulled: int | None = 0) -> SilentFailures:
     silent = SilentFailures()
-    assert silent.sampled(D, sample(failed, pulled)) == Judgement()
+    assert silent.sampled(D, sample(failed, pulled, 0)) == Judgement()
     return silent
 
 
@@ -26,25 +26,41 @@ def answer(silent: SilentFailures, *prefills: EndpointId) -> None:
         silent.answered(prefill, D, 1_000)
 
 
-def test_failed_pulls_speak_against_every_path_that_was_used_meanwhile() -> None:
+def test_failed_pulls_speak_against_the_one_path_that_was_used_meanwhile() -> None:
     silent = begun()
-    answer(silent, P, P, Q)
-    assert silent.sampled(D, sample(2, 1_000)) == Judgement(bad=((P, D), (Q, D)))
+    answer(silent, P, P, P)
+    assert silent.sampled(D, sample(2, 1_000)) == Judgement(bad=((P, D),))
     assert silent.sampled(D, sample(2, 1_000)) == Judgement()
+
+
+def test_of_several_paths_none_is_blamed_unless_nearly_all_failed() -> None:
+    silent = begun()
+    answer(silent, P, P, Q, Q)
+    assert silent.sampled(D, sample(2, 2_000)) == Judgement()
+    answer(silent, P, P, Q, Q)
+    assert silent.sampled(D, sample(6, 2_000)) == Judgement(bad=((P, D), (Q, D)))
 
 
 def test_a_smaller_share_of_failures_is_chance() -> None:
     silent = begun()
     answer(silent, P, P, P, P)
-    assert silent.sampled(D, sample(1, 3_000)) == Judgement(good=((P, D),))
+    assert silent.sampled(D, sample(1, 3_000)) == Judgement()
+    answer(silent, P, P, P, Q)
+    assert silent.sampled(D, sample(1, 6_000)) == Judgement(good=((P, D), (Q, D)))
 
 
-def test_tokens_that_never_came_speak_against_a_path_without_a_counted_failure() -> None:
+def test_tokens_that_never_came_and_were_computed_speak_against_a_path_without_a_counted_failure() -> None:
     silent = begun(failed=None)
     answer(silent, P, P, P)
-    assert silent.sampled(D, sample(None, 0)) == Judgement(bad=((P, D),))
+    assert silent.sampled(D, sample(None, 0, 3_000)) == Judgement(bad=((P, D),))
     answer(silent, P, P, P)
-    assert silent.sampled(D, sample(None, 10)) == Judgement(good=((P, D),))
+    assert silent.sampled(D, sample(None, 10, 9_000)) == Judgement(good=((P, D),))
+
+
+def test_tokens_that_were_cached_unknown_to_us_do_not() -> None:
+    silent = begun(failed=None)
+    answer(silent, P, P, P)
+    assert silent.sampled(D, sample(None, 0, 40)) == Judgement(good=((P, D),))
 
 
 def test_too_few_legs_are_kept_for_the_next_sample() -> None:
@@ -83,7 +99,7 @@ def test_what_is_gone_is_forgotten() -> None:
     st.lists(
         st.one_of(
             st.sampled_from([P, Q]),
-            st.tuples(st.none() | st.integers(0, 1 << 60), st.none() | st.integers(0, 1 << 60)),
+            st.tuples(*[st.none() | st.integers(0, 1 << 60)] * 3),
         ),
         max_size=60,
     )
