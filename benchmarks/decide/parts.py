@@ -15,6 +15,7 @@ from pdcoord.core.filters import eligible
 from pdcoord.core.legs import Conditions, LegMaker
 from pdcoord.core.pairs import Pairs, worker_room
 from pdcoord.core.plan import DropReason
+from pdcoord.core.pruning import pruned
 from pdcoord.core.request import BlockKey, Request, RequestId
 from pdcoord.core.scheduler import best_alone
 from pdcoord.core.speed import SeededSpeed
@@ -30,7 +31,7 @@ Times = dict[str, list[float]]
 """Microseconds on the CPU, by part, one for each request."""
 
 READ = ("parse JSON", "read the call", "hash blocks")
-DECIDE = ("match prefix", "filters", "legs", "alone", "pairs")
+DECIDE = ("match prefix", "filters", "prune", "legs", "alone", "pairs")
 WHOLE = "handle in all"
 REST = "the rest of handle"
 ROUND_ROBIN = "round robin"
@@ -112,7 +113,9 @@ def _take_apart(timer: Timer, fleet: BenchFleet, request: Request) -> None:
     conditions = Conditions(fleet.now_s, model.slo, coordinator.ledger.typical_prefill_s)
     room = worker_room(model)
     maker = LegMaker(request, cached, speed, room=room, troubled=troubled, conditions=conditions)
-    legs = timer("legs", lambda: [maker.legs(fit) for fit in found.pools])
+    apart = {*troubled, *speed.unlike}
+    kept = timer("prune", lambda: [pruned(fit, cached, apart) for fit in found.pools])
+    legs = timer("legs", lambda: [maker.legs(fit) for fit in kept])
     drops: Counter[DropReason] = Counter()
     decodes = [pool_legs for pool_legs in legs if pool_legs.pool.can_decode]
     workers = [pool_legs for pool_legs in legs if pool_legs.pool.can_prefill]

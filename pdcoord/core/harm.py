@@ -66,11 +66,14 @@ def harm(
     Grows with `prefill_s` and with everything in `at`.
     """
     found = 0.0
-    if slo.ttft_s is not None and at.queue_s > 0.0:
-        found += prefill_s * min(at.queue_s / slo.ttft_s, 1.0) / max(typical_prefill_s, TYPICAL_S_MIN)
-    if slo.tpot_s is not None and at.stream_count and output_tokens > 0.0:
-        slack_s = max(slo.tpot_s - at.step_s, SLACK_SHARE_MIN * slo.tpot_s) * output_tokens
-        nearness = min(at.pace_s / slo.tpot_s, 1.0)
+    ttft_s, tpot_s, queue_s = slo.ttft_s, slo.tpot_s, at.queue_s
+    # Asked of every endpoint for every request: where `min` and `max` would have nothing to do, without them.
+    if ttft_s is not None and queue_s > 0.0:
+        wait = 1.0 if queue_s >= ttft_s else queue_s / ttft_s
+        found += prefill_s * wait / max(typical_prefill_s, TYPICAL_S_MIN)
+    if tpot_s is not None and at.stream_count and output_tokens > 0.0:
+        slack_s = max(tpot_s - at.step_s, SLACK_SHARE_MIN * tpot_s) * output_tokens
+        nearness = 1.0 if at.pace_s >= tpot_s else at.pace_s / tpot_s
         share = 1.0 if prefill_s >= slack_s else prefill_s / slack_s
         found += STREAM_WEIGHT * at.stream_count * share * nearness * nearness
     return found

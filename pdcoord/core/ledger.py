@@ -14,7 +14,8 @@ TYPICAL_WEIGHT = 0.02
 """Of the latest prefill in what is typical: some 50 requests are remembered."""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: that would double what making it costs each request.
+@dataclass(slots=True)
 class Entry:
     """One request's account.
 
@@ -95,7 +96,7 @@ class Load:
         if done_us <= 0.0:
             return self.prefill_us / 1e6
         oldest_us = next(iter(self.prefills.values()))
-        return (self.prefill_us - (done_us if done_us < oldest_us else oldest_us)) / 1e6
+        return (self.prefill_us - min(done_us, oldest_us)) / 1e6
 
     def prefill_share(self, now_s: float) -> float:
         """Share of its time that the endpoint lately spent on prefills, 0..PREFILL_SHARE_MAX.

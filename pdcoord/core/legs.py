@@ -54,7 +54,8 @@ class Leg:
     others_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: that would double what making it costs each request.
+@dataclass(slots=True)
 class PoolLegs:
     """The legs of one pool.
 
@@ -68,7 +69,8 @@ class PoolLegs:
     endpoint_count: int
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: that would double what making it costs each request.
+@dataclass(slots=True)
 class Conditions:
     """What is the same for all endpoints while one request is decided.
 

@@ -1,5 +1,7 @@
 """What makes one way of serving a request better than another."""
 
+import math
+
 from pdcoord.core.fleet import Pool, PoolName
 from pdcoord.core.model import Model, Slo
 
@@ -27,6 +29,8 @@ class Objective:
     def __init__(self, model: Model, priority: int = 0) -> None:
         self._ttft_s = model.slo.ttft_s
         self._tpot_s = model.slo.tpot_s
+        self._ttft_s_max = math.inf if model.slo.ttft_s is None else model.slo.ttft_s
+        self._tpot_s_max = math.inf if model.slo.tpot_s is None else model.slo.tpot_s
         self._has_objectives = model.slo != Slo()
         self._noise_s = model.disaggregation.saving_s_min or 1e-6
         self._unfit = _unfit_pools(model, priority)
@@ -74,7 +78,10 @@ class Objective:
             unfit: as the method of that name says.
             harm: requests of others that are expected to miss their objectives for it.
         """
-        excess = self.excess(ttft_s, pace_s) + harm if self._has_objectives else 0.0
+        excess = 0.0
+        if self._has_objectives:
+            is_within = ttft_s <= self._ttft_s_max and pace_s <= self._tpot_s_max
+            excess = harm if is_within else self.excess(ttft_s, pace_s) + harm
         time_s = ttft_s + others_s
         return (excess // SLO_EXCESS_EQUAL, unfit, time_s // self._noise_s, cost, time_s, turn)
 

@@ -236,12 +236,13 @@ class Pairs:
         # As `PathFigures.transfer_s` and `candidate` have it, without their calls: this is asked the most.
         moved = decode.uncached_tokens * worker.endpoint.pool.kv_bytes_per_token
         ahead, other = worker.load.bytes_in_flight, decode.load.bytes_in_flight
-        moved += max(other, ahead)
+        moved += ahead if ahead > other else other  # noqa: FURB136  # the call costs more than the rest
         ready_s = worker.queue_s + worker.prefill_s + (link.latency_s + moved / link.bandwidth_bytes_per_s)
         # Its KV is there, but it is taken into the batch behind the prompts that wait on the same endpoint.
-        ready_s = max(ready_s, decode.room_s)
-        ready_s = max(ready_s, decode.queue_s)
-        ttft_s = ready_s + decode.step_s
+        room_s, queue_s = decode.room_s, decode.queue_s
+        behind_s = room_s if room_s > queue_s else queue_s  # noqa: FURB136  # likewise
+        ttft_s = ready_s if ready_s > behind_s else behind_s  # noqa: FURB136  # likewise
+        ttft_s += decode.step_s
         objective = self._objective
         unfit = 0
         if objective.has_unfit:

@@ -52,15 +52,22 @@ class PrefixIndex:
     def record(self, ordinal: int, keys: Sequence[BlockKey], blocks_max: int) -> None:
         """Note that an endpoint holds these blocks, and forget its oldest past `blocks_max`."""
         held, holders = self._held.setdefault(ordinal, OrderedDict()), self._holders
-        bit = 1 << ordinal
+        bit, mask_of, refresh = 1 << ordinal, holders.get, held.move_to_end
+        keys = keys[:blocks_max]
+        # What is held of a chain is its front: it is younger than the rest whenever both are recorded.
+        known = 0
+        for key in keys:
+            if key not in held:
+                break
+            known += 1
         # Last block first, so that the front of a prefix, without which the rest is worth nothing,
         # is always the youngest and goes last.
-        for key in reversed(keys[:blocks_max]):
-            if key in held:
-                held.move_to_end(key)
-            else:
-                held[key] = None
-                holders[key] = holders.get(key, 0) | bit
+        for key in reversed(keys[known:]):
+            held[key] = None
+            mask = mask_of(key)
+            holders[key] = bit if mask is None else mask | bit
+        for key in reversed(keys[:known]):
+            refresh(key)
         while len(held) > blocks_max:
             key, _ = held.popitem(last=False)
             self._release(key, bit)

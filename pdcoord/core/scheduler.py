@@ -23,7 +23,8 @@ _NO_SLO = Slo()
 _SPLIT = frozenset({Why.SPLIT_FASTER, Why.SPLIT_PREFERRED, Why.SPLIT_ALWAYS})
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, though nobody changes it: that would double what making it costs each request.
+@dataclass(slots=True)
 class Choice:
     """What was chosen, and what it was chosen from.
 
@@ -142,7 +143,7 @@ def best_alone(
         for leg in pool_legs.legs:
             ttft_s = max(leg.queue_s, leg.room_s) + leg.prefill_s + leg.step_s
             cost = leg.prefill_price + leg.output_price
-            unfit = objective.unfit(ttft_s, pool_legs.pool)
+            unfit = objective.unfit(ttft_s, pool_legs.pool) if objective.has_unfit else 0
             turn = leg.load.begun_ordinal
             rank = objective.rank(ttft_s, leg.pace_s, leg.others_s, cost, turn, unfit=unfit, harm=leg.harm)
             if best is None or rank < best[0]:
