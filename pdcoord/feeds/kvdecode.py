@@ -8,6 +8,8 @@ import msgspec
 from pdcoord.core.fleet import EndpointId
 from pdcoord.core.kvcache import Coverage, EngineHash, KvCleared, KvRemoved, KvSignal, KvStored, Tier
 
+EVENTS_MAX = 8_192
+"""Of one batch, which is one step of an engine; a longer one is not read, so that its reading ends soon."""
 HASH_MASK = (1 << 64) - 1
 
 _LORA_TAG, _SALT_TAG = "lora", "cache_salt"
@@ -129,6 +131,8 @@ def decode_batch(payload: bytes, endpoint_id: EndpointId) -> Decoded:
         batch = (_batch if _is_map(payload) else _batch_array).decode(payload)
     except (msgspec.DecodeError, RecursionError) as error:
         raise BatchError("the payload is not a batch of KV events") from error
+    if len(batch.events) > EVENTS_MAX:
+        raise BatchError(f"a batch of {len(batch.events)} events, expected at most {EVENTS_MAX}")
     signals: list[KvSignal] = []
     unreadable = 0
     for raw in batch.events:

@@ -34,6 +34,8 @@ BATCHES_PER_TURN = 64
 """Batches read before others have their turn: a socket does not wait where something is there."""
 
 BLOCKS_PER_TURN = 256
+BYTES_PER_BLOCK = 1_024
+"""A batch pays for its bytes besides: what is read costs time, whatever comes of it."""
 """Blocks taken in before others have their turn: about a millisecond's work."""
 
 
@@ -62,7 +64,7 @@ class KvEventsLimits:
     retry_s: float = 1.0
     lost_s: float = 30.0
     queue_batches_max: int = 10_000
-    payload_bytes_max: int = 16 << 20
+    payload_bytes_max: int = 2 << 20
     blocks_per_s_max: float = 50_000.0
     burst_blocks_max: float = 100_000.0
     replay_s: float = 20.0
@@ -297,7 +299,7 @@ class _Follower:
         for signal in decoded.signals:
             self._feed.handler.handle(signal)
             await self._pay(len(signal.hashes) if isinstance(signal, KvStored) else 1)
-        await self._pay(1)
+        await self._pay(1 + decoded.unreadable + len(payload) // BYTES_PER_BLOCK)
 
     async def _pay(self, blocks: int) -> None:
         """Wait where the endpoint has had more than its rate."""

@@ -6,6 +6,7 @@ the call itself and answers {"token_ids": [...]}, or a list of those for complet
 
 import asyncio
 from array import array
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -109,7 +110,12 @@ def has_media(call: Call) -> bool:
         if isinstance(each, dict)
     ]
     parts = [part for content in contents for part in _items(content)]
-    return any(isinstance(part, dict) and part.get("type") not in _TEXT_PARTS for part in parts)
+    return any(isinstance(part, dict) and not _is_one_of(part.get("type"), _TEXT_PARTS) for part in parts)
+
+
+def _is_one_of(value: object, known: Collection[str | None]) -> bool:
+    """Whether a client's value, which may be anything that JSON has, is one of those."""
+    return (value is None or isinstance(value, str)) and value in known
 
 
 def _items(value: object) -> list[object]:
@@ -118,7 +124,7 @@ def _items(value: object) -> list[object]:
 
 def is_truncated(call: Call) -> bool:
     """Whether the engine is asked to cut the prompt, which leaves other blocks than the prompt's own."""
-    return any(call.body.get(name) not in {None, "disabled"} for name in _TRUNCATING)
+    return not all(_is_one_of(call.body.get(name), {None, "disabled"}) for name in _TRUNCATING)
 
 
 async def ask(

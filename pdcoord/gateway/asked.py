@@ -62,8 +62,8 @@ NOTHING_ASKED = Asked()
 
 def _name(found: Mapping[bytes, bytes], names: tuple[bytes, ...]) -> str:
     for name in names:
-        value = found.get(name)
-        if value is not None:
+        value = found.get(name, b"").strip()
+        if value:
             if not is_name(value):
                 raise _bad_header(name, value, f"1 to {NAME_BYTES_MAX} visible ASCII characters")
             return value.decode("ascii")
@@ -72,8 +72,8 @@ def _name(found: Mapping[bytes, bytes], names: tuple[bytes, ...]) -> str:
 
 def _seconds(found: Mapping[bytes, bytes], names: tuple[bytes, ...]) -> float | None:
     for name in names:
-        value = found.get(name)
-        if value is not None:
+        value = found.get(name, b"").strip()
+        if value:
             is_number = _NUMBER.fullmatch(value) is not None
             if not is_number or not 0.0 < float(value) <= SLO_MS_MAX:
                 raise _bad_header(name, value, f"milliseconds above 0 and up to {SLO_MS_MAX:.0f}")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pdcoord.core.fleet import EndpointId
 from pdcoord.core.kvcache import Coverage, KvCleared, KvRemoved, KvSignal, KvStored, Tier
-from pdcoord.feeds.kvdecode import BatchError, decode_batch
+from pdcoord.feeds.kvdecode import EVENTS_MAX, BatchError, decode_batch
 
 E = EndpointId("e")
 FIELDS = {
@@ -227,3 +227,9 @@ def test_a_deep_payload_is_refused() -> None:
     event = b"\x99\xabBlockStored\x91\x01\xc0\x91\x01\x01\xc0\xc0\xc0" + keys
     with pytest.raises(BatchError):
         decode_batch(b"\x93\xcb" + bytes(8) + b"\x91" + event + b"\x00", E)
+
+
+def test_a_batch_of_more_events_than_a_step_has_is_not_read() -> None:
+    decode_batch(encode([["X"]] * EVENTS_MAX), E)
+    with pytest.raises(BatchError, match="8193 events"):
+        decode_batch(encode([["X"]] * (EVENTS_MAX + 1)), E)

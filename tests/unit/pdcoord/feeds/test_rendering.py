@@ -136,3 +136,10 @@ def test_answers_are_read_or_not_believed(raw: bytes, is_rendered: bool, expecte
 
 def test_the_call_that_tokenizes_is_one_that_a_sidecar_passes_on() -> None:
     assert TOKENIZE in APIS
+
+
+@pytest.mark.parametrize("value", [{"type": "auto"}, ["text"], 1, True, [[]]])
+def test_what_no_api_has_is_neither_text_nor_untruncated(value: object) -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": value, "text": "x"}]}]}
+    assert has_media(parse(CHAT, **body))
+    assert is_truncated(parse("/v1/responses", input="x", truncation=value))

@@ -27,12 +27,20 @@ def test_tenant_and_objective_are_known_by_both_names(prefix: bytes, model: Mode
     assert not NOTHING_ASKED.has_unknown_objective(model)
 
 
+def test_empty_headers_as_proxies_send_them_ask_for_nothing() -> None:
+    names = (b"x-llm-d-inference-fairness-id", b"x-llm-d-inference-objective", b"x-llm-d-slo-ttft-ms")
+    assert (
+        asked_of([(name, value) for name, value in zip(names, (b"", b" ", b""), strict=True)])
+        == NOTHING_ASKED
+    )
+
+
 def test_of_two_names_the_newer_is_meant() -> None:
     headers = [(b"x-slo-ttft-ms", b"9"), (b"x-llm-d-slo-ttft-ms", b"250"), (b"x-slo-tpot-ms", b"12.5")]
     assert asked_of(headers).slo == Slo(0.25, 0.0125)
 
 
-@pytest.mark.parametrize("value", [b"", b"0", b"-1", b"1e3", b"nan", b"inf", b"soon", b"3600001", b"9" * 50])
+@pytest.mark.parametrize("value", [b"0", b"-1", b"1e3", b"nan", b"inf", b"soon", b"3600001", b"9" * 50])
 def test_an_objective_in_no_known_number_is_refused_by_name_and_value(value: bytes) -> None:
     with pytest.raises(RefusedError) as caught:
         asked_of([(b"x-llm-d-slo-tpot-ms", value)])
@@ -42,7 +50,7 @@ def test_an_objective_in_no_known_number_is_refused_by_name_and_value(value: byt
     assert ascii(value[:32].decode()) in refusal.message
 
 
-@pytest.mark.parametrize("value", [b"", b"two words", b"x" * 129, b"caf\xc3\xa9", b"a\x00b"])
+@pytest.mark.parametrize("value", [b"two words", b"x" * 129, b"caf\xc3\xa9", b"a\x00b"])
 def test_a_name_that_is_none_is_refused(value: bytes) -> None:
     with pytest.raises(RefusedError) as caught:
         asked_of([(b"x-llm-d-inference-fairness-id", value)])
