@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pdcoord.policy.compile import compile_policy
+from pdcoord.policy.errors import quote
 from pdcoord.policy.load import parse_policies
 
 
@@ -101,8 +102,8 @@ def test_a_tokenizer_that_is_not_there_is_warned_of(good: str, tmp_path: Path) -
     assert warnings_of(text) == [
         SILENT.replace("p:28", "p:29"),
         (
-            f'p:7: model.tokenizer.file: is "{path}", which is no file here, so prompts are asked of the '
-            "engines"
+            f"p:7: model.tokenizer.file: is {quote(str(path))}, which is no file here, so prompts are asked "
+            "of the engines"
         ),
     ]
     path.write_text("{}")
