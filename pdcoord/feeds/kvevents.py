@@ -12,9 +12,9 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from pdcoord.core.fleet import Endpoint, EndpointId
-from pdcoord.core.kvcache import KvCleared, KvLost, KvStored
+from pdcoord.core.kvcache import KvCleared, KvLost
 from pdcoord.core.ports import Handler
-from pdcoord.feeds.kvdecode import BatchError, decode_batch
+from pdcoord.feeds.kvdecode import BatchError, BatchTooLargeError, open_batch, pieces
 from pdcoord.feeds.kvsequence import (
     Action,
     Batch,
@@ -34,9 +34,10 @@ BATCHES_PER_TURN = 64
 """Batches read before others have their turn: a socket does not wait where something is there."""
 
 BLOCKS_PER_TURN = 256
-BYTES_PER_BLOCK = 1_024
-"""A batch pays for its bytes besides: what is read costs time, whatever comes of it."""
 """Blocks taken in before others have their turn: about a millisecond's work."""
+
+BYTES_PER_BLOCK = 512
+"""Of a payload, read or not, that cost as much as a block on top of what is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,14 @@ class KvEventsLimits:
         sync_s: how often the endpoints are asked for.
         check_s: how often a publisher with a replay socket is asked whether it is the same and all was heard.
         retry_s: wait before a broken subscription is made anew.
-        lost_s: without a connection for so long, what is known of the endpoint is given up.
+        lost_s: without a connection for so long, what is known of the endpoint is given up, and it is
+            subscribed to anew.
         queue_batches_max: batches waiting to be read; ZMQ drops the rest, which shows as a gap.
-        payload_bytes_max: of one batch; ZMQ closes the connection on a larger one.
-        blocks_per_s_max: blocks of one endpoint taken in; past it the queue fills.
+        payload_bytes_max: of one batch; a larger one is not read, and all before it counts as lost.
+        frame_bytes_max: at a larger one ZMQ gives the connection up for good; another is made after `lost_s`.
+        blocks_per_s_max: blocks of 16 tokens of one endpoint taken in; past it the queue fills. Larger blocks
+            count as several, events without blocks or that cannot be read as one each, and so do every
+            batch and every 512 bytes of it.
         burst_blocks_max: blocks taken in at once before that counts.
         replay_s: the whole of one replay.
         replay_gap_s_min: between the ends of two series of replays of one endpoint.
@@ -65,6 +70,7 @@ class KvEventsLimits:
     lost_s: float = 30.0
     queue_batches_max: int = 10_000
     payload_bytes_max: int = 2 << 20
+    frame_bytes_max: int = 8 << 20
     blocks_per_s_max: float = 50_000.0
     burst_blocks_max: float = 100_000.0
     replay_s: float = 20.0
@@ -195,7 +201,7 @@ class _Follower:
             zmq.LINGER: 0,
             zmq.IPV6: 1,
             zmq.RCVHWM: limits.replay_batches_max if is_replay else limits.queue_batches_max,
-            zmq.MAXMSGSIZE: limits.payload_bytes_max,
+            zmq.MAXMSGSIZE: limits.frame_bytes_max,
             zmq.RECONNECT_IVL: 200,
             zmq.RECONNECT_IVL_MAX: 5_000,
             # A peer that vanished without a word is gone after two of these.
@@ -207,7 +213,7 @@ class _Follower:
         return socket
 
     async def _listen(self, socket: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
-        """Read what comes until cancelled, and see to it in time where nothing does."""
+        """Read what comes until nothing can, and see to it in time where nothing does."""
         poller = zmq.asyncio.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
@@ -223,7 +229,8 @@ class _Follower:
                 await asyncio.sleep(0)
             now_s = self._feed.clock()
             if self._gone_s is not None:
-                self._note_gone()
+                if self._note_gone():
+                    return
             elif now_s >= check_at_s:
                 await self._do(self._sequence.check())
             if now_s >= check_at_s:
@@ -241,14 +248,19 @@ class _Follower:
         elif self._gone_s is None:
             self._gone_s = self._feed.clock()
 
-    def _note_gone(self) -> None:
+    def _note_gone(self) -> bool:
+        """Whether it has been gone for so long that another subscription is called for."""
         now_s = self._feed.clock()
         if self._gone_s is None:
             self._gone_s = now_s
-        if now_s - self._gone_s >= self._limits.lost_s and self._sequence.next_number is not None:
+        if now_s - self._gone_s < self._limits.lost_s:
+            return False
+        self._gone_s = now_s
+        if self._sequence.next_number is not None:
             self._sequence = BatchSequence(has_replay=self._source.replay_port is not None)
             self._feed.troubles[Trouble.LOST] += 1
             self._feed.handler.handle(KvLost(self._source.id))
+        return True
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         for _ in range(BATCHES_PER_TURN):
@@ -259,6 +271,7 @@ class _Follower:
             batch = _batch(frames[1:]) if len(frames) == 3 else None
             if batch is None:
                 self._feed.troubles[Trouble.FRAMES_UNREADABLE] += 1
+                await self._pay(1 + sum(map(len, frames)) // BYTES_PER_BLOCK)
                 continue
             await self._do(self._sequence.received(batch))
 
@@ -291,15 +304,28 @@ class _Follower:
         """Tell the coordinator of one batch, and give way to others in between."""
         self._feed.batches += 1
         try:
-            decoded = decode_batch(payload, self._source.id)
+            await self._take_in(payload)
+        except BatchTooLargeError:
+            # It could have told of anything, and a replay would bring the same.
+            self._feed.troubles[Trouble.BATCH_UNREADABLE] += 1
+            self._feed.troubles[Trouble.LOST] += 1
+            self._feed.handler.handle(KvLost(self._source.id))
         except BatchError:
             self._feed.troubles[Trouble.BATCH_UNREADABLE] += 1
-            return
-        self._feed.troubles[Trouble.EVENT_UNREADABLE] += decoded.unreadable
-        for signal in decoded.signals:
-            self._feed.handler.handle(signal)
-            await self._pay(len(signal.hashes) if isinstance(signal, KvStored) else 1)
-        await self._pay(1 + decoded.unreadable + len(payload) // BYTES_PER_BLOCK)
+
+    async def _take_in(self, payload: bytes) -> None:
+        await self._pay(1 + len(payload) // BYTES_PER_BLOCK)
+        if len(payload) > self._limits.payload_bytes_max:
+            raise BatchTooLargeError("the payload is over its bound")
+        batch = open_batch(payload)
+        if len(payload) >= BLOCKS_PER_TURN * BYTES_PER_BLOCK:
+            await asyncio.sleep(0)
+        for signal, blocks in pieces(batch, self._source.id):
+            if signal is None:
+                self._feed.troubles[Trouble.EVENT_UNREADABLE] += 1
+            else:
+                self._feed.handler.handle(signal)
+            await self._pay(blocks)
 
     async def _pay(self, blocks: int) -> None:
         """Wait where the endpoint has had more than its rate."""

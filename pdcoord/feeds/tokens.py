@@ -205,6 +205,8 @@ class TokensFeed:
             return await self._ask(call, model, prompt)
         except UnicodeError:  # Half a surrogate pair: JSON can hold it, UTF-8 cannot.
             return TokenSource.NONE, TokensMissing.NOT_TEXT
+        except RecursionError:  # Nested as deep as could just be read, with less of the stack left by now.
+            return TokenSource.NONE, TokensMissing.KIND
 
     def _tokenizer_of(self, model: Model) -> TextTokenizer | None:
         loaded = self._files.get(model.tokenizing.file or "")

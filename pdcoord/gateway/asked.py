@@ -17,6 +17,7 @@ from pdcoord.protocol.headers import (
 )
 
 _NUMBER = re.compile(rb"[0-9]{1,9}(\.[0-9]{1,9})?")
+_BLANKS = b" \t"
 _VALUE_SHOWN_MAX = 32
 _FIRST_LETTERS = (b"x-llm-d-", b"x-gateway-", b"x-slo-")
 
@@ -43,15 +44,18 @@ class Asked:
 def asked_of(headers: Iterable[tuple[bytes, bytes]]) -> Asked:
     """Read tenant, objective and SLO headers of a call.
 
+    Those without a value count as absent: proxies send such.
+
     Raises:
         RefusedError: 400 naming the header, its value and what is expected. To ignore what cannot be read
             would serve a call as somebody else's, or too late, without a word.
     """
-    found = {name: value for name, value in headers if name.startswith(_FIRST_LETTERS)}
+    own = ((name, value.strip(_BLANKS)) for name, value in headers if name.startswith(_FIRST_LETTERS))
+    found = {name: value for name, value in own if value}
     if not found:
         return NOTHING_ASKED
     return Asked(
-        tenant=_name(found, FAIRNESS_ID),
+        tenant=_name(found, FAIRNESS_ID, has_spaces=True),
         objective=_name(found, OBJECTIVE),
         slo=Slo(_seconds(found, SLO_TTFT_MS), _seconds(found, SLO_TPOT_MS)),
     )
@@ -60,20 +64,22 @@ def asked_of(headers: Iterable[tuple[bytes, bytes]]) -> Asked:
 NOTHING_ASKED = Asked()
 
 
-def _name(found: Mapping[bytes, bytes], names: tuple[bytes, ...]) -> str:
+def _name(found: Mapping[bytes, bytes], names: tuple[bytes, ...], *, has_spaces: bool = False) -> str:
+    """A name without blanks around it; `has_spaces` where it may have some inside."""
     for name in names:
-        value = found.get(name, b"").strip()
-        if value:
-            if not is_name(value):
-                raise _bad_header(name, value, f"1 to {NAME_BYTES_MAX} visible ASCII characters")
+        value = found.get(name)
+        if value is not None:
+            if not is_name(value.replace(b" ", b"_") if has_spaces else value):
+                spaces = " and inner spaces" if has_spaces else ""
+                raise _bad_header(name, value, f"1 to {NAME_BYTES_MAX} visible ASCII characters{spaces}")
             return value.decode("ascii")
     return ""
 
 
 def _seconds(found: Mapping[bytes, bytes], names: tuple[bytes, ...]) -> float | None:
     for name in names:
-        value = found.get(name, b"").strip()
-        if value:
+        value = found.get(name)
+        if value is not None:
             is_number = _NUMBER.fullmatch(value) is not None
             if not is_number or not 0.0 < float(value) <= SLO_MS_MAX:
                 raise _bad_header(name, value, f"milliseconds above 0 and up to {SLO_MS_MAX:.0f}")

@@ -5,9 +5,10 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -362,6 +363,103 @@ async def test_a_flood_leaves_others_their_turn() -> None:
                     await asyncio.sleep(0)
             assert feed.troubles[Trouble.LOST] == 0
             assert turns > 3
+
+
+class Flood:
+    """Raw payloads from a publisher that has a replay socket, and how often others had a turn meanwhile."""
+
+    def __init__(self, told: Told, publisher: KvEventPublisher) -> None:
+        self.told, self.publisher = told, publisher
+
+    def send(self, *events: Any, padding: int = 0) -> None:
+        payload = msgspec.msgpack.encode([1.0, [*events], 0, b"x" * padding])
+        publisher, number = self.publisher, self.publisher._sequence
+        publisher._sequence += 1
+        publisher._kept.append((number, payload))
+        raw = publisher._publisher
+        assert raw is not None
+        raw.send_multipart([b"kv@x", number.to_bytes(8, "big"), payload], zmq.NOBLOCK)
+
+    async def turns(self, progress: Callable[[], int], end: int) -> int:
+        """Turns of this task while something was done and something was still to do."""
+        turns = 0
+        async with asyncio.timeout(20.0):
+            while progress() < end:
+                turns += progress() > 0
+                await asyncio.sleep(0)
+        return turns
+
+
+@asynccontextmanager
+async def flooding(limits: KvEventsLimits = LIMITS) -> AsyncIterator[tuple[Flood, KvEventsFeed]]:
+    told = Told()
+    async with publishing() as publisher:
+        told.see(endpoint(publisher))
+        async with following(told, limits) as feed:
+            publish(publisher, stored(ONE))
+            await until(lambda: told.cached(ONE) == 32)
+            yield Flood(told, publisher), feed
+
+
+async def test_one_event_of_many_blocks_leaves_others_their_turn() -> None:
+    async with flooding() as (flood, _):
+        before = flood.told.index.block_count
+        flood.send(["BlockStored", list(range(10_000)), None, list(range(10_000)), 1])
+        assert await flood.turns(lambda: flood.told.index.block_count - before, 10_000) > 10
+        # The next begins where it ended.
+        flood.send(["BlockStored", [10_000], 9_999, list(range(10_000, 10_016)), 16])
+        await until(lambda: flood.told.cached(range(10_016)) == 10_016)
+
+
+async def test_events_that_nobody_can_read_leave_others_their_turn_and_are_paid_for() -> None:
+    async with flooding() as (flood, feed):
+        flood.send(*([None] * 10_000))
+        assert await flood.turns(lambda: feed.troubles[Trouble.EVENT_UNREADABLE], 10_000) > 10
+    async with flooding(KvEventsLimits(sync_s=0.02, blocks_per_s_max=1e-3, burst_blocks_max=100.0)) as (
+        flood,
+        feed,
+    ):
+        flood.send(*([None] * 10_000))
+        await until(lambda: feed.troubles[Trouble.THROTTLED] > 0)
+        assert feed.troubles[Trouble.EVENT_UNREADABLE] <= 100
+
+
+async def test_bytes_are_paid_for() -> None:
+    async with flooding(KvEventsLimits(sync_s=0.02, blocks_per_s_max=1e-3, burst_blocks_max=100.0)) as (
+        flood,
+        feed,
+    ):
+        flood.send(padding=100_000)
+        await until(lambda: feed.troubles[Trouble.THROTTLED] > 0)
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[["AllBlocksCleared", "CPU"]] * 20_000, [["BlockRemoved", [0] * 20_000]]],
+    ids=["events", "blocks"],
+)
+async def test_a_batch_over_the_bounds_counts_as_lost(events: list[Any]) -> None:
+    async with flooding() as (flood, feed):
+        flood.send(*events)
+        publish(flood.publisher, stored(TWO))
+        await until(lambda: flood.told.cached(TWO) == 48)
+        assert flood.told.cached(ONE) == 0
+        assert flood.told.trust is Trust.PARTIAL
+        assert feed.troubles[Trouble.LOST] == 1
+
+
+@pytest.mark.parametrize("bound", ["payload_bytes_max", "frame_bytes_max"])
+async def test_a_payload_over_the_bounds_counts_as_lost(bound: str) -> None:
+    limits = replace(LIMITS, replay_s=0.5, lost_s=0.2, payload_bytes_max=2_000, frame_bytes_max=10_000)
+    async with flooding(limits) as (flood, feed):
+        flood.send(padding=getattr(limits, bound))
+        async with asyncio.timeout(20.0):
+            # The subscription may have to be made anew, and does not hear what comes before it is.
+            while not flood.told.cached(TWO):
+                publish(flood.publisher, stored(TWO))
+                await asyncio.sleep(0.05)
+        assert flood.told.trust is Trust.PARTIAL
+        assert feed.troubles[Trouble.LOST]
 
 
 async def test_a_replay_socket_that_says_nothing_ends_in_time() -> None:

@@ -10,7 +10,22 @@ from hypothesis import strategies as st
 
 from pdcoord.core.fleet import EndpointId
 from pdcoord.core.kvcache import Coverage, KvCleared, KvRemoved, KvSignal, KvStored, Tier
-from pdcoord.feeds.kvdecode import EVENTS_MAX, BatchError, decode_batch
+from pdcoord.feeds.kvdecode import (
+    BATCH_EVENTS_MAX,
+    EVENT_BLOCKS_MAX,
+    EVENT_PAIRS_MAX,
+    EVENT_TOKENS_MAX,
+    EXTRA_BYTES_MAX,
+    RUN_BLOCKS_MAX,
+    RUN_EXTRA_BYTES_MAX,
+    RUN_TOKENS_MAX,
+    BatchError,
+    BatchTooLargeError,
+    Piece,
+    decode_batch,
+    open_batch,
+    pieces,
+)
 
 E = EndpointId("e")
 FIELDS = {
@@ -69,7 +84,7 @@ stored_fields = st.fixed_dictionaries(
         "group_idx": st.none() | st.integers(0, 3),
         "kv_cache_spec_kind": st.sampled_from([None, "full_attention", "mamba", "unknown"]),
     }
-)
+).filter(lambda fields: len(fields["extra_keys"] or ()) <= len(fields["block_hashes"]))
 removed_fields = st.fixed_dictionaries(
     {
         "block_hashes": st.lists(hashes, max_size=3),
@@ -193,6 +208,7 @@ def test_removal_clearing_and_remote_blocks() -> None:
         },
         ["BlockStored"],
         ["BlockRemoved", 5],
+        ["BlockStored", [1], None, [1], 1, None, None, None, [None, None]],
         [],
         {},
         None,
@@ -229,7 +245,98 @@ def test_a_deep_payload_is_refused() -> None:
         decode_batch(b"\x93\xcb" + bytes(8) + b"\x91" + event + b"\x00", E)
 
 
-def test_a_batch_of_more_events_than_a_step_has_is_not_read() -> None:
-    decode_batch(encode([["X"]] * EVENTS_MAX), E)
-    with pytest.raises(BatchError, match="8193 events"):
-        decode_batch(encode([["X"]] * (EVENTS_MAX + 1)), E)
+def pieces_of(*events: Any) -> list[Piece]:
+    return list(pieces(open_batch(encode([*events])), E))
+
+
+def run(blocks: int, block_tokens: int, extra_keys: list[Any] | None = None) -> list[Any]:
+    tokens = list(range(blocks * block_tokens))
+    return ["BlockStored", list(range(blocks)), None, tokens, block_tokens, None, None, None, extra_keys]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "block_tokens", "has_extras"),
+    [
+        (1, 16, True),
+        (1_500, 1, False),
+        (1_500, 16, False),
+        (1_500, 0, False),
+        (9, 7_000, False),
+        (40, 4, True),
+    ],
+)
+def test_a_long_run_comes_in_pieces_that_make_up_the_whole(
+    blocks: int, block_tokens: int, *, has_extras: bool
+) -> None:
+    keys = [["x" * 4_000, index] for index in range(blocks)] if has_extras else None
+    event = run(blocks, block_tokens, keys)
+    if not block_tokens:
+        event[4] = 16  # Blocks known from another tier.
+    found = pieces_of(event)
+    runs = [piece.signal for piece in found if isinstance(piece.signal, KvStored)]
+    assert len(runs) == len(found)
+    hashes = [each for run in runs for each in run.hashes]
+    assert hashes == event[1]
+    assert [token for run in runs for token in run.token_ids] == event[3]
+    assert [run.parent for run in runs] == [None, *(run.hashes[-1] for run in runs[:-1])]
+    assert [each for run in runs for each in run.extras] == (
+        [repr(key) for key in keys] if keys is not None else []
+    )
+    for piece, stored in zip(found, runs, strict=True):
+        assert len(stored.hashes) <= RUN_BLOCKS_MAX
+        assert len(stored.token_ids) <= RUN_TOKENS_MAX
+        assert sum(map(len, stored.extras)) <= RUN_EXTRA_BYTES_MAX
+        extra_bytes = sum(map(len, stored.extras))
+        assert piece.blocks >= max(1, len(stored.hashes), len(stored.token_ids) // 16, extra_bytes // 150)
+
+
+def test_a_salt_is_the_first_pieces_alone() -> None:
+    keys = [["s"], *([["not a salt"]] * 1_499)]
+    first, second, *_ = (piece.signal for piece in pieces_of(run(1_500, 1, keys)))
+    assert isinstance(first, KvStored)
+    assert isinstance(second, KvStored)
+    assert (first.cache_salt, first.extras[0], second.cache_salt) == ("s", "", "")
+    assert second.extras[0] == "['not a salt']"
+
+
+def test_a_long_removal_comes_in_pieces() -> None:
+    found = pieces_of(["BlockRemoved", list(range(2_000))])
+    assert all(piece.blocks <= RUN_BLOCKS_MAX for piece in found)
+    gone = [each for piece in found if isinstance(piece.signal, KvRemoved) for each in piece.signal.hashes]
+    assert gone == list(range(2_000))
+
+
+def test_what_does_not_add_up_is_told_as_it_is() -> None:
+    (piece,) = pieces_of(["BlockStored", list(range(2_000)), None, [1], 16])
+    assert isinstance(piece.signal, KvStored)
+    assert (len(piece.signal.hashes), piece.signal.token_ids) == (2_000, (1,))
+
+
+def test_unreadable_events_cost_as_well() -> None:
+    assert pieces_of(None, ["BlockMoved"]) == [Piece(None, 1), Piece(None, 1)]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        ["BlockRemoved", [0] * (EVENT_BLOCKS_MAX + 1)],
+        {"type": "BlockRemoved", "block_hashes": [0] * (EVENT_BLOCKS_MAX + 1)},
+        ["BlockStored", [0] * (EVENT_BLOCKS_MAX + 1), None, [], 16],
+        ["BlockStored", [0], None, [0] * (EVENT_TOKENS_MAX + 1), 16],
+        ["BlockStored", [0], None, [[0, 0]] * (EVENT_PAIRS_MAX + 1), 16],
+        ["BlockStored", [0], None, [0], 1, None, None, None, [["x" * EXTRA_BYTES_MAX]]],
+        ["BlockStored", [0], None, [0], 1, None, None, None, [None] * (EVENT_BLOCKS_MAX + 1)],
+    ],
+)
+def test_an_event_over_its_bounds_is_not_read(event: Any) -> None:
+    found = pieces(open_batch(encode([["AllBlocksCleared"], event])), E)
+    assert next(found).signal == KvCleared(E)
+    with pytest.raises(BatchTooLargeError):
+        next(found)
+
+
+@pytest.mark.parametrize("event", [None, ["AllBlocksCleared"]])
+def test_a_batch_of_too_many_events_is_not_read(event: Any) -> None:
+    assert len(open_batch(encode([event] * BATCH_EVENTS_MAX)).events) == BATCH_EVENTS_MAX
+    with pytest.raises(BatchTooLargeError, match="16385 events"):
+        open_batch(encode([event] * (BATCH_EVENTS_MAX + 1)))

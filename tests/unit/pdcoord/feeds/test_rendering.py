@@ -1,9 +1,12 @@
 """Questions to a server that tokenizes, and what is made of its answers."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdcoord.feeds.rendering import (
     TOKENIZE,
@@ -13,6 +16,7 @@ from pdcoord.feeds.rendering import (
     render_question,
     tokenize_question,
 )
+from pdcoord.protocol.errors import RefusedError
 from pdcoord.protocol.openai import APIS, Call, parse_call
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -92,6 +96,8 @@ def test_a_render_server_gets_the_call_itself() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, False),
         ({"messages": [*HELLO, {"role": "user", "content": [{"type": "image_url"}]}]}, True),
         ({"messages": [{"role": "assistant", "content": None}]}, False),
+        ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, True),
+        ({"messages": [{"role": "user", "content": [{"type": {"text": 1}}]}]}, True),
     ],
 )
 def test_media_are_seen(body: dict[str, Any], expected: bool) -> None:
@@ -106,7 +112,14 @@ def test_media_of_responses_are_seen() -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, False), ({"truncate_prompt_tokens": -1}, True), ({"truncation": "disabled"}, False)],
+    [
+        ({}, False),
+        ({"truncate_prompt_tokens": -1}, True),
+        ({"truncation": "disabled"}, False),
+        ({"truncation": None}, False),
+        ({"truncation": {"type": "auto"}}, True),
+        ({"truncation": ["disabled"]}, True),
+    ],
 )
 def test_truncation_is_seen(given: dict[str, Any], expected: bool) -> None:
     assert is_truncated(parse("/v1/responses", input="x", **given)) is expected
@@ -143,3 +156,70 @@ def test_what_no_api_has_is_neither_text_nor_untruncated(value: object) -> None:
     body = {"messages": [{"role": "user", "content": [{"type": value, "text": "x"}]}]}
     assert has_media(parse(CHAT, **body))
     assert is_truncated(parse("/v1/responses", input="x", truncation=value))
+
+
+# Any JSON, often under names and with values that are looked at.
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+    | st.sampled_from(["text", "disabled", "none", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text"]) | st.text(max_size=3), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": json_values},
+        optional={
+            "content": json_values | st.lists(st.fixed_dictionaries({"type": json_values}), max_size=2)
+        },
+    ),
+    min_size=1,
+    max_size=2,
+)
+bodies = st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": messages | json_values,
+        "prompt": st.text(max_size=5) | st.lists(st.integers(0, 9), max_size=3) | json_values,
+        "input": messages | json_values,
+        **dict.fromkeys(
+            [
+                "truncation",
+                "truncate_prompt_tokens",
+                "prompt_embeds",
+                "tools",
+                "chat_template",
+                "chat_template_kwargs",
+                "reasoning_effort",
+                "documents",
+                "add_special_tokens",
+            ],
+            json_values,
+        ),
+    },
+)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION, "/v1/responses", "/v1/messages"])
+@given(body=bodies)
+def test_no_body_is_too_odd(path: str, body: dict[str, Any]) -> None:
+    raw = json.dumps({"model": "m", "max_tokens": 1, **body}).encode()
+    try:
+        call = parse_call(APIS[path], raw)
+    except RefusedError:
+        return
+    assert is_truncated(call) in {False, True}
+    assert has_media(call) in {False, True}
+    prompt = call.body.get("prompt")
+    with suppress(UnicodeError):
+        json.loads(render_question(call, "org/model"))
+    with suppress(UnicodeError):
+        tokenize_question(call, "org/model", prompt if isinstance(prompt, str) else None)

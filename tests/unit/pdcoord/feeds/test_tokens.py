@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from pdcoord.core.costs import SpeedFigures
 from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, ModelName, Pool, PoolName, Role
 from pdcoord.core.model import Model, PrefixMode, Tokenizing
+from pdcoord.feeds.conversations import Ids
 from pdcoord.feeds.tokens import TokenHooks, TokenLimits, TokensFeed, TokensMissing, TokenSource
+from pdcoord.protocol.errors import RefusedError
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.openai import APIS, Call, parse_call
 from pdcoord.wire.errors import ConnectError, StreamError
@@ -198,6 +201,8 @@ async def test_a_render_server_is_asked_for_all_but_what_the_file_knows(bench: B
         (COMPLETION, {"prompt": "a" * ((1 << 20) + 1)}, TokensMissing.TOO_LONG),
         ("/v1/messages", {"messages": HELLO}, TokensMissing.KIND),
         (CHAT, {"messages": [{"role": "u", "content": [{"type": "image_url"}]}]}, TokensMissing.MEDIA),
+        (CHAT, {"messages": [{"role": "u", "content": [{"type": ["text"]}]}]}, TokensMissing.MEDIA),
+        ("/v1/responses", {"input": "a", "truncation": {"type": "auto"}}, TokensMissing.TRUNCATED),
     ],
 )
 async def test_calls_whose_tokens_tell_nothing_ask_nobody(
@@ -205,6 +210,21 @@ async def test_calls_whose_tokens_tell_nothing_ask_nobody(
 ) -> None:
     assert await bench.of(path, **body) is None
     assert (bench.told, bench.asked) == ([(TokenSource.NONE, why)], [])
+
+
+async def test_a_call_nested_as_deep_as_can_be_read_has_no_tokens(bench: Bench) -> None:
+    call, depth = parse(CHAT, messages=HELLO), 1
+    with suppress(RefusedError):
+        while True:
+            raw = json.dumps({"model": "m", "messages": HELLO, "tools": "here"})
+            raw = raw.replace('"here"', "[" * depth + "]" * depth)
+            call, depth = parse_call(APIS[CHAT], raw.encode()), depth + 1
+
+    async def asked(frames: int) -> Ids | None:
+        return await (asked(frames - 1) if frames else bench.feed.tokens(call, bench.model))
+
+    assert await asked(20) is None
+    assert bench.told == [(TokenSource.NONE, TokensMissing.KIND)]
 
 
 @pytest.mark.parametrize(
