@@ -484,5 +484,5 @@ pools:
     endpoints: [{{name: a, address: "{decode}"}}]
     speed: {{prefill_base_ms: 50, prefill_ms_per_token: 5, {step}}}
     limits: {{context_tokens_max: {MODEL_TOKENS_MAX}}}
-disaggregation: {{mode: auto, uncached_tokens_min: {SPLIT_TOKENS_MIN}, bandwidth_gbit_per_s_min: 1}}
+disaggregation: {{mode: always, uncached_tokens_min: {SPLIT_TOKENS_MIN}, bandwidth_gbit_per_s_min: 1}}
 """

@@ -47,7 +47,7 @@ pools:
         step_ns_per_context_token: 100}}
     limits: {{context_tokens_max: 2048}}
 disaggregation:
-  {{mode: auto, order: concurrent, uncached_tokens_min: 100, bandwidth_gbit_per_s_min: 1}}
+  {{mode: always, order: concurrent, uncached_tokens_min: 100, bandwidth_gbit_per_s_min: 1}}
 """
 
 
