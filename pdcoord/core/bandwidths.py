@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.estimators import PathBandwidth
-from pdcoord.core.fleet import EndpointId
+from pdcoord.core.fleet import EndpointId, PathKey
 from pdcoord.core.probes import SLOW_SHARE
 
 STALE_S = 60.0
@@ -15,9 +15,6 @@ PATHS_MAX = 1 << 16
 """Paths remembered; of more, those not used for longest are forgotten."""
 SHORT_SHARE = 0.9
 """Of what its links carry: a path that carries less is counted with what it carries."""
-
-PathKey = tuple[EndpointId, EndpointId]
-"""Prefill endpoint, decode endpoint."""
 
 
 class PathBandwidths:

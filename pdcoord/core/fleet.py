@@ -10,6 +10,8 @@ from pdcoord.protocol.headers import HostPort
 from transfer.verdict import Side
 
 EndpointId = NewType("EndpointId", str)
+PathKey = tuple[EndpointId, EndpointId]
+"""Prefill endpoint, decode endpoint."""
 PoolName = NewType("PoolName", str)
 ModelName = NewType("ModelName", str)
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from pdcoord.core.bandwidths import PathBandwidths
 from pdcoord.core.costs import PathFigures
-from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, Pool, Role
+from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, PathKey, Pool, Role
 from pdcoord.core.probes import Probe, ProbeState
 from pdcoord.core.request import RequestId
 from pdcoord.protocol.errors import RungReason
@@ -112,10 +112,6 @@ class Breaker:
         """
         if self.failed_s < good_s:
             self.open_until_s = min(self.open_until_s, good_s)
-
-
-PathKey = tuple[EndpointId, EndpointId]
-"""Prefill endpoint, decode endpoint."""
 
 
 class PathTable:

@@ -7,7 +7,7 @@ took meanwhile, or on all paths where next to nothing came over any.
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from pdcoord.core.fleet import EndpointId, Sample
+from pdcoord.core.fleet import EndpointId, PathKey, Sample
 
 JUDGED_MIN = 3
 """Split requests on an endpoint before its counters are judged: what failed once may be chance."""
@@ -19,8 +19,6 @@ COMPUTED_SHARE = 0.5
 """Of the tokens that should have come, computed by the engine instead: others of its requests compute too."""
 LEGS_MAX = 1_024
 """Legs remembered for one endpoint; of more, the first ones say enough."""
-
-PathKey = tuple[EndpointId, EndpointId]
 
 
 @dataclass(slots=True)
