@@ -111,6 +111,7 @@ class Sample:
         kv_usage: share of KV blocks in use, 0..1.
         kv_tokens: what the KV pool holds; 0 where the engine does not say.
         failed_pulls: pulls of KV that failed since the engine started; None where it does not count.
+        arrived_pulls: pulls of KV that arrived since then; None likewise.
         pulled_tokens: prompt tokens whose KV came from elsewhere since then; None likewise.
         computed_tokens: prompt tokens that it computed itself since then; None likewise.
     """
@@ -121,6 +122,7 @@ class Sample:
     at_s: float
     kv_tokens: int = 0
     failed_pulls: int | None = None
+    arrived_pulls: int | None = None
     pulled_tokens: int | None = None
     computed_tokens: int | None = None
 

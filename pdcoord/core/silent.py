@@ -1,7 +1,8 @@
 """Pulls that failed without a word: an engine that computes the prompt anew answers as if nothing were wrong.
 
 Its counters tell. They are of an engine, not of a path: blame falls on a path that all of its split requests
-took meanwhile, or on all paths where next to nothing came over any.
+took meanwhile, or on all paths where next to nothing came over any. Nor are they of one coordinator: pulls
+may have failed that others asked for, or that were told of as they failed; so those that arrived count too.
 """
 
 from collections.abc import Container
@@ -32,6 +33,7 @@ class _Window:
     """
 
     failed_pulls: int | None = None
+    arrived_pulls: int | None = None
     pulled_tokens: int | None = None
     computed_tokens: int | None = None
     legs: dict[EndpointId, int] = field(default_factory=dict)
@@ -39,8 +41,8 @@ class _Window:
     expected_tokens: int = 0
 
     def start(self, sample: Sample) -> None:
-        self.failed_pulls, self.pulled_tokens = sample.failed_pulls, sample.pulled_tokens
-        self.computed_tokens = sample.computed_tokens
+        self.failed_pulls, self.arrived_pulls = sample.failed_pulls, sample.arrived_pulls
+        self.pulled_tokens, self.computed_tokens = sample.pulled_tokens, sample.computed_tokens
         self.legs, self.leg_count, self.expected_tokens = {}, 0, 0
 
 
@@ -88,7 +90,10 @@ class SilentFailures:
         if window.leg_count < JUDGED_MIN:
             return Judgement()
         share = FAILED_SHARE if len(window.legs) == 1 else ALL_FAILED_SHARE
+        arrived = _since(window.arrived_pulls, sample.arrived_pulls)
         is_bad = failed is not None and failed >= share * window.leg_count
+        # As many arrived as were answered here: what failed was someone else's, or was told of.
+        is_bad = is_bad and (arrived is None or arrived <= (1.0 - share) * window.leg_count)
         # No token came, and the engine computed what should have come: else it had it cached unknown to us.
         computed = _since(window.computed_tokens, sample.computed_tokens)
         is_computed = computed is not None and computed >= COMPUTED_SHARE * window.expected_tokens

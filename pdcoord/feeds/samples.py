@@ -22,7 +22,8 @@ _FAILED = b"vllm:nixl_num_failed_transfers_total"
 _FAILED_OURS = b"vllm:pdcoord_failures_total"
 _FAILED_SGLANG = b"sglang:num_transfer_failed_reqs_total"
 _COUNTED = (_FAILED, _FAILED_OURS, _FAILED_SGLANG)
-_NAMES = (*_RUNNING, *_WAITING, _BY_REASON, *_KV_USAGE, _CACHE, _POOL, _BY_SOURCE, *_COUNTED)
+_ARRIVED = (b"vllm:nixl_xfer_time_seconds_count", b"vllm:pdcoord_load_seconds_count")
+_NAMES = (*_RUNNING, *_WAITING, _BY_REASON, *_KV_USAGE, _CACHE, _POOL, _BY_SOURCE, *_COUNTED, *_ARRIVED)
 
 # A label value may hold any character, escaped where it is a quote, so braces alone do not end a set.
 _LINE = re.compile(
@@ -64,6 +65,7 @@ def parse_sample(text: bytes, *, at_s: float) -> Sample | None:
         at_s=at_s,
         kv_tokens=_total(values, (_CACHE, _POOL)) or 0,
         failed_pulls=_total(values, _COUNTED),
+        arrived_pulls=_total(values, _ARRIVED),
         pulled_tokens=_total(values, (b"pulled",)),
         computed_tokens=_total(values, (b"computed",)),
     )

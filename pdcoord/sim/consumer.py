@@ -313,6 +313,8 @@ class Consumer:
         if failure is not None:
             self._shared.counters.failed_transfers += 1
         arrived = failure is None and not is_broken
+        if arrived:
+            self._shared.counters.arrived_transfers += 1
         self.ended.append(FetchEnded(fetch.live, fetch.grant if arrived else None, failure))
 
     def taint_of(self, live: LiveRequest, grant: PullGrant) -> int:

@@ -23,6 +23,7 @@ class EngineCounters:
     external_queried_tokens: int = 0
     external_hit_tokens: int = 0
     preemptions: int = 0
+    arrived_transfers: int = 0
     failed_transfers: int = 0
     failed_notifications: int = 0
     expired_leases: int = 0

@@ -106,6 +106,7 @@ class VirtualEngines:
             self._loop.now_s,
             kv_tokens=settings.block_total * settings.layout.block_tokens,
             failed_pulls=model.counters.failed_transfers,
+            arrived_pulls=model.counters.arrived_transfers,
             pulled_tokens=model.counters.external_hit_tokens,
             computed_tokens=model.counters.computed_tokens,
         )

@@ -11,8 +11,22 @@ from pdcoord.core.silent import JUDGED_MIN, Judgement, SilentFailures
 P, Q, D = EndpointId("p"), EndpointId("q"), EndpointId("d")
 
 
-def sample(failed: int | None = None, pulled: int | None = None, computed: int | None = None) -> Sample:
-    return Sample(0, 0, 0.0, 0.0, failed_pulls=failed, pulled_tokens=pulled, computed_tokens=computed)
+def sample(
+    failed: int | None = None,
+    pulled: int | None = None,
+    computed: int | None = None,
+    arrived: int | None = None,
+) -> Sample:
+    return Sample(
+        0,
+        0,
+        0.0,
+        0.0,
+        failed_pulls=failed,
+        arrived_pulls=arrived,
+        pulled_tokens=pulled,
+        computed_tokens=computed,
+    )
 
 
 def begun(failed: int | None = 0, pulled: int | None = 0) -> SilentFailures:
@@ -31,6 +45,15 @@ def test_failed_pulls_speak_against_the_one_path_that_was_used_meanwhile() -> No
     answer(silent, P, P, P)
     assert silent.sampled(D, sample(2, 1_000)) == Judgement(bad=((P, D),))
     assert silent.sampled(D, sample(2, 1_000)) == Judgement()
+
+
+def test_pulls_that_others_asked_for_and_that_failed_are_not_held_against_a_path_that_works() -> None:
+    silent = SilentFailures()
+    silent.sampled(D, sample(0, arrived=0))
+    answer(silent, P, P, P)
+    assert silent.sampled(D, sample(8, arrived=3)) == Judgement()
+    answer(silent, P, P, P)
+    assert silent.sampled(D, sample(11, arrived=4)) == Judgement(bad=((P, D),))
 
 
 def test_of_several_paths_none_is_blamed_unless_nearly_all_failed() -> None:
@@ -99,7 +122,7 @@ def test_what_is_gone_is_forgotten() -> None:
     st.lists(
         st.one_of(
             st.sampled_from([P, Q]),
-            st.tuples(*[st.none() | st.integers(0, 1 << 60)] * 3),
+            st.tuples(*[st.none() | st.integers(0, 1 << 60)] * 4),
         ),
         max_size=60,
     )

@@ -99,6 +99,8 @@ vllm:cache_config_info{block_size="16",cache_dtype="auto",engine="0",num_gpu_blo
 vllm:prompt_tokens_by_source_total{engine="0",source="local_compute"} 900.0
 vllm:prompt_tokens_by_source_total{engine="0",source="external_kv_transfer"} 1425.0
 vllm:nixl_num_failed_transfers_total{engine="0"} 2.0
+vllm:nixl_xfer_time_seconds_bucket{engine="0",le="0.5"} 30.0
+vllm:nixl_xfer_time_seconds_count{engine="0"} 40.0
 vllm:pdcoord_failures_total{engine="0",kind="stale-epoch"} 3.0
 vllm:pdcoord_failures_total{engine="0",kind="staging-full"} 40.0
 """
@@ -110,7 +112,7 @@ def test_the_pools_size_and_the_counters_of_pulls() -> None:
     assert sample.kv_tokens == 432_000
     assert (sample.pulled_tokens, sample.computed_tokens) == (1_425, 900)
     # Overload is not a failure of the path.
-    assert sample.failed_pulls == 5
+    assert (sample.failed_pulls, sample.arrived_pulls) == (5, 40)
 
 
 def test_sglang_counts_pulls_that_failed() -> None:
