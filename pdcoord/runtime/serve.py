@@ -1,206 +1,51 @@
-"""`pdcoord serve`: the gateway process, put together, run until it is told to stop, drained."""
+"""`pdcoord serve`: the gateway before a coordinator."""
 
-import asyncio
-import signal
-import sys
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 
-from structlog.typing import FilteringBoundLogger
-
-from pdcoord.core.coordinator import Coordinator
-from pdcoord.feeds.kvevents import KvEventsFeed
-from pdcoord.feeds.metrics import MetricsFeed
-from pdcoord.feeds.paths import PathsFeed
-from pdcoord.feeds.static import Reload, StaticFeed
-from pdcoord.feeds.tokens import TokenHooks, TokensFeed
-from pdcoord.gateway.admin import make_admin_app
 from pdcoord.gateway.app import GatewayApp
-from pdcoord.gateway.ports import Tokens
 from pdcoord.gateway.relay import Relay
-from pdcoord.policy.errors import PolicyError
-from pdcoord.policy.registry import PolicyRegistry
-from pdcoord.runtime.decisions import DecisionLog
-from pdcoord.runtime.logs import configure_logs
-from pdcoord.runtime.loop import CoordinatorLoop
-from pdcoord.runtime.observe import Metrics, Telemetry
-from pdcoord.runtime.prefix_state import kv_events_samples
+from pdcoord.runtime.observe import Telemetry
+from pdcoord.runtime.process import Backstage, run_process
 from pdcoord.runtime.settings import GatewaySettings
-from pdcoord.wire.client import Client
-from pdcoord.wire.server import Listener, run, stop_on_signals
-from pdcoord.wire.server import serve as serve_listeners
-
-START_FAILED = 2
+from pdcoord.wire.server import Listener
 
 
 def serve(settings: GatewaySettings) -> int:
     """Run the gateway until SIGTERM or SIGINT; the exit status: 0 stopped as asked, 2 not started."""
-    log = configure_logs(settings.log_level)
-    process = Process(settings, log)
-    try:
-        process.files.load_first()
-    except PolicyError as error:
-        sys.stderr.write(f"pdcoord serve: not started: {error}\n")
-        return START_FAILED
-    return run(process.run())
+    return run_process(settings, GatewayFront(settings))
 
 
-class Process:
-    """The parts of one gateway process and how they hang together.
+class GatewayFront:
+    """OpenAI calls over HTTP, relayed by this process."""
 
-    Attributes:
-        coordinator: the only state that decides anything.
-        files: the policy and endpoints files; `load_first` comes before `run`.
-        ports: of the gateway and the admin listener, once they listen.
-    """
+    command = "pdcoord serve"
 
-    def __init__(self, settings: GatewaySettings, log: FilteringBoundLogger) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
-        self._log = log
-        self._metrics = Metrics()
-        self.coordinator = Coordinator()
-        self.loop = CoordinatorLoop(
-            self.coordinator,
-            clock=time.monotonic,
-            decisions=DecisionLog(settings.decisions_max),
-            metrics=self._metrics,
-        )
-        self.files = StaticFeed(self.loop, PolicyRegistry(settings.policy), settings.endpoints)
-        self.loop.files = self.files
-        self._kv_events = KvEventsFeed(self.loop, self.loop.precise_endpoints, time.monotonic)
-        self._metrics.read_state_from(lambda: kv_events_samples(self._kv_events))
-        self.ports: list[int] = []
 
-    async def run(
-        self, stop: asyncio.Event | None = None, on_started: Callable[[], None] | None = None
-    ) -> int:
-        """Serve until `stop` is set; by default the first SIGTERM or SIGINT sets it."""
-        stop = stop if stop is not None else stop_on_signals()
-        look_now = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_now.set)
-        try:
-            async with Client(connect_timeout_s=self._settings.connect_timeout_s) as client:
-                failure = await self._run_parts(client, stop, look_now, on_started)
-        finally:
-            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
-        if failure is not None:
-            sys.stderr.write(f"pdcoord serve: not started: {failure}\n")
-            return START_FAILED
-        self._log.info("process.stopped")
-        return 0
-
-    async def _run_parts(
-        self,
-        client: Client,
-        stop: asyncio.Event,
-        look_now: asyncio.Event,
-        on_started: Callable[[], None] | None,
-    ) -> OSError | None:
-        """Run everything until `stop`; why the listeners could not be opened, if they could not."""
-        settings = self._settings
-        failure: OSError | None = None
-
-        def started(ports: list[int]) -> None:
-            self.ports = ports
-            self._log.info(
-                "process.started",
-                url=f"http://{settings.host}:{ports[0]}",
-                admin_url=f"http://{settings.admin_host}:{ports[1]}",
-                models=[model.name for model in self.coordinator.models()],
-                warnings=[str(problem) for problem in self.files.warnings],
-            )
-            if on_started is not None:
-                on_started()
-
-        closing = asyncio.Event()
-        tokens_feed = TokensFeed(
-            models=self.loop.models,
-            ready=self.loop.ready_endpoints,
-            client=client,
-            clock=time.monotonic,
-            limits=settings.token_limits(),
-            hooks=TokenHooks(self._metrics.tokenized, self._tokenizer_failed),
-        )
-        async with asyncio.TaskGroup() as group:
-            background = [
-                *(group.create_task(feed.run()) for feed in (*self._feeds(client), tokens_feed)),
-                group.create_task(self._follow_files(look_now)),
-                group.create_task(self.loop.alarm.run()),
-                group.create_task(self._await_stop(stop, closing)),
-            ]
-            try:
-                await serve_listeners(
-                    self._listeners(client, tokens_feed),
-                    stop=closing,
-                    drain_s=settings.drain_s,
-                    on_started=started,
-                )
-            except OSError as error:
-                failure = error
-            finally:
-                for task in background:
-                    task.cancel()
-        return failure
-
-    def _feeds(self, client: Client) -> tuple[MetricsFeed, PathsFeed, KvEventsFeed]:
-        """Those whose signals go to the core."""
-        settings, loop = self._settings, self.loop
-        return (
-            MetricsFeed(loop, loop.endpoints, client, time.monotonic, settings.scrape_limits()),
-            PathsFeed(
-                loop, loop.endpoints, client, time.monotonic, settings.paths_limits(), loop.report_failed
-            ),
-            self._kv_events,
-        )
-
-    def _listeners(self, client: Client, tokens: Tokens) -> list[Listener]:
-        settings = self._settings
+    def listeners(self, stage: Backstage) -> Sequence[Listener]:
+        """The front door."""
         relay = Relay(
-            coordination=self.loop,
-            upstream=client,
-            observer=Telemetry(self._metrics, self._log),
-            limits=settings.limits(),
+            coordination=stage.loop,
+            upstream=stage.client,
+            observer=Telemetry(stage.metrics, stage.log),
+            limits=self._settings.limits(),
             clock=time.monotonic,
             new_id=lambda: uuid.uuid4().hex,
-            tokens=tokens,
+            tokens=stage.tokens,
         )
         created = int(datetime.now(UTC).timestamp())
-        app = GatewayApp(relay, metrics=self._metrics.render, created_unix_s=created)
-        return [
-            Listener(app, settings.host, settings.port),
-            Listener(make_admin_app(self.loop), settings.admin_host, settings.admin_port),
-        ]
+        app = GatewayApp(relay, metrics=stage.metrics.render, created_unix_s=created)
+        return [Listener(app, self._settings.host, self._settings.port)]
 
-    async def _await_stop(self, stop: asyncio.Event, closing: asyncio.Event) -> None:
-        await stop.wait()
-        self.loop.is_draining = True
-        self._log.info("process.draining", in_flight=self.coordinator.live_count)
-        await asyncio.sleep(self._settings.drain_notice_s)
-        closing.set()
+    def services(self, _stage: Backstage) -> Sequence[AbstractAsyncContextManager[object]]:
+        """None: everything comes by HTTP."""
+        return ()
 
-    async def _follow_files(self, look_now: asyncio.Event) -> None:
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.reload_interval_s):
-                    await look_now.wait()
-            # A change counts when two looks find it; on SIGHUP the writer says that it is done.
-            looks = 2 if look_now.is_set() else 1
-            look_now.clear()
-            for _ in range(looks):
-                for reload in await self.files.poll():
-                    self._report(reload)
-
-    def _tokenizer_failed(self, file: str, why: str) -> None:
-        self._log.error("tokenizer.refused", file=file, why=why)
-
-    def _report(self, reload: Reload) -> None:
-        self._metrics.count_reload(reload)
-        if reload.is_accepted:
-            warnings = [str(problem) for problem in reload.warnings]
-            self._log.info("policy.accepted", source=reload.source, warnings=warnings)
-        else:
-            problems = [str(problem) for problem in reload.problems]
-            self._log.error("policy.refused", source=reload.source, problems=problems)
+    def addresses(self, ports: Sequence[int]) -> dict[str, str]:
+        """The front door's URL."""
+        return {"url": f"http://{self._settings.host}:{ports[0]}"}

@@ -1,7 +1,8 @@
-"""Settings of the gateway process: environment variables `PDCOORD_*`, or what the command line says."""
+"""Settings of coordinator processes: environment variables `PDCOORD_*`, or what the command line says."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,6 +16,9 @@ PATHS_BACKOFF_S_MAX = 30.0
 """A sidecar that does not tell of its paths is asked half as often each time, down to this."""
 
 
+AnySettings = TypeVar("AnySettings", bound="CoordinatorSettings")
+
+
 class SettingsError(ValueError):
     """Settings that a process cannot start with; the message is one line naming each and its value."""
 
@@ -23,13 +27,12 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 PortNumber = Annotated[int, Field(ge=0, le=65_535)]
 
 
-class GatewaySettings(BaseSettings):
-    """Everything that `pdcoord serve` can be told; times in seconds, sizes in bytes.
+class CoordinatorSettings(BaseSettings):
+    """What any coordinator process can be told, whatever its front; times in seconds, sizes in bytes.
 
     Attributes:
         policy: the policy file.
         endpoints: the endpoints file, for pools that have a selector.
-        port: 0 lets the kernel pick one.
         admin_host: loopback by default: the admin listener shows addresses and loads.
         drain_notice_s: after SIGTERM, how long to serve on while /readyz already says no, so that
             whatever sends traffic here notices first.
@@ -46,18 +49,10 @@ class GatewaySettings(BaseSettings):
 
     policy: Path
     endpoints: Path | None = None
-    host: str = "127.0.0.1"
-    port: PortNumber = 8080
     admin_host: str = "127.0.0.1"
     admin_port: PortNumber = 8081
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    body_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 30)] = 32 << 20
-    body_timeout_s: Seconds = 60.0
-    head_timeout_s: Seconds = 900.0
-    answer_timeout_s: Seconds = 1_800.0
-    stream_idle_s: Seconds = 90.0
-    request_deadline_s: Seconds = 3_600.0
     connect_timeout_s: Seconds = 3.0
 
     scrape_interval_s: Annotated[float, Field(ge=0.02, le=60)] = 0.2
@@ -84,17 +79,6 @@ class GatewaySettings(BaseSettings):
             if not (isinstance(value, str) and value.startswith("tcp://"))
         }
 
-    def limits(self) -> Limits:
-        """Bounds on one call."""
-        return Limits(
-            body_bytes_max=self.body_bytes_max,
-            body_timeout_s=self.body_timeout_s,
-            head_timeout_s=self.head_timeout_s,
-            answer_timeout_s=self.answer_timeout_s,
-            stream_idle_s=self.stream_idle_s,
-            request_deadline_s=self.request_deadline_s,
-        )
-
     def scrape_limits(self) -> ScrapeLimits:
         """How endpoints are scraped."""
         return ScrapeLimits(
@@ -118,14 +102,48 @@ class GatewaySettings(BaseSettings):
         )
 
 
+class GatewaySettings(CoordinatorSettings):
+    """Everything that `pdcoord serve` can be told.
+
+    Attributes:
+        port: 0 lets the kernel pick one.
+    """
+
+    host: str = "127.0.0.1"
+    port: PortNumber = 8080
+
+    body_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 30)] = 32 << 20
+    body_timeout_s: Seconds = 60.0
+    head_timeout_s: Seconds = 900.0
+    answer_timeout_s: Seconds = 1_800.0
+    stream_idle_s: Seconds = 90.0
+    request_deadline_s: Seconds = 3_600.0
+
+    def limits(self) -> Limits:
+        """Bounds on one call."""
+        return Limits(
+            body_bytes_max=self.body_bytes_max,
+            body_timeout_s=self.body_timeout_s,
+            head_timeout_s=self.head_timeout_s,
+            answer_timeout_s=self.answer_timeout_s,
+            stream_idle_s=self.stream_idle_s,
+            request_deadline_s=self.request_deadline_s,
+        )
+
+
 def load_settings(**given: Any) -> GatewaySettings:
+    """Settings of the gateway; see `load`."""
+    return load(GatewaySettings, given)
+
+
+def load(kind: type[AnySettings], given: Mapping[str, Any]) -> AnySettings:
     """Settings from the environment, with what is given (and is not None) in place of it.
 
     Raises:
         SettingsError: naming every variable at fault, its value and what is expected.
     """
     try:
-        return GatewaySettings(**{name: value for name, value in given.items() if value is not None})
+        return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         faults = [
             f"{ENV_PREFIX}{str(fault['loc'][0]).upper()} is {_shown(fault)}: {fault['msg']}"

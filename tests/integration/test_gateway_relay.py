@@ -17,7 +17,8 @@ from structlog.testing import LogCapture
 
 from pdcoord.core.events import Event
 from pdcoord.core.fleet import SampleTaken
-from pdcoord.runtime.serve import Process
+from pdcoord.runtime.process import Process
+from pdcoord.runtime.serve import GatewayFront
 from pdcoord.runtime.settings import load_settings
 
 METRICS = b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0.1\n"
@@ -309,7 +310,8 @@ async def gateway(folder: Path, engine_count: int = 1, **settings: Any) -> Async
     log = structlog.wrap_logger(
         None, processors=[lines], wrapper_class=structlog.make_filtering_bound_logger("info")
     )
-    process = Process(load_settings(policy=path, **(given | settings)), log)
+    read = load_settings(policy=path, **(given | settings))
+    process = Process(read, GatewayFront(read), log)
     process.files.load_first()
     stop, started = asyncio.Event(), asyncio.Event()
     made = Gateway(process, engines, stop, lines)

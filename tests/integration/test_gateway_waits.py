@@ -12,7 +12,8 @@ import structlog
 from structlog.testing import LogCapture
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.runtime.serve import Process
+from pdcoord.runtime.process import Process
+from pdcoord.runtime.serve import GatewayFront
 from pdcoord.runtime.settings import load_settings
 from pdcoord.sim.emulator import running
 from pdcoord.sim.fleetfile import EmulatedFleet
@@ -129,7 +130,7 @@ async def started(folder: Path, wait_ms_max: int = 20_000, requests_max: int = 1
             POLICY.format(address=emulated.address, wait_ms_max=wait_ms_max, requests_max=requests_max)
         )
         settings = load_settings(policy=path, port=0, admin_port=0, scrape_interval_s=0.02, drain_s=5.0)
-        process = Process(settings, log)
+        process = Process(settings, GatewayFront(settings), log)
         process.files.load_first()
         stop, up = asyncio.Event(), asyncio.Event()
         async with asyncio.timeout(60.0), asyncio.TaskGroup() as group:

@@ -18,7 +18,8 @@ from pdcoord.core.plan import Plan
 from pdcoord.core.prefixes import Trust
 from pdcoord.core.request import Request
 from pdcoord.protocol.headers import HostPort
-from pdcoord.runtime.serve import Process
+from pdcoord.runtime.process import Process
+from pdcoord.runtime.serve import GatewayFront
 from pdcoord.runtime.settings import load_settings
 from pdcoord.sim import text
 from pdcoord.sim.emulator import EmulatedEngine, running
@@ -175,7 +176,7 @@ async def gateway(
         path.write_text(policy_of(engines, tokenizer, has_render))
         log = structlog.wrap_logger(None, processors=[LogCapture()])
         settings = load_settings(policy=path, port=0, admin_port=0, scrape_interval_s=0.02, drain_s=5.0)
-        process = Process(settings, log)
+        process = Process(settings, GatewayFront(settings), log)
         process.files.load_first()
         made = Gateway(process, engines, client)
         stop, started = asyncio.Event(), asyncio.Event()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pdcoord.runtime.serve import START_FAILED, serve
+from pdcoord.runtime.process import START_FAILED
+from pdcoord.runtime.serve import serve
 from pdcoord.runtime.settings import load_settings
 
 

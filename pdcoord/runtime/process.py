@@ -1,0 +1,228 @@
+"""A coordinator process: the core with its clock, its files and feeds, and a front before it."""
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from structlog.typing import FilteringBoundLogger
+
+from pdcoord.core.coordinator import Coordinator
+from pdcoord.feeds.kvevents import KvEventsFeed
+from pdcoord.feeds.metrics import MetricsFeed
+from pdcoord.feeds.paths import PathsFeed
+from pdcoord.feeds.static import Reload, StaticFeed
+from pdcoord.feeds.tokens import TokenHooks, TokensFeed
+from pdcoord.gateway.admin import make_admin_app
+from pdcoord.gateway.ports import Tokens
+from pdcoord.policy.errors import PolicyError
+from pdcoord.policy.registry import PolicyRegistry
+from pdcoord.runtime.decisions import DecisionLog
+from pdcoord.runtime.logs import configure_logs
+from pdcoord.runtime.loop import CoordinatorLoop
+from pdcoord.runtime.observe import Metrics
+from pdcoord.runtime.prefix_state import kv_events_samples
+from pdcoord.runtime.settings import CoordinatorSettings
+from pdcoord.wire.client import Client
+from pdcoord.wire.server import Listener, run, stop_on_signals
+from pdcoord.wire.server import serve as serve_listeners
+
+START_FAILED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Backstage:
+    """What a front works with."""
+
+    loop: CoordinatorLoop
+    client: Client
+    tokens: Tokens
+    metrics: Metrics
+    log: FilteringBoundLogger
+
+
+class Front(Protocol):
+    """How calls come to a coordinator process: the gateway's HTTP, or Envoy's ext_proc.
+
+    Attributes:
+        command: what started it, for messages on stderr.
+    """
+
+    command: str
+
+    def listeners(self, stage: Backstage) -> Sequence[Listener]:
+        """HTTP apps, served beside the admin listener and drained with it."""
+        ...
+
+    def services(self, stage: Backstage) -> Sequence[AbstractAsyncContextManager[object]]:
+        """What else serves: it listens once entered, and has drained when left.
+
+        Entering one raises OSError if its address cannot be listened on.
+        """
+        ...
+
+    def addresses(self, ports: Sequence[int]) -> dict[str, str]:
+        """Where it serves, for the log; `ports` are those of its listeners, in order."""
+        ...
+
+
+def run_process(settings: CoordinatorSettings, front: Front) -> int:
+    """Run a process until SIGTERM or SIGINT; the exit status: 0 stopped as asked, 2 not started."""
+    log = configure_logs(settings.log_level)
+    process = Process(settings, front, log)
+    try:
+        process.files.load_first()
+    except PolicyError as error:
+        sys.stderr.write(f"{front.command}: not started: {error}\n")
+        return START_FAILED
+    return run(process.run())
+
+
+class Process:
+    """The parts of one coordinator process and how they hang together.
+
+    Attributes:
+        coordinator: the only state that decides anything.
+        files: the policy and endpoints files; `load_first` comes before `run`.
+        ports: of the front's listeners and, last, the admin listener, once they listen.
+    """
+
+    def __init__(self, settings: CoordinatorSettings, front: Front, log: FilteringBoundLogger) -> None:
+        self._settings = settings
+        self._front = front
+        self._log = log
+        self._metrics = Metrics()
+        self.coordinator = Coordinator()
+        self.loop = CoordinatorLoop(
+            self.coordinator,
+            clock=time.monotonic,
+            decisions=DecisionLog(settings.decisions_max),
+            metrics=self._metrics,
+        )
+        self.files = StaticFeed(self.loop, PolicyRegistry(settings.policy), settings.endpoints)
+        self.loop.files = self.files
+        self._kv_events = KvEventsFeed(self.loop, self.loop.precise_endpoints, time.monotonic)
+        self._metrics.read_state_from(lambda: kv_events_samples(self._kv_events))
+        self.ports: list[int] = []
+
+    async def run(
+        self, stop: asyncio.Event | None = None, on_started: Callable[[], None] | None = None
+    ) -> int:
+        """Serve until `stop` is set; by default the first SIGTERM or SIGINT sets it."""
+        stop = stop if stop is not None else stop_on_signals()
+        look_now = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_now.set)
+        try:
+            async with Client(connect_timeout_s=self._settings.connect_timeout_s) as client:
+                failure = await self._run_parts(client, stop, look_now, on_started)
+        finally:
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        if failure is not None:
+            sys.stderr.write(f"{self._front.command}: not started: {failure}\n")
+            return START_FAILED
+        self._log.info("process.stopped")
+        return 0
+
+    async def _run_parts(
+        self,
+        client: Client,
+        stop: asyncio.Event,
+        look_now: asyncio.Event,
+        on_started: Callable[[], None] | None,
+    ) -> OSError | None:
+        """Run everything until `stop`; why the listeners could not be opened, if they could not."""
+        settings = self._settings
+        failure: OSError | None = None
+
+        def started(ports: list[int]) -> None:
+            self.ports = ports
+            self._log.info(
+                "process.started",
+                **self._front.addresses(ports[:-1]),
+                admin_url=f"http://{settings.admin_host}:{ports[-1]}",
+                models=[model.name for model in self.coordinator.models()],
+                warnings=[str(problem) for problem in self.files.warnings],
+            )
+            if on_started is not None:
+                on_started()
+
+        closing = asyncio.Event()
+        tokens_feed = TokensFeed(
+            models=self.loop.models,
+            ready=self.loop.ready_endpoints,
+            client=client,
+            clock=time.monotonic,
+            limits=settings.token_limits(),
+            hooks=TokenHooks(self._metrics.tokenized, self._tokenizer_failed),
+        )
+        stage = Backstage(self.loop, client, tokens_feed, self._metrics, self._log)
+        admin = Listener(make_admin_app(self.loop), settings.admin_host, settings.admin_port)
+        async with asyncio.TaskGroup() as group:
+            background = [
+                *(group.create_task(feed.run()) for feed in (*self._feeds(client), tokens_feed)),
+                group.create_task(self._follow_files(look_now)),
+                group.create_task(self.loop.alarm.run()),
+                group.create_task(self._await_stop(stop, closing)),
+            ]
+            try:
+                async with AsyncExitStack() as services:
+                    for service in self._front.services(stage):
+                        await services.enter_async_context(service)
+                    await serve_listeners(
+                        [*self._front.listeners(stage), admin],
+                        stop=closing,
+                        drain_s=settings.drain_s,
+                        on_started=started,
+                    )
+            except OSError as error:
+                failure = error
+            finally:
+                for task in background:
+                    task.cancel()
+        return failure
+
+    def _feeds(self, client: Client) -> tuple[MetricsFeed, PathsFeed, KvEventsFeed]:
+        """Those whose signals go to the core."""
+        settings, loop = self._settings, self.loop
+        return (
+            MetricsFeed(loop, loop.endpoints, client, time.monotonic, settings.scrape_limits()),
+            PathsFeed(
+                loop, loop.endpoints, client, time.monotonic, settings.paths_limits(), loop.report_failed
+            ),
+            self._kv_events,
+        )
+
+    async def _await_stop(self, stop: asyncio.Event, closing: asyncio.Event) -> None:
+        await stop.wait()
+        self.loop.is_draining = True
+        self._log.info("process.draining", in_flight=self.coordinator.live_count)
+        await asyncio.sleep(self._settings.drain_notice_s)
+        closing.set()
+
+    async def _follow_files(self, look_now: asyncio.Event) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.reload_interval_s):
+                    await look_now.wait()
+            # A change counts when two looks find it; on SIGHUP the writer says that it is done.
+            looks = 2 if look_now.is_set() else 1
+            look_now.clear()
+            for _ in range(looks):
+                for reload in await self.files.poll():
+                    self._report(reload)
+
+    def _tokenizer_failed(self, file: str, why: str) -> None:
+        self._log.error("tokenizer.refused", file=file, why=why)
+
+    def _report(self, reload: Reload) -> None:
+        self._metrics.count_reload(reload)
+        if reload.is_accepted:
+            warnings = [str(problem) for problem in reload.warnings]
+            self._log.info("policy.accepted", source=reload.source, warnings=warnings)
+        else:
+            problems = [str(problem) for problem in reload.problems]
+            self._log.error("policy.refused", source=reload.source, problems=problems)
