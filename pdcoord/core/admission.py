@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from pdcoord.core import refusals
 from pdcoord.core.events import Action, Dispatch, Refuse, Wait
-from pdcoord.core.fleet import Endpoint, Fleet, Health, ModelName, PoolGroup
+from pdcoord.core.fleet import Endpoint, EndpointId, Fleet, Health, ModelName, PoolGroup
+from pdcoord.core.ledger import Ledger
 from pdcoord.core.legs import OUTPUT_TOKENS_COUNTED_MAX, OUTPUT_TOKENS_GUESS
 from pdcoord.core.model import Model
-from pdcoord.core.plan import Figures
+from pdcoord.core.pacing import HOLD_SHARE, is_crowded
+from pdcoord.core.plan import Candidate
 from pdcoord.core.ports import SpeedModel
 from pdcoord.core.queues import WORK_S_MIN, ClassQueue, ModelQueue, Waiting
 from pdcoord.core.request import Request, RequestId
@@ -22,6 +24,8 @@ RETRY_S_MIN = 0.005
 """After a try in vain the next one comes no sooner, however many events there are."""
 TRIAL_S = 5.0
 """From one request that goes though its deadline seems lost to the next, for each model."""
+RETRY_S_HELD = 0.05
+"""The same after a try that failed for the pace of streams, which changes as they end."""
 RETRY_S_MAX = 1.0
 """Though nothing is heard, whoever waits is looked at this often."""
 
@@ -48,8 +52,9 @@ class Admission:
     than the policy's `queue_s_max` itself, so that it is bound as late as possible to where it goes.
     """
 
-    def __init__(self, fleet: Fleet, speed: SpeedModel) -> None:
+    def __init__(self, fleet: Fleet, ledger: Ledger, speed: SpeedModel) -> None:
         self._fleet = fleet
+        self._ledger = ledger
         self._speed = speed
         self._queues: dict[ModelName, ModelQueue] = {}
         self._waiting: dict[RequestId, Waiting] = {}
@@ -109,17 +114,24 @@ class Admission:
         return queue is not None and any(priority > request.priority for priority, _ in queue.classes())
 
     def judge(
-        self, request: Request, model: Model, figures: Figures | None, waited_s: float, *, now_s: float
+        self,
+        request: Request,
+        model: Model,
+        best: Candidate | None,
+        waited_s: float,
+        *,
+        now_s: float,
     ) -> Refusal | Later | None:
         """Rule on a request whose best way is known; None if it may start.
 
         Args:
-            figures: of its best way; None if all that could serve it are at their limits.
+            best: its best way; None if all that could serve it are at their limits.
             waited_s: since it arrived.
         """
         rules = model.admission
         engine_wait_s = 0.0
-        if figures is not None:
+        figures = best.figures if best is not None else None
+        if best is not None and figures is not None:
             engine_wait_s = figures.queue_s + figures.room_s
             wanted_s = self._wanted_s(request, model)
             ttft_s = waited_s + figures.ttft_s
@@ -128,7 +140,7 @@ class Admission:
             if wanted_s is not None and ttft_s > latest_s and not (is_slow and self._tries(model, now_s)):
                 return refusals.deadline(ttft_s, wanted_s, self.drain_s(model.name, engine_wait_s))
             if engine_wait_s <= rules.queue_s_max:
-                return None
+                return self._hold_back(request, model, best, ttft_s)
         if request.is_sheddable:
             return refusals.shed(self.drain_s(model.name, engine_wait_s))
         if not rules.wait_s_max:
@@ -137,6 +149,38 @@ class Admission:
             return Later()
         too_long_s = engine_wait_s - rules.queue_s_max
         return Later(min(max(too_long_s, RETRY_S_MIN), RETRY_S_MAX), figures.uncached_tokens)
+
+    def _hold_back(
+        self, request: Request, model: Model, best: Candidate, ttft_s: float
+    ) -> Refusal | Later | None:
+        """Rule on a request that would find no queue; None if it may start.
+
+        It waits while its streams' pace would be past the objective, for as long as its own first token
+        allows. Then the model's objective is a wish, but one that the request named itself refuses it.
+
+        Args:
+            ttft_s: its first token, from its arrival.
+        """
+        rules, figures = model.admission, best.figures
+        tpot_s = request.slo.tpot_s or model.slo.tpot_s
+        alone_s = self._speed.step_s(best.decode, 1, request.prompt_tokens) if tpot_s is not None else 0.0
+        if not rules.wait_s_max or not is_crowded(
+            figures.pace_s, tpot_s, alone_s=alone_s, neighbour_count=self._count_on(best.decode.id)
+        ):
+            return None
+        if request.is_sheddable:
+            return refusals.shed(self.drain_s(model.name))
+        wanted_s = request.slo.ttft_s or model.slo.ttft_s or rules.queue_s_max
+        if ttft_s <= HOLD_SHARE * wanted_s:
+            return Later(RETRY_S_HELD, figures.uncached_tokens)
+        if request.slo.tpot_s is None:
+            return None
+        return refusals.pace(figures.pace_s, request.slo.tpot_s, self.drain_s(model.name))
+
+    def _count_on(self, endpoint_id: EndpointId) -> int:
+        """Requests on an endpoint, with those that others sent there."""
+        state, load = self._fleet.get(endpoint_id), self._ledger.load(endpoint_id)
+        return load.request_count + load.others(state.sample if state is not None else None)
 
     def _tries(self, model: Model, now_s: float) -> bool:
         """Whether this request goes though its deadline seems lost where nobody is before it.

@@ -90,7 +90,7 @@ class Coordinator:
         self._models: dict[str, Model] = {}
         self._budgets: dict[str, FallbackBudget] = {}
         self._live: dict[RequestId, _Live] = {}
-        self.admission = Admission(self.fleet, self._speed)
+        self.admission = Admission(self.fleet, self.ledger, self._speed)
         self._scheduler = Scheduler(self.fleet, self.ledger, self.prefixes, self.paths, self._speed)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
@@ -290,9 +290,8 @@ class Coordinator:
     ) -> Dispatch | Refuse | Later:
         """Send a request its way, unless it must wait or is not worth starting."""
         plan = planned if isinstance(planned, Plan) else None
-        ruling = self.admission.judge(
-            request, model, plan.chosen.figures if plan else None, waited_s, now_s=now_s
-        )
+        best = plan.chosen if plan is not None else None
+        ruling = self.admission.judge(request, model, best, waited_s, now_s=now_s)
         if isinstance(ruling, Refusal):
             return Refuse(request.id, ruling)
         if ruling is not None or plan is None:

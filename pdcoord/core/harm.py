@@ -31,13 +31,11 @@ class Surroundings:
         queue_s: predicted time of the prefills before it.
         stream_count: answers that are generated there meanwhile.
         step_s: one step of theirs, undisturbed.
-        pace_s: time per token of theirs, with the prefills that come there lately.
     """
 
     queue_s: float
     stream_count: int
     step_s: float
-    pace_s: float
 
 
 def others_s(prefill_s: float, at: Surroundings, typical_prefill_s: float) -> float:
@@ -61,7 +59,7 @@ def harm(
     - Queue: where the wait nears the TTFT objective, capacity is what the next ones lack. `prefill_s` of it
       would have served `prefill_s / typical_prefill_s` of them; with a shorter queue in proportion fewer.
     - Streams: each can be held up by its slack, (objective - step) times its tokens, before it misses its
-      TPOT objective. `prefill_s` takes a share of that, which matters the more, the nearer their pace is.
+      TPOT objective. `prefill_s` takes a share of that.
 
     Grows with `prefill_s` and with everything in `at`.
     """
@@ -73,7 +71,6 @@ def harm(
         found += prefill_s * wait / max(typical_prefill_s, TYPICAL_S_MIN)
     if tpot_s is not None and at.stream_count and output_tokens > 0.0:
         slack_s = max(tpot_s - at.step_s, SLACK_SHARE_MIN * tpot_s) * output_tokens
-        nearness = 1.0 if at.pace_s >= tpot_s else at.pace_s / tpot_s
         share = 1.0 if prefill_s >= slack_s else prefill_s / slack_s
-        found += STREAM_WEIGHT * at.stream_count * share * nearness * nearness
+        found += STREAM_WEIGHT * at.stream_count * share
     return found

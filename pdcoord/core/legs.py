@@ -209,7 +209,7 @@ class _PoolLegMaker:
             queue_s += others * self._own_prefill_s(endpoint, self._prompt_tokens)
         harmed = lost_s = 0.0
         if prefill_s and (queue_s or streams):
-            at = Surroundings(queue_s, streams, step_s, pace_s)
+            at = Surroundings(queue_s, streams, step_s)
             lost_s = others_s(prefill_s, at, self._typical_prefill_s)
             if self._slo is not None:
                 harmed = harm(self._slo, prefill_s, at, self._typical_prefill_s, self._output_tokens)

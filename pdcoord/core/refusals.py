@@ -70,6 +70,16 @@ def deadline(ttft_s: float, wanted_s: float, drain_s: float) -> Refusal:
     )
 
 
+def pace(pace_s: float, wanted_s: float, drain_s: float) -> Refusal:
+    """`pace_s` for a token, as predicted where the request would be served best."""
+    return Refusal(
+        RefuseReason.DEADLINE,
+        f"The answer is predicted to take {pace_s * 1e3:.0f} ms a token, more than the "
+        f"{wanted_s * 1e3:.0f} ms that are asked for; retry after the time in Retry-After, or ask for more.",
+        retry_after_s=retry_after_s(drain_s),
+    )
+
+
 def shed(drain_s: float) -> Refusal:
     return Refusal(
         RefuseReason.SHED,

@@ -159,6 +159,22 @@ def test_a_prefill_behind_another_began_when_that_one_was_done() -> None:
     assert (second.took_s, second.is_alone) == (pytest.approx(0.5), False)
 
 
+@pytest.mark.parametrize(
+    ("prefill_ms", "took_s"),
+    # Each is predicted to take 400 ms: up to 800 ms may be of both, computed in the same steps.
+    [(300.0, 0.3), (500.0, None), (790.0, None), (1_000.0, 0.6)],
+)
+def test_what_others_may_have_had_of_a_prefills_time_is_not_its_own(
+    prefill_ms: float, took_s: float | None
+) -> None:
+    story = Story()
+    story.ask("a", 100.0)
+    story.ask("b", 100.0)
+    story.begin(102.0, "a", split(prefill_ms=prefill_ms, transfer_ms=2_000.0 - prefill_ms))
+    seen = [each.took_s for each in story.speed.take(PrefillSeen) if isinstance(each, PrefillSeen)]
+    assert seen == ([] if took_s is None else [pytest.approx(took_s, rel=0.05)])
+
+
 def test_a_prefill_behind_one_that_is_not_known_to_be_done_teaches_nothing() -> None:
     story = Story()
     story.ask("a", 100.0)

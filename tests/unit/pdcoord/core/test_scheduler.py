@@ -220,7 +220,7 @@ class Reference:
         uncached = request.prompt_tokens - cached
         room_s = room_wait_s(state.sample, load, uncached, output, step_s) if pool.can_decode else 0.0
         pace_s = step_s / (1.0 - load.prefill_share(world.now_s)) if pool.can_decode else 0.0
-        met = Surroundings(queue_s, streams, step_s if pool.can_decode else 0.0, pace_s)
+        met = Surroundings(queue_s, streams, step_s if pool.can_decode else 0.0)
         typical_s = world.ledger.typical_prefill_s
         caused = harm(world.model.slo, prefill_s, met, typical_s, output)
         self.room_s[endpoint.id] = max(room_s, queue_s)
