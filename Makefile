@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := .venv-tools
 DEMO_ARGS ?=
 # The environment of the real engines, which tests/e2e/setup.sh makes.
 ENGINE_PYTHON = $${PDCOORD_E2E_VLLM_PYTHON:-.venv-vllm/bin/python}
@@ -10,7 +11,7 @@ ENGINE_TESTS := tests/contract $(wildcard tests/unit/transfer/repack/test_torch_
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit check format e2e-vllm bench-relay bench-transfer bench-repack bench-handover bench-decide bench-prefixes bench-policies plots docs constraints clean
+.PHONY: help venv tools demo test test-images unit check format e2e-vllm bench-relay bench-extproc bench-transfer bench-repack bench-handover bench-decide bench-control bench-prefixes bench-policies plots docs constraints clean
 
 help: ## List the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -18,13 +19,21 @@ help: ## List the commands
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@.ci/venv $(VENV) $(PYTHON)
 
+$(TOOLS)/.installed: .ci/tools
+	@.ci/tools $(TOOLS)
+
+tools: $(TOOLS)/.installed ## Fetch prometheus and promtool, which some tests run, into .venv-tools
+
 venv: $(VENV)/.installed ## Make .venv with pinned versions
 
 demo: $(VENV)/.installed ## Three emulated vendors, split serving, a killed pod; DEMO_ARGS=--keep leaves it running
 	@$(BIN)/pdcoord demo $(DEMO_ARGS)
 
-test: $(VENV)/.installed ## All tests that need no engine and no accelerator
-	$(BIN)/pytest -n 2 --dist worksteal -m 'not e2e' -q $(PYTEST_ARGS)
+test: $(VENV)/.installed $(TOOLS)/.installed ## All tests that need no engine and no accelerator
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not e2e and not images' -q $(PYTEST_ARGS)
+
+test-images: $(VENV)/.installed ## Run each image's install lines in clean environments, and start what they install
+	$(BIN)/pytest -q -p no:randomly -m images tests/images $(PYTEST_ARGS)
 
 unit: $(VENV)/.installed ## Only the unit tests
 	$(BIN)/pytest -n 2 -q tests/unit $(PYTEST_ARGS)
@@ -48,6 +57,9 @@ e2e-vllm: $(VENV)/.installed ## Real vLLM servers on CPU, stock connector and ou
 bench-relay: $(VENV)/.installed ## CPU per relayed event of gateway and sidecar, beside a plain splice and two other routers; BENCH_ARGS
 	$(BIN)/python -m benchmarks.relay --peers $(BENCH_ARGS)
 
+bench-extproc: $(VENV)/.installed ## CPU of a call in the endpoint picker, beside an empty grpc.aio server; BENCH_ARGS
+	$(BIN)/python -m benchmarks.extproc $(BENCH_ARGS)
+
 bench-transfer: $(VENV)/.installed ## GB/s of KV between unlike layouts, by backend, beside raw NIXL and a plain copy
 	@tests/e2e/setup.sh
 	@UCX_TLS=$${UCX_TLS:-tcp,self,sm} NIXL_LOG_LEVEL=$${NIXL_LOG_LEVEL:-WARN} $(ENGINE_PYTHON) -m benchmarks.transfer $(BENCH_ARGS)
@@ -62,6 +74,9 @@ bench-handover: $(VENV)/.installed ## From the last prompt token to the first de
 bench-decide: $(VENV)/.installed ## Cost of one routing decision, by part
 	$(BIN)/python -m benchmarks.decide $(BENCH_ARGS)
 
+bench-control: $(VENV)/.installed ## Cost of telling coordinators of a request, and how soon two of them agree
+	$(BIN)/python -m benchmarks.control $(BENCH_ARGS)
+
 bench-prefixes: $(VENV)/.installed ## Memory, events a second and match time of the exact prefix index
 	$(BIN)/python -m benchmarks.prefixes $(BENCH_ARGS)
 
@@ -72,10 +87,15 @@ plots: $(VENV)/.installed ## Redraw benchmarks/results/*.png from the results th
 	$(BIN)/python -m benchmarks.plots
 
 docs: $(VENV)/.installed ## Regenerate what is generated in docs/ and deploy/
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. pdcoord/protocol/control.proto
 	$(BIN)/python -m pdcoord.policy.reference
+	$(BIN)/python -m pdcoord.policy.crd
+	$(BIN)/python deploy/charts/generate.py
 	$(BIN)/python -m pdcoord.runtime.catalog > docs/metrics-gateway.md
 	$(BIN)/python -m sidecar.describe docs/sidecar.md
 	$(BIN)/python -m sidecar.describe docs/metrics-sidecar.md
+	$(BIN)/python -m pdcoord.sim.engine_metrics > docs/metrics-engine.md
+	$(BIN)/python deploy/monitoring/dashboards.py
 
 constraints: ## Pin what pyproject.toml allows today
 	rm -rf .venv-pin && $(PYTHON) -m venv .venv-pin && .venv-pin/bin/pip install --quiet -e '.[dev]'

@@ -64,6 +64,19 @@ def serve(
     raise typer.Exit(run(settings))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def extproc(context: typer.Context) -> None:
+    """Pick endpoints for Envoy: the external processor that a Gateway's InferencePool refers to."""
+    try:
+        from pdcoord.runtime.extproc import main as run
+    except ModuleNotFoundError as error:
+        typer.echo(f"pdcoord extproc needs {error.name}: pip install 'pdcoord[extproc]'", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(run(context.args))
+
+
 @app.command()
 def explain(
     request_id: Annotated[
@@ -126,14 +139,40 @@ def preflight(context: typer.Context) -> None:
 def emulate(
     fleet: Annotated[Path, typer.Argument(help="EmulatedFleet file.")],
     engine: Annotated[list[str] | None, typer.Option(help="Run only this engine; may be repeated.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on, in place of the file's; for one engine.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the API, in place of the file's; for one engine.")
+    ] = None,
+    advertise_host: Annotated[
+        str | None,
+        typer.Option(help="Address that other engines are told to dial, as a pod's IP; for one engine."),
+    ] = None,
 ) -> None:
     """Run emulated engines until stopped."""
     try:
         from pdcoord.sim.emulator import run
+        from pdcoord.sim.fleetfile import Placement
     except ModuleNotFoundError as error:
         typer.echo(f"pdcoord emulate needs {error.name}: pip install 'pdcoord[emulator]'", err=True)
         raise typer.Exit(2) from None
-    raise typer.Exit(run(fleet, engine or []))
+    placement = Placement(host=host, port=port, advertise_host=advertise_host)
+    raise typer.Exit(run(fleet, engine or [], placement))
+
+
+@app.command(
+    "emulate-vllm",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def emulate_vllm(context: typer.Context) -> None:
+    """Run one emulated engine that is told what it is as `vllm serve` is, in a pod made for vLLM."""
+    try:
+        from pdcoord.sim.emulator_vllm import main as run
+    except ModuleNotFoundError as error:
+        typer.echo(f"pdcoord emulate-vllm needs {error.name}: pip install 'pdcoord[emulator]'", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(run(context.args))
 
 
 @app.command()
@@ -285,6 +324,14 @@ def policy_schema() -> None:
     from pdcoord.policy.commands import schema
 
     typer.echo(schema())
+
+
+@policy_app.command("crd")
+def policy_crd() -> None:
+    """Print the CustomResourceDefinition of PoolPolicy objects, for kubectl apply."""
+    from pdcoord.policy.commands import definition
+
+    typer.echo(definition(), nl=False)
 
 
 def main() -> None:

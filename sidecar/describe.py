@@ -23,7 +23,7 @@ from pdcoord.protocol.headers import (
 )
 from sidecar import handoff
 from sidecar.guard import LEG, PREFILLS_MAX
-from sidecar.observe import metric_table
+from sidecar.observe import label_table, metric_table
 from sidecar.settings import FLAGS
 from sidecar.vocabulary import STATE_MEANINGS, State
 
@@ -102,6 +102,7 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "rules": _rules,
     "transitions": _transitions,
     "metrics": metric_table,
+    "labels": label_table,
 }
 _MARKED = re.compile(r"(<!-- drawn: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -14,11 +14,15 @@ from pdcoord.wire.client import Client, Response
 from pdcoord.wire.errors import BodyTooLargeError, ConnectError, HeadTimeoutError, ResetError, WireError
 from pdcoord.wire.heads import end_to_end
 from pdcoord.wire.relay import Change, relay_body
+from pdcoord.wire.tracing import Tracing
 from sidecar import dialects
 from sidecar.guard import LEG, Headers, for_client
 from sidecar.handoff import Handoff
 from sidecar.observe import Metrics
 from sidecar.opening import Opening, Seen
+from sidecar.reporter import Reporter
+from sidecar.reports import RequestReport
+from sidecar.tracing import HandoffTrace, begin_handoff
 from sidecar.usage import UsageRewriter
 from sidecar.vocabulary import (
     Action,
@@ -71,6 +75,8 @@ class Tools:
     Attributes:
         rng: draws SGLang's rooms and pdcoord's pairings; cryptographic, since others share the engines.
         kv_port: KV side channel of a prefill target that names none.
+        tracing: makes spans of generative calls; None where nothing is traced.
+        reporter: tells coordinators of requests; None where there is no control stream.
     """
 
     client: Client
@@ -80,6 +86,8 @@ class Tools:
     bootstrap_port: int
     kv_port: int
     now_s: Callable[[], float]
+    tracing: Tracing | None = None
+    reporter: Reporter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +124,8 @@ class Exchange:
     Attributes:
         handoff: the machine; read it when `run` has returned.
         status: the status that the client got; None if none was sent.
+        trace: the spans of a generative call; None where nothing is traced.
+        report: what coordinators are told of it; None where nobody is.
     """
 
     def __init__(
@@ -123,6 +133,11 @@ class Exchange:
     ) -> None:
         self.handoff = Handoff(order)
         self.status: int | None = None
+        self.trace: HandoffTrace | None = None
+        self.report: RequestReport | None = None
+        if tools.tracing is not None and call.body is not None:
+            path = call.body.api.path
+            self.trace = begin_handoff(tools.tracing, tools.now_s, call.headers, path, call.request_id)
         self._tools = tools
         self._call = call
         self._order = order
@@ -153,10 +168,15 @@ class Exchange:
                     task.cancel()
 
     async def _drive(self, group: asyncio.TaskGroup) -> None:
-        handoff, now_s = self.handoff, self._tools.now_s
+        handoff, now_s, reporter = self.handoff, self._tools.now_s, self._tools.reporter
         event: Event = Begun()
         while True:
-            for action in handoff.handle(event, now_s()):
+            actions = handoff.handle(event, now_s())
+            if reporter is not None and self.report is not None:
+                reporter.look(self.report, handoff)
+            if self.trace is not None:
+                self.trace.follow(handoff)
+            for action in actions:
                 await self._do(action, group)
             if handoff.state is State.DONE:
                 return
@@ -280,7 +300,7 @@ class Exchange:
                 "POST",
                 action.target.address,
                 self._call.target,
-                headers=[*self._call.headers, (LEG, b"prefill")],
+                headers=[*self._leg_headers(action.leg), (LEG, b"prefill")],
                 body=self._prefill_body(action),
                 head_timeout_s=timeout_s,
             ) as response:
@@ -297,6 +317,11 @@ class Exchange:
             return PrefillLost(action.leg, Fault.MALFORMED)
         return PrefillAnswered(action.leg, answer.ticket, answer.cached_tokens)
 
+    def _leg_headers(self, leg: int) -> Headers:
+        if self.trace is None:
+            return self._call.headers
+        return self.trace.leg_headers(self._call.headers, self.handoff.legs[leg])
+
     async def _decode(self, action: SendDecode) -> None:
         has_head = False
         try:
@@ -304,7 +329,7 @@ class Exchange:
                 self._call.method,
                 self._tools.engine,
                 self._call.target,
-                headers=self._call.headers,
+                headers=self._leg_headers(action.leg),
                 body=self._decode_body(action),
                 head_timeout_s=self._longest_wait_s(),
             ) as response:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
 from pdcoord.protocol.headers import (
@@ -16,7 +17,14 @@ from pdcoord.protocol.headers import (
     is_routing,
     parse_host_port,
 )
-from pdcoord.protocol.plans import DialectName, PlanHeader, PlanHeaderError, PrefillTarget, decode_plan
+from pdcoord.protocol.plans import (
+    DialectName,
+    PlanHeader,
+    PlanHeaderError,
+    PlannedLoad,
+    PrefillTarget,
+    decode_plan,
+)
 from sidecar.errors import SettingsError
 
 LEG = PREFIX + b"leg"
@@ -58,6 +66,14 @@ def read_target(text: str) -> PrefillTarget:
     return PrefillTarget(address=normal_address(address), kv_port=kv_port)
 
 
+class Told(Protocol):
+    """Prefill targets that coordinators name."""
+
+    def get(self, address: HostPort) -> PrefillTarget | None: ...
+
+    def targets(self) -> Iterable[PrefillTarget]: ...
+
+
 class Allowlist:
     """The prefill targets that may be dialled; host and port both count. Empty means none.
 
@@ -77,22 +93,32 @@ class Allowlist:
         self._fixed = {target.address: target for target in targets}
         self._from_file: dict[HostPort, PrefillTarget] = {}
         self._is_open = is_open
+        self._told: Told | None = None
         self._stamp: tuple[int, int, int] | None = None
         self.reload()
 
     def __len__(self) -> int:
-        return len(self._fixed | self._from_file)
+        return len(self.targets())
+
+    def follow(self, told: "Told") -> None:
+        """From now on whatever coordinators name is listed too."""
+        self._told = told
 
     def allows(self, address: HostPort) -> bool:
-        return self._is_open or address in self._fixed or address in self._from_file
+        if self._is_open or address in self._fixed or address in self._from_file:
+            return True
+        return self._told is not None and self._told.get(address) is not None
 
     def targets(self) -> list[PrefillTarget]:
-        """All that are listed, each address once; the file goes before the command line."""
-        return list((self._fixed | self._from_file).values())
+        """Each address once; the file goes before the command line, both before what is told."""
+        told = {} if self._told is None else {target.address: target for target in self._told.targets()}
+        return list((told | self._fixed | self._from_file).values())
 
     def kv_port(self, address: HostPort) -> int | None:
         """The KV port that the list gives a target; None if it gives none."""
         target = self._from_file.get(address) or self._fixed.get(address)
+        if target is None and self._told is not None:
+            target = self._told.get(address)
         return None if target is None else target.kv_port
 
     def reload(self) -> bool:
@@ -141,11 +167,13 @@ class Asked:
         plan: its prefills are in normal spelling; empty means nobody asked for a split.
         refused: those of its prefills that the allowlist turns down.
         is_prefill_leg: another sidecar sends this as a prefill leg.
+        is_counted: it is work that coordinators are told of; another sidecar tells of prefill legs.
     """
 
     plan: PlanHeader
     refused: frozenset[HostPort] = frozenset()
     is_prefill_leg: bool = False
+    is_counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +212,17 @@ class Guard:
             prefill_deadline_ms=self.prefill_deadline_ms,
             transfer_deadline_ms=self.transfer_deadline_ms,
         )
-        return Asked(plan, is_prefill_leg=not named and (LEG, b"prefill") in headers)
+        is_prefill_leg = not named and (LEG, b"prefill") in headers
+        return Asked(plan, is_prefill_leg=is_prefill_leg, is_counted=not is_prefill_leg)
+
+    @staticmethod
+    def read_load(headers: Headers) -> PlannedLoad | None:
+        """What the plan of a call that is never split says of its load, if there is one that can be read."""
+        plans = [value for name, value in headers if name == PLAN]
+        try:
+            return decode_plan(plans[0]).load if plans else None
+        except PlanHeaderError:
+            return None
 
     def request_id(self, headers: Headers) -> bytes:
         """The client's own id if it is fit to be passed on and logged, else a fresh one."""
@@ -216,9 +254,10 @@ class Guard:
             is_colocated_allowed=plan.is_colocated_allowed,
             prefill_deadline_ms=plan.prefill_deadline_ms,
             transfer_deadline_ms=plan.transfer_deadline_ms,
+            load=plan.load,
         )
         refused = frozenset(t.address for t in targets if not self.allowlist.allows(t.address))
-        return Asked(plan, refused)
+        return Asked(plan, refused, is_counted=True)
 
     def _read_foreign(self, values: list[bytes]) -> tuple[PrefillTarget, ...]:
         targets: dict[HostPort, PrefillTarget] = {}

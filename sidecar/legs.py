@@ -226,9 +226,13 @@ class Legs:
         while self._remaining and reason not in DECODE_AT_FAULT:
             target = self._remaining.pop(0)
             self._take(RungKind.OTHER_PREFILL, reason, failed)
-            if target.address not in self.order.refused:
+            failed = target.address
+            if failed in self.order.refused:
+                reason = RungReason.TARGET_NOT_ALLOWED
+            elif failed in self.order.shut:
+                reason = RungReason.PATH_SHUT
+            else:
                 return self._send_split(target, now_s)
-            failed, reason = target.address, RungReason.TARGET_NOT_ALLOWED
         if self.order.is_colocated_allowed:
             self._take(RungKind.COLOCATED, reason, failed)
             return self._send_colocated(now_s)

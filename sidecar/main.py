@@ -4,17 +4,22 @@ import asyncio
 import logging
 import os
 import random
+import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 import structlog
 from prometheus_client import disable_created_metrics
 
+from pdcoord.protocol.paths import PathsReport, encode_paths
 from pdcoord.wire.client import Client
 from pdcoord.wire.server import Listener, run, serve, stop_on_signals
+from pdcoord.wire.tracing import Tracing, TracingError, start_tracing
 from sidecar.describe import SECTIONS, section
 from sidecar.errors import SettingsError
 from sidecar.exchange import Tools
@@ -23,6 +28,8 @@ from sidecar.health import Health
 from sidecar.observe import Metrics, configure_log
 from sidecar.probes import Prober, ProbeRules, ask_through
 from sidecar.proxy import Backstage, Limits, Proxy
+from sidecar.report_link import Credentials
+from sidecar.reporter import Reporter, ReporterSettings
 from sidecar.settings import Settings, parse
 from transfer.errors import SettingError
 from transfer.settings import read_key_file
@@ -30,6 +37,8 @@ from transfer.settings import read_key_file
 USAGE_ERROR = 2
 START_ERROR = 1
 ALLOW_FILE_POLL_S = 1.0
+NEVER_S = 86_400.0
+"""The interval of probes that a page without probes names."""
 # After the drain, for what the server itself still has to write.
 CLOSE_S = 1.0
 
@@ -48,7 +57,8 @@ def main() -> int:
     try:
         settings = parse(arguments, os.environ)
         allowlist = Allowlist(settings.allow, path=settings.allow_file, is_open=settings.allow_any)
-        key = read_key(settings.kv_key_file)
+        key = read_key("--kv-key-file", settings.kv_key_file)
+        control_key = read_key("--control-key-file", settings.control_key_file)
     except SettingsError as error:
         sys.stderr.write(f"pdcoord-sidecar: {error}\n")
         return USAGE_ERROR
@@ -56,11 +66,11 @@ def main() -> int:
     disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client leaves it bare
     # uvicorn would report each answer that is broken off on purpose; request.done tells of those.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    return run(_main(settings, allowlist, key))
+    return run(_main(settings, allowlist, key, control_key))
 
 
-def read_key(path: Path | None) -> bytes:
-    """The side channels' shared key; empty without a file.
+def read_key(flag: str, path: Path | None) -> bytes:
+    """A shared key; empty without a file.
 
     Raises:
         SettingsError: if the file cannot be used.
@@ -70,23 +80,25 @@ def read_key(path: Path | None) -> bytes:
     try:
         return read_key_file(str(path))
     except SettingError as error:
-        raise SettingsError("--kv-key-file", str(path), error.remedy) from error
+        raise SettingsError(flag, str(path), error.remedy) from error
 
 
-async def _main(settings: Settings, allowlist: Allowlist, key: bytes) -> int:
+async def _main(settings: Settings, allowlist: Allowlist, key: bytes, control_key: bytes) -> int:
     signalled = stop_on_signals()
     stop = asyncio.Event()
     metrics = Metrics()
+    try:
+        tracing = make_tracing(metrics)
+    except TracingError as error:
+        sys.stderr.write(f"pdcoord-sidecar: {error}\n")
+        return USAGE_ERROR
     metrics.set("allowed_targets", len(allowlist))
     async with Client() as client:
         prober = make_prober(settings, allowlist, metrics, key)
-        if prober is None:
-            health = Health(client, settings.engine, metrics)
-            backstage = Backstage(metrics, health)
-        else:
-            health = Health(client, settings.engine, metrics, prober.is_warm)
-            backstage = Backstage(metrics, health, prober.report)
-        proxy = make_proxy(settings, allowlist, client, metrics, health)
+        reporter = make_reporter(settings, allowlist, metrics, control_key, prober)
+        health = Health(client, settings.engine, metrics, *([] if prober is None else [prober.is_warm]))
+        backstage = Backstage(metrics, health, paths_page(prober, reporter))
+        proxy = make_proxy(settings, allowlist, client, metrics, health, tracing=tracing, reporter=reporter)
         listeners = [
             Listener(proxy, settings.host, settings.port),
             Listener(backstage, settings.metrics_host, settings.metrics_port),
@@ -97,22 +109,29 @@ async def _main(settings: Settings, allowlist: Allowlist, key: bytes) -> int:
                 group.create_task(_poll_allowlist(allowlist, metrics)),
                 group.create_task(_drain(signalled, stop, proxy, settings.drain_s)),
             ]
-            if prober is not None:
-                background.append(group.create_task(prober.run()))
+            parts = [part for part in (prober, reporter) if part is not None]
+            background += [group.create_task(part.run()) for part in parts]
+            announce = _announce(settings, allowlist, reporter)
             try:
-                await serve(listeners, stop=stop, drain_s=CLOSE_S, on_started=_announce(settings, allowlist))
+                await serve(listeners, stop=stop, drain_s=CLOSE_S, on_started=announce)
             except OSError as error:
                 sys.stderr.write(f"pdcoord-sidecar: {error.strerror or error}\n")
                 status = START_ERROR
             finally:
                 for task in background:
                     task.cancel()
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     _log.info("sidecar.stopped")
     return status
 
 
-def _announce(settings: Settings, allowlist: Allowlist) -> Callable[[list[int]], None]:
+def _announce(
+    settings: Settings, allowlist: Allowlist, reporter: Reporter | None
+) -> Callable[[list[int]], None]:
     def announce(ports: list[int]) -> None:
+        if reporter is not None:
+            reporter.listening(ports[0])
         _log.info(
             "sidecar.started",
             port=ports[0],
@@ -140,8 +159,64 @@ def make_prober(settings: Settings, allowlist: Allowlist, metrics: Metrics, key:
     )
 
 
+def make_reporter(
+    settings: Settings, allowlist: Allowlist, metrics: Metrics, key: bytes, prober: Prober | None
+) -> Reporter | None:
+    """The control streams; None where no coordinator is named."""
+    if not settings.control:
+        return None
+    credentials = Credentials(
+        key, settings.control_ca_file, settings.control_cert_file, settings.control_cert_key_file
+    )
+    reporter = Reporter(
+        ReporterSettings(
+            destinations=settings.control,
+            name=socket.gethostname(),
+            address=settings.control_address,
+            credentials=credentials,
+        ),
+        metrics=metrics,
+        rng=random.SystemRandom(),
+        now_s=time.monotonic,
+        paths=None if prober is None else prober.told,
+    )
+    if settings.allow_from_control:
+        allowlist.follow(reporter.targets)
+    return reporter
+
+
+def paths_page(prober: Prober | None, reporter: Reporter | None) -> Callable[[], bytes] | None:
+    """The body of GET /paths: what was probed here, and what coordinators tell."""
+    if prober is None and reporter is None:
+        return None
+
+    def page() -> bytes:
+        told = prober.told() if prober is not None else PathsReport(interval_s=NEVER_S, is_agent_up=False)
+        rows = () if reporter is None else tuple(reporter.targets.rows())
+        return encode_paths(msgspec.structs.replace(told, told=rows))
+
+    return page
+
+
+def make_tracing(metrics: Metrics) -> Tracing | None:
+    """Spans of requests; None unless OTEL_* variables ask for them.
+
+    Raises:
+        TracingError: if they cannot be had as asked.
+    """
+    count = metrics.count_spans
+    return start_tracing(os.environ, "pdcoord-sidecar", version=version("pdcoord"), count=count, log=_log)
+
+
 def make_proxy(
-    settings: Settings, allowlist: Allowlist, client: Client, metrics: Metrics, health: Health
+    settings: Settings,
+    allowlist: Allowlist,
+    client: Client,
+    metrics: Metrics,
+    health: Health,
+    *,
+    tracing: Tracing | None = None,
+    reporter: Reporter | None = None,
 ) -> Proxy:
     tools = Tools(
         client=client,
@@ -151,6 +226,8 @@ def make_proxy(
         bootstrap_port=settings.bootstrap_port,
         kv_port=settings.kv_port,
         now_s=time.monotonic,  # uvloop's own clock counts whole milliseconds
+        tracing=tracing,
+        reporter=reporter,
     )
     guard = Guard(
         allowlist=allowlist,
@@ -172,6 +249,7 @@ async def _poll_allowlist(allowlist: Allowlist, metrics: Metrics) -> None:
     while True:
         await asyncio.sleep(ALLOW_FILE_POLL_S)
         try:
+            metrics.set("allowed_targets", len(allowlist))
             if allowlist.reload():
                 metrics.set("allowed_targets", len(allowlist))
                 _log.info("allowlist.reloaded", allowed_targets=len(allowlist))

@@ -9,8 +9,11 @@ import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from pdcoord.protocol.plans import ServedHeader
+from pdcoord.protocol.errors import RefuseReason, RungReason
+from pdcoord.protocol.plans import Mode, RungKind, ServedHeader
+from pdcoord.wire.tracing import Fate
 from sidecar.legs import Legs
+from sidecar.vocabulary import LegKind
 
 PREFIX = "pdcoord_sidecar_"
 MODE_UNREAD = "pass-through"
@@ -192,6 +195,54 @@ METRICS: tuple[Metric, ...] = (
         "Far below link_gbit_per_s of the policy: correct the policy, or the link.",
     ),
     Metric(
+        "spans",
+        "counter",
+        ("what",),
+        "Spans of traced requests that ended: exported, failed (the collector refused them or did not "
+        "answer), dropped (no place in the line, or no time at the end).",
+        "failed: the log line traces.failing says why; see OTEL_EXPORTER_OTLP_ENDPOINT. dropped: sample less "
+        "(OTEL_TRACES_SAMPLER), or raise OTEL_BSP_MAX_QUEUE_SIZE. No request waits for either.",
+    ),
+    Metric(
+        "control_streams",
+        "gauge",
+        (),
+        "Coordinator replicas that take this sidecar's reports. Only with --control, as the next four.",
+        "Below the number of replicas: control_failures says why; each misses this pod's load.",
+    ),
+    Metric(
+        "control_failures",
+        "counter",
+        ("why",),
+        "Control streams that could not be had or ended: unresolved (the name has no address), unreachable, "
+        "silent, broken, refused (key or certificate), version, full, files.",
+        "refused: both sides need one key or CA. version: run one release. A few unreachable while replicas "
+        "are replaced are nothing.",
+    ),
+    Metric(
+        "control_events",
+        "counter",
+        ("outcome",),
+        "Events of requests and legs, for each stream: sent, or dropped because the coordinator was too slow "
+        "and got a snapshot of what is live in their place.",
+        "dropped rising: a coordinator has too little CPU; its view is right again after each snapshot.",
+    ),
+    Metric(
+        "control_snapshots",
+        "counter",
+        (),
+        "Snapshots sent: one for each stream that begins, and one whenever events were dropped.",
+        "As control_events and control_failures.",
+    ),
+    Metric(
+        "control_targets",
+        "gauge",
+        ("state",),
+        "Prefill targets that coordinators name: usable, or shut where all connected ones call the path "
+        "open or impossible.",
+        "shut: GET /paths on this port has what each replica says and why.",
+    ),
+    Metric(
         "allow_file_errors",
         "counter",
         (),
@@ -201,6 +252,28 @@ METRICS: tuple[Metric, ...] = (
 )
 
 _COUNTERS = {"counter": Counter, "gauge": Gauge}
+
+TARGETS_SHOWN_MAX = 512
+"""Targets that have series of their own; those beyond share one, so that a large fleet is no flood."""
+OTHER = "other"
+_CLOSED = "closed list"
+_LABELS = {
+    "target": f"prefill targets that are on the allowlist; beyond {TARGETS_SHOWN_MAX} all are `{OTHER}`",
+    **dict.fromkeys(("mode", "outcome", "reason", "rung", "leg", "field", "why", "what", "state"), _CLOSED),
+}
+LABEL_VALUES: dict[str, frozenset[str]] = {
+    "mode": frozenset({*Mode, "prefill-leg", MODE_UNREAD}),
+    "reason": frozenset({*RungReason, *RefuseReason}),
+    "rung": frozenset(RungKind),
+    "leg": frozenset(LegKind),
+    "what": frozenset(Fate),
+}
+"""The closed lists that are this process's own, for whoever writes queries."""
+
+
+def bound_of(label: str) -> str | None:
+    """What keeps the values of a label few; None if nothing is known to."""
+    return _LABELS.get(label)
 
 
 class Metrics:
@@ -218,9 +291,17 @@ class Metrics:
             else:
                 made = _COUNTERS[each.kind](full_name, each.meaning, each.labels, registry=self.registry)
             self._by_name[each.name] = made
+        self._shown: dict[str, set[str]] = {each.name: set() for each in METRICS if "target" in each.labels}
 
     def count(self, name: str, *labels: str) -> None:
         self._child(name, labels).inc()
+
+    def count_spans(self, fate: str, count: int) -> None:
+        """Spans went out or were lost; called from another thread."""
+        self._child("spans", (fate,)).inc(count)
+
+    def add(self, name: str, amount: float, *labels: str) -> None:
+        self._child(name, labels).inc(amount)
 
     def set(self, name: str, value: float, *labels: str) -> None:
         self._child(name, labels).set(value)
@@ -229,6 +310,8 @@ class Metrics:
         """Forget these series, if they are there: what they told of is gone."""
         for name in names:
             self._by_name[name].remove(*labels)
+            if name in self._shown:
+                self._shown[name].discard(labels[0])
 
     def observe(self, name: str, seconds: float, *labels: str) -> None:
         self._child(name, labels).observe(max(seconds, 0.0))
@@ -256,7 +339,16 @@ class Metrics:
 
     def _child(self, name: str, labels: tuple[str, ...]) -> Any:
         metric = self._by_name[name]
+        if name in self._shown:
+            labels = (self._shown_target(name, labels[0]), *labels[1:])
         return metric.labels(*labels) if labels else metric
+
+    def _shown_target(self, name: str, target: str) -> str:
+        shown = self._shown[name]
+        if target not in shown and len(shown) >= TARGETS_SHOWN_MAX:
+            return OTHER
+        shown.add(target)
+        return target
 
 
 def log_fields(served: ServedHeader, legs: Legs) -> dict[str, Any]:
@@ -302,3 +394,11 @@ def metric_table() -> Iterator[str]:
     for each in METRICS:
         labels = ", ".join(f"`{label}`" for label in each.labels) or "-"
         yield f"| `{each.full_name}` | {each.kind} | {labels} | {each.meaning} | {each.action} |"
+
+
+def label_table() -> Iterator[str]:
+    """What bounds the labels, as lines of a Markdown table."""
+    yield "| label | values |"
+    yield "|---|---|"
+    for label in sorted({label for each in METRICS for label in each.labels}):
+        yield f"| `{label}` | {bound_of(label)} |"

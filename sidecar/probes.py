@@ -8,7 +8,7 @@ from random import Random
 import structlog
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.paths import encode_paths
+from pdcoord.protocol.paths import PathsReport, encode_paths
 from pdcoord.protocol.plans import PrefillTarget
 from sidecar.errors import AgentLostError
 from sidecar.observe import Metrics
@@ -95,9 +95,13 @@ class Prober:
         """Whether every target has been probed once: the first request need not wait for a handshake."""
         return self._book.is_warm
 
+    def told(self) -> PathsReport:
+        """What was probed."""
+        return self._book.report(self._now_s())
+
     def report(self) -> bytes:
-        """The body of GET /paths."""
-        return encode_paths(self._book.report(self._now_s()))
+        """The same as JSON."""
+        return encode_paths(self.told())
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:

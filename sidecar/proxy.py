@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason
-from pdcoord.protocol.headers import REQUEST_ID
+from pdcoord.protocol.headers import REQUEST_ID, HostPort
 from pdcoord.protocol.openai import APIS
 from pdcoord.protocol.plans import PlanHeader, PrefillTarget
 from pdcoord.wire.asgi import (
@@ -27,6 +27,7 @@ from sidecar.exchange import Call, Exchange, Tools
 from sidecar.guard import Asked, Guard, Headers, for_engine
 from sidecar.health import Health
 from sidecar.observe import CONTENT_TYPE, MODE_UNREAD, Metrics, log_fields
+from sidecar.tracing import trace_id_of
 from sidecar.vocabulary import Order, Outcome
 
 BODY_S_MAX = 60.0
@@ -110,13 +111,11 @@ class Proxy:
             _log.info("request.abandoned", id=request_id.decode("ascii"), path=scope["path"])
             return
         order = self._order(call, asked)
-        await self._exchange(
-            Exchange(self._tools, call, order, scope=scope, send=send, receive=receive),
-            call,
-            asked,
-            scope,
-            send,
-        )
+        exchange = Exchange(self._tools, call, order, scope=scope, send=send, receive=receive)
+        reporter = self._tools.reporter
+        if reporter is not None and asked.is_counted:
+            exchange.report = reporter.begin(order, asked.plan.load)
+        await self._exchange(exchange, call, asked, scope, send)
 
     async def _read(self, scope: Scope, receive: Receive, request_id: bytes) -> tuple[Call, Asked]:
         """The request, fit to be sent to an engine, and what its headers ask for.
@@ -138,6 +137,8 @@ class Proxy:
         api = APIS.get(scope["path"]) if method == "POST" else None
         is_generative = api is not None and api.is_generative
         asked = self._guard.read(headers) if is_generative else Asked(PlanHeader())
+        if api is not None and not is_generative:
+            asked = Asked(PlanHeader(load=self._guard.read_load(headers)), is_counted=True)
         raw = await self._read_body(headers, receive)
         body = None
         if api is not None and is_generative:
@@ -170,6 +171,7 @@ class Proxy:
             engine=self._tools.engine,
             prefills=tuple(prefills),
             refused=asked.refused,
+            shut=self._shut(prefills),
             is_colocated_allowed=plan.is_colocated_allowed,
             is_stream=body is not None and body.is_stream,
             prefill_deadline_s=plan.prefill_deadline_ms / 1e3,
@@ -177,6 +179,13 @@ class Proxy:
             answer_deadline_s=self._limits.answer_s,
             idle_deadline_s=self._limits.stream_idle_s,
         )
+
+    def _shut(self, prefills: Sequence[PrefillTarget]) -> frozenset[HostPort]:
+        """Fallbacks that every coordinator would pass over by now; the first target was chosen just now."""
+        reporter = self._tools.reporter
+        if reporter is None or len(prefills) < 2:
+            return frozenset()
+        return frozenset(each.address for each in prefills[1:] if reporter.targets.is_shut(each.address))
 
     async def _exchange(self, exchange: Exchange, call: Call, asked: Asked, scope: Scope, send: Send) -> None:
         now_s = self._tools.now_s
@@ -203,10 +212,14 @@ class Proxy:
 
     def _account(self, exchange: Exchange, call: Call, asked: Asked, *, outcome: str, seconds: float) -> None:
         legs = exchange.handoff
+        if self._tools.reporter is not None and exchange.report is not None:
+            self._tools.reporter.end(exchange.report, legs, outcome)
         served = legs.served()
         mode = MODE_UNREAD
         if call.body is not None:
             mode = "prefill-leg" if asked.is_prefill_leg else str(served.mode)
+        if exchange.trace is not None:
+            exchange.trace.end(legs, mode=mode, outcome=outcome, status=exchange.status)
         self._tools.metrics.record(
             legs, mode=mode, outcome=outcome, seconds=seconds, now_s=self._tools.now_s()
         )
@@ -214,6 +227,7 @@ class Proxy:
         write(
             "request.done",
             id=call.request_id.decode("ascii"),
+            trace_id=trace_id_of(exchange.trace, call.headers),
             path=call.target.partition("?")[0],
             mode=mode,
             outcome=outcome,
@@ -294,7 +308,7 @@ class Backstage:
             await send_json(send, 200, self._paths())
             return
         elif path == "/paths":
-            message = "No path is probed here: this sidecar runs without --kv-agent."
+            message = "No path is known here: this sidecar runs without --kv-agent and --control."
             refusal = Refusal(RefuseReason.PATH_UNKNOWN, message)
         else:
             message = "This path is not served here; there are /metrics, /paths, /livez and /readyz."

@@ -40,6 +40,13 @@ class Settings:
     kv_key_file: Path | None
     probe_interval_s: float
     body_bytes_max: int
+    control: tuple[HostPort, ...]
+    control_address: HostPort | None
+    control_key_file: Path | None
+    control_ca_file: Path | None
+    control_cert_file: Path | None
+    control_cert_key_file: Path | None
+    allow_from_control: bool
     log_level: str
 
 
@@ -66,6 +73,10 @@ def _read_address(text: str) -> HostPort:
 
 def _read_agent(text: str) -> HostPort | None:
     return _read_address(text) if text else None
+
+
+def _read_coordinators(text: str) -> tuple[HostPort, ...]:
+    return tuple(dict.fromkeys(_read_address(part) for part in text.split(",") if part.strip()))
 
 
 def _read_targets(text: str) -> tuple[PrefillTarget, ...]:
@@ -270,6 +281,45 @@ FLAGS: tuple[Flag, ...] = (
         "time between two probes of a target that answers; one that does not is asked sooner",
     ),
     Flag("--body-bytes-max", "BYTES", "67108864", _read_body_bytes, "longest request body"),
+    Flag(
+        "--control",
+        "HOST:PORT[,...]",
+        "",
+        _read_coordinators,
+        "coordinators that are told of every request; repeatable; a name stands for all its addresses, "
+        "looked up again and again; see control.md",
+        is_repeatable=True,
+    ),
+    Flag(
+        "--control-address",
+        "HOST:PORT",
+        "",
+        _read_agent,
+        "this sidecar as endpoints name it; else the local address that reaches the coordinator, and --port",
+    ),
+    Flag(
+        "--control-key-file",
+        "FILE",
+        "",
+        _read_path,
+        "file with the key that sidecars and coordinators share; each side proves that it has it",
+    ),
+    Flag(
+        "--control-ca-file",
+        "FILE",
+        "",
+        _read_path,
+        "PEM file of who signs coordinators' certificates; with it control streams are encrypted",
+    ),
+    Flag("--control-cert-file", "FILE", "", _read_path, "PEM file of this sidecar's own certificate chain"),
+    Flag("--control-cert-key-file", "FILE", "", _read_path, "PEM file of that certificate's key"),
+    Flag(
+        "--allow-from-control",
+        "",
+        "no",
+        _read_yes_no,
+        "let the prefill targets be dialled that proven coordinators name; as a variable, yes or no",
+    ),
     Flag("--log-level", "LEVEL", "info", _read_level, "least level that is logged: " + ", ".join(LOG_LEVELS)),
 )
 
@@ -330,6 +380,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise SettingsError(
             "--allow-any", "yes", "it makes --allow and --allow-file void; leave one of them out"
         )
+    _check_control(values)
     if values["allow_any"] and values["kv_agent"]:
         raise SettingsError(
             "--kv-agent", values["kv_agent"], "with --allow-any no target is known to probe; give --allow"
@@ -337,3 +388,18 @@ def _check_together(values: Mapping[str, Any]) -> None:
     port = values["port"]
     if port and port == values["metrics_port"] and values["host"] == values["metrics_host"]:
         raise SettingsError("--metrics-port", port, "it is --port too; give another")
+
+
+def _check_control(values: Mapping[str, Any]) -> None:
+    if values["allow_from_control"] and not (values["control_key_file"] or values["control_ca_file"]):
+        remedy = "give --control-key-file or --control-ca-file: a coordinator has to prove itself for that"
+        raise SettingsError("--allow-from-control", "yes", remedy)
+    if values["allow_from_control"] and not values["control"]:
+        raise SettingsError("--allow-from-control", "yes", "give --control too: nobody else names targets")
+    if (values["control_cert_file"] is None) != (values["control_cert_key_file"] is None):
+        name = "--control-cert-file" if values["control_cert_file"] else "--control-cert-key-file"
+        remedy = "certificate and key go together; give both or neither"
+        raise SettingsError(name, str(values["control_cert_file"] or values["control_cert_key_file"]), remedy)
+    if values["control_cert_file"] and not values["control_ca_file"]:
+        remedy = "give --control-ca-file too: a certificate is of use on an encrypted stream only"
+        raise SettingsError("--control-cert-file", str(values["control_cert_file"]), remedy)

@@ -69,6 +69,7 @@ class Order:
         engine: the engine beside this sidecar, as rungs and records name it.
         prefills: prefill targets in the order to try; empty means serve colocated.
         refused: those of them that the allowlist turns down; their rungs are skipped.
+        shut: fallbacks among them whose path every coordinator calls shut by now; likewise.
         is_colocated_allowed: whether the ladder may end on the engine's own prefill.
         is_stream: whether the client asked for a stream. Only a stream's first output tells that the
             KV has moved; an answer in one piece comes after the whole generation.
@@ -80,6 +81,7 @@ class Order:
     engine: HostPort
     prefills: tuple[PrefillTarget, ...] = ()
     refused: frozenset[HostPort] = frozenset()
+    shut: frozenset[HostPort] = frozenset()
     is_colocated_allowed: bool = True
     is_stream: bool = False
     prefill_deadline_s: float = 60.0

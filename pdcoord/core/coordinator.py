@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 
 from pdcoord.core import refusals
 from pdcoord.core.admission import Admission, Later
+from pdcoord.core.disagg import dialect
 from pdcoord.core.events import (
     Action,
     DecodeFailed,
+    DecodeMoved,
     Dispatch,
     Event,
     ModelsReplaced,
@@ -26,6 +28,8 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    SidecarLost,
+    SidecarReported,
     TimePassed,
 )
 from pdcoord.core.fleet import (
@@ -35,9 +39,7 @@ from pdcoord.core.fleet import (
     EndpointId,
     EndpointSeen,
     EndpointState,
-    EngineKind,
     Fleet,
-    Pool,
     Sample,
     SampleFailed,
     SampleTaken,
@@ -48,19 +50,19 @@ from pdcoord.core.ladder import FallbackBudget, rungs
 from pdcoord.core.learned import LearnedSpeed
 from pdcoord.core.ledger import Entry, Ledger
 from pdcoord.core.lessons import Lessons
-from pdcoord.core.model import LegOrder, Model
+from pdcoord.core.model import Model
 from pdcoord.core.paths import PathTable, PathView
 from pdcoord.core.plan import Plan
 from pdcoord.core.ports import SpeedModel
 from pdcoord.core.prefixes import Prefixes
 from pdcoord.core.queues import Waiting
+from pdcoord.core.remote import Accounts, RemoteLoad
 from pdcoord.core.request import Request, RequestId
 from pdcoord.core.scheduler import NoChoice, Scheduler
 from pdcoord.core.silent import SilentFailures
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.plans import DialectName, Mode, RungKind, ServedHeader
-from transfer.verdict import Connector
+from pdcoord.protocol.plans import Mode, RungKind, ServedHeader
 
 LIVE_REQUESTS_MAX = 65_536
 """Requests in all that one coordinator keeps account of; past it the next is refused."""
@@ -79,7 +81,7 @@ class _Live:
 class Coordinator:
     """All state of routing. `handle` is the only way to change it."""
 
-    def __init__(self, speed: SpeedModel | None = None) -> None:
+    def __init__(self, speed: SpeedModel | None = None, replica: str = "") -> None:
         self.fleet = Fleet()
         self.ledger = Ledger()
         self.paths = PathTable()
@@ -87,6 +89,9 @@ class Coordinator:
         self._silent = SilentFailures()
         self._speed = speed if speed is not None else LearnedSpeed()
         self.lessons = Lessons(self.fleet, self.ledger, self.paths, self._speed)
+        self._replica = replica
+        accounts = Accounts(self.fleet, self.ledger, self.paths, self._silent, self.lessons, self._speed)
+        self.remote = RemoteLoad(accounts, self.model)
         self._models: dict[str, Model] = {}
         self._budgets: dict[str, FallbackBudget] = {}
         self._live: dict[RequestId, _Live] = {}
@@ -113,25 +118,22 @@ class Coordinator:
                 return self._arrive(request, now_s)
             case ResponseBegan(request_id, served):
                 self._begin_response(self._live[request_id], served, now_s)
-                return []
             case DecodeFailed():
                 return [self._fail_decode(event, now_s)]
+            case DecodeMoved(request_id, address):
+                self._move(request_id, address, now_s)
             case RequestEnded(request_id, outcome, output_tokens):
                 self.lessons.ended(request_id, outcome, output_tokens, now_s)
                 self._end(request_id, now_s)
-                return []
             case ModelsReplaced(models):
                 self._replace_models(models)
                 return self.admission.keep_only(self._models)
-            case PathProbed():
-                self._take_probe(event, now_s)
-                return []
             case TimePassed():
                 pass
-            case KvStored() | KvRemoved() | KvCleared() | KvLost():
-                self._take_kv_signal(event)
             case EndpointSeen() | EndpointGone() | EndpointDraining() | SampleTaken() | SampleFailed():
                 self._take_signal(event, now_s)
+            case _:
+                self._take_report(event, now_s)
         return []
 
     def model(self, name: str) -> Model | None:
@@ -179,11 +181,13 @@ class Coordinator:
         self.ledger.validate()
         self.prefixes.validate()
         known = {state.endpoint.id for state in self.fleet.states()}
-        self.paths.validate(known, self._live)
+        self.paths.validate(known, self._live.keys() | self.remote.request_ids())
+        self.remote.validate()
         self._silent.validate(known)
         self._speed.validate()
         self.lessons.validate(self._live)
         in_use = {e.id for live in self._live.values() for e in (live.plan.decode, live.plan.prefill) if e}
+        in_use |= self.remote.endpoint_ids()
         assert {name for name, _ in self.ledger.loads()} <= known | in_use, "an account of nobody"
         self.admission.validate()
         assert not any(request_id in self.admission for request_id in self._live), "both live and waiting"
@@ -222,6 +226,8 @@ class Coordinator:
             self.ledger.note_sample(signal.id, now_s)
             self._judge_paths(signal.id, signal.sample, now_s)
         self.fleet.handle(signal)
+        if isinstance(signal, EndpointSeen):
+            self.remote.endpoints_changed(now_s)
         if before is None:
             return
         after = self.fleet.get(before.endpoint.id)
@@ -237,6 +243,20 @@ class Coordinator:
         state = self.fleet.get(signal.id)
         if state is not None:
             self.prefixes.take(state, signal)
+
+    def _take_report(
+        self, event: PathProbed | SidecarReported | SidecarLost | KvSignal, now_s: float
+    ) -> None:
+        """Take in what a sidecar or an engine told."""
+        match event:
+            case PathProbed():
+                self._take_probe(event, now_s)
+            case SidecarReported(sidecar, epoch, report):
+                self.remote.take(sidecar, epoch, report, now_s)
+            case SidecarLost(sidecar):
+                self.remote.lose(sidecar, now_s)
+            case KvStored() | KvRemoved() | KvCleared() | KvLost():
+                self._take_kv_signal(event)
 
     def _take_probe(self, event: PathProbed, now_s: float) -> None:
         """Note a probe of every path that it was of: an address may serve several models."""
@@ -280,6 +300,8 @@ class Coordinator:
         request, model = waiting.request, self._models[waiting.request.model]
         planned = self._plan(request, model, frozenset(), 0, now_s)
         if isinstance(planned, Refusal) and planned.reason is RefuseReason.NO_ENDPOINTS:
+            if request.allowed is not None:
+                return Refuse(request.id, planned)  # Others that wait are not held up for its few.
             return Later()  # Its wait is bounded, and an endpoint may come back within it.
         if isinstance(planned, Refusal) and planned is not refusals.AT_LIMIT:
             return Refuse(request.id, planned)
@@ -321,7 +343,7 @@ class Coordinator:
             request_id=request.id,
             chosen=choice.best,
             why=choice.why,
-            dialect=_dialect(decode.endpoint.pool, model),
+            dialect=dialect(decode.endpoint.pool, model),
             rungs=rungs(model, decode, choice.other_prefills, budget) if is_split else (),
             runner_up=choice.runner_up,
             drops=dict(choice.drops),
@@ -329,6 +351,7 @@ class Coordinator:
             transfer_deadline_s=model.disaggregation.transfer_deadline_s,
             attempt=attempt,
             is_outage=choice.is_outage,
+            replica=self._replica,
         )
 
     def _dispatch(self, live: _Live, model: Model, now_s: float) -> Dispatch:
@@ -430,13 +453,27 @@ class Coordinator:
         excluded = live.failed_decodes | {failed}
         attempt = live.plan.attempt + 1
         model = self._models.get(live.request.model)
-        if model is None or not _may_try_other(model, attempt):
+        if model is None or event.is_final or not _may_try_other(model, attempt):
             return Refuse(event.id, refusals.exhausted(attempt))
         planned = self._plan(live.request, model, excluded, attempt, now_s)
         if isinstance(planned, Refusal):
             return Refuse(event.id, refusals.exhausted(attempt))
         self._live[event.id] = replace(live, plan=planned, failed_decodes=excluded)
         return self._dispatch(self._live[event.id], model, now_s)
+
+    def _move(self, request_id: RequestId, address: HostPort, now_s: float) -> None:
+        live = self._live[request_id]
+        model, plan = self._models.get(live.request.model), live.plan
+        states = (each.endpoint for each in self.fleet.at(address))
+        decode = next((each for each in states if each.pool.model == live.request.model), None)
+        if model is None or decode is None or decode.id == plan.decode.id:
+            return
+        assert not live.has_begun, f"request {request_id} was moved after its response began"
+        self._learn_path(live, None, now_s)
+        self._close(live, now_s)
+        moved = replace(plan, chosen=replace(plan.chosen, decode=decode), attempt=plan.attempt + 1)
+        self._live[request_id] = replace(live, plan=moved)
+        self._dispatch(self._live[request_id], model, now_s)
 
     def _end(self, request_id: RequestId, now_s: float) -> None:
         if self.admission.drop(request_id):
@@ -455,15 +492,6 @@ class Coordinator:
         for endpoint in (plan.decode, plan.prefill):
             if endpoint is not None and self.fleet.get(endpoint.id) is None:
                 self.ledger.forget(endpoint.id)
-
-
-def _dialect(decode: Pool, model: Model) -> DialectName:
-    """How legs to this pool are handed over. A path's connectors are equal, so the decode pool's will do."""
-    if decode.engine is EngineKind.SGLANG:
-        return DialectName.SGLANG
-    is_ours = decode.side.connector is Connector.PDCOORD
-    is_concurrent = model.disaggregation.order is LegOrder.CONCURRENT
-    return DialectName.PDCOORD if is_ours and is_concurrent else DialectName.NIXLV2
 
 
 def _may_try_other(model: Model, attempt: int) -> bool:

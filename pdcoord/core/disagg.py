@@ -2,10 +2,13 @@
 
 import math
 
-from pdcoord.core.model import Disaggregation, Model, SplitMode
+from pdcoord.core.fleet import EngineKind, Pool
+from pdcoord.core.model import Disaggregation, LegOrder, Model, SplitMode
 from pdcoord.core.objective import SLO_EXCESS_EQUAL
 from pdcoord.core.plan import Candidate, Why
 from pdcoord.core.request import Request
+from pdcoord.protocol.plans import DialectName
+from transfer.verdict import Connector
 
 MUST_STAY_TOGETHER = frozenset({Why.NOT_GENERATIVE, Why.MANY_CHOICES, Why.ONE_ENGINE_CALL, Why.MODE_NEVER})
 """Reasons that hold even where nobody can serve the request alone; the others are of speed only."""
@@ -52,3 +55,12 @@ def weigh(split: Candidate, together: Candidate, rules: Disaggregation) -> Why:
     if saving_s <= 0.0:
         return Why.COLOCATED_FASTER
     return Why.SPLIT_FASTER if saving_s >= sure_s else Why.SAVING_BELOW_NOISE
+
+
+def dialect(decode: Pool, model: Model) -> DialectName:
+    """How legs to this pool are handed over. A path's connectors are equal, so the decode pool's will do."""
+    if decode.engine is EngineKind.SGLANG:
+        return DialectName.SGLANG
+    is_ours = decode.side.connector is Connector.PDCOORD
+    is_concurrent = model.disaggregation.order is LegOrder.CONCURRENT
+    return DialectName.PDCOORD if is_ours and is_concurrent else DialectName.NIXLV2

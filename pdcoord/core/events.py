@@ -9,6 +9,7 @@ from pdcoord.core.model import Model
 from pdcoord.core.plan import Plan
 from pdcoord.core.probes import Probe
 from pdcoord.core.request import Request, RequestId
+from pdcoord.protocol.control import Events, Snapshot
 from pdcoord.protocol.errors import Refusal, RungReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import ServedHeader
@@ -67,11 +68,24 @@ class DecodeFailed:
 
     Attributes:
         served: what a sidecar that still answered says it did.
+        is_final: no other one can be tried, since the client is being told; answered with a Refuse.
     """
 
     id: RequestId
     reason: RungReason
     served: ServedHeader | None = None
+    is_final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeMoved:
+    """Whoever sent the request on went to another endpoint than the plan's, before any response.
+
+    The request is accounted there from now on. An address that is none of its model's changes nothing.
+    """
+
+    id: RequestId
+    address: HostPort
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +99,27 @@ class RequestEnded:
     id: RequestId
     outcome: Outcome
     output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarReported:
+    """A sidecar told of requests that other coordinators, or none, sent to it.
+
+    Attributes:
+        sidecar: its address, as endpoints name it.
+        epoch: of this life of its process; what another told is void.
+    """
+
+    sidecar: HostPort
+    epoch: str
+    report: Snapshot | Events
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarLost:
+    """Nobody tells of that sidecar's requests any more."""
+
+    sidecar: HostPort
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +161,10 @@ Event = (
     | RequestArrived
     | ResponseBegan
     | DecodeFailed
+    | DecodeMoved
     | RequestEnded
+    | SidecarReported
+    | SidecarLost
     | TimePassed
 )
 Action = Dispatch | Refuse | Wait

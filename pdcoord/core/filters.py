@@ -49,14 +49,26 @@ def eligible(
         for health, endpoints_of in group.by_health.items():
             if endpoints_of and health is not Health.READY:
                 found.drops[_HEALTH_DROPS[health]] += len(endpoints_of)
-        ready = group.by_health[Health.READY]
+        ready = _allowed(group.by_health[Health.READY], request, found.drops)
         if ready and _is_too_long(request, group.pool):
             found.drops[DropReason.CONTEXT_TOO_LONG] += len(ready)
         elif ready:
-            endpoints = _within_limits(group, ledger, excluded, found.drops)
+            endpoints = _within_limits(group.pool, ready, ledger, excluded, found.drops)
             if endpoints:
                 found.pools.append(PoolFit(group.pool, endpoints, len(endpoints)))
     return found
+
+
+def _allowed(
+    ready: dict[EndpointId, EndpointState], request: Request, drops: Counter[DropReason]
+) -> dict[EndpointId, EndpointState]:
+    """Those whose address the request may go to."""
+    if request.allowed is None:
+        return ready
+    allowed = {each: state for each, state in ready.items() if request.allows(state.endpoint.address)}
+    if len(allowed) < len(ready):
+        drops[DropReason.NOT_ALLOWED] += len(ready) - len(allowed)
+    return allowed
 
 
 def is_too_long_everywhere(request: Request, pools: Iterable[Pool]) -> bool:
@@ -70,13 +82,17 @@ def _is_too_long(request: Request, pool: Pool) -> bool:
 
 
 def _within_limits(
-    group: PoolGroup, ledger: Ledger, excluded: frozenset[EndpointId], drops: Counter[DropReason]
+    pool: Pool,
+    ready: dict[EndpointId, EndpointState],
+    ledger: Ledger,
+    excluded: frozenset[EndpointId],
+    drops: Counter[DropReason],
 ) -> list[tuple[EndpointState, Load, int]]:
-    in_flight_max, loads = group.pool.limits.in_flight_max, ledger.accounts
+    in_flight_max, loads = pool.limits.in_flight_max, ledger.accounts
     endpoints: list[tuple[EndpointState, Load, int]] = []
     excluded_count = full_count = 0
     # A thousand times for each request: `Ledger.load` and `Load.others`, without their calls.
-    for endpoint_id, state in group.by_health[Health.READY].items():
+    for endpoint_id, state in ready.items():
         load = loads.get(endpoint_id, IDLE)
         sample, others = state.sample, 0
         if sample is not None and (seen := sample.running + sample.waiting) > load.own_at_sample:

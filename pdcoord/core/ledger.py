@@ -25,6 +25,7 @@ class Entry:
         transfer_bytes: KV to move from worker to decode; 0 when colocated.
         uncached_tokens: of the prompt, to be written into the decode endpoint's KV pool.
         is_streamed: its answer begins with its first token, not with its last.
+        is_remote: another coordinator sent it; a sidecar told of it.
     """
 
     request_id: RequestId
@@ -35,6 +36,7 @@ class Entry:
     transfer_bytes: int
     uncached_tokens: int = 0
     is_streamed: bool = True
+    is_remote: bool = False
 
 
 @dataclass(slots=True)
@@ -51,7 +53,7 @@ class Load:
         pending_tokens: uncached ones of requests whose decode leg is here and has not begun.
         bytes_in_flight: KV being moved from or to here.
         progress_since_s: when the oldest prefill is taken to have started.
-        own_peak: most own requests at any time since the last sample.
+        own_peak: most requests that were known here at any time since the last sample.
         own_at_sample: the same over the time before the last sample; what the sample counts beyond
             it is others' load. The peak, since a request may end while its sample travels.
         begun_ordinal: grows with each request sent here, over all endpoints; breaks ties.
@@ -124,7 +126,7 @@ class Load:
             self.summed_s = now_s
 
     def others(self, sample: Sample | None) -> int:
-        """Requests on the endpoint that this coordinator did not send, as of the last sample."""
+        """Requests on the endpoint that neither this coordinator sent nor a sidecar told of."""
         if sample is None:
             return 0
         return max(0, sample.running + sample.waiting - self.own_at_sample)
@@ -146,12 +148,21 @@ class Ledger:
         self._loads: dict[EndpointId, Load] = {}
         self._begun_count = 0
         self._unheard: set[RequestId] = set()
+        self._remote: set[RequestId] = set()
         self.typical_prefill_s = 0.0
 
     @property
     def open_count(self) -> int:
-        """Requests begun and not ended."""
-        return len(self._entries)
+        """Own requests begun and not ended."""
+        return len(self._entries) - len(self._remote)
+
+    @property
+    def remote_count(self) -> int:
+        """Requests of other coordinators likewise."""
+        return len(self._remote)
+
+    def remote_ids(self) -> set[RequestId]:
+        return set(self._remote)
 
     @property
     def accounts(self) -> Mapping[EndpointId, Load]:
@@ -169,7 +180,10 @@ class Ledger:
         assert entry.request_id not in self._entries, f"{entry.request_id} is already in the ledger"
         self._entries[entry.request_id] = entry
         self._begun_count += 1
-        self._note_typical(entry.prefill_us / 1e6)
+        if entry.is_remote:
+            self._remote.add(entry.request_id)
+        if entry.prompt_tokens or not entry.is_remote:
+            self._note_typical(entry.prefill_us / 1e6)  # Of a foreign router's no figure is known.
         decode = self._own(entry.decode)
         decode.request_count += 1
         decode.decode_count += 1
@@ -245,6 +259,7 @@ class Ledger:
     def end(self, request_id: RequestId, now_s: float) -> None:
         self.finish_prefill(request_id, now_s)
         entry = self._entries.pop(request_id)
+        self._remote.discard(request_id)
         decode = self._own(entry.decode)
         decode.request_count -= 1
         decode.decode_count -= 1
@@ -284,6 +299,7 @@ class Ledger:
                 if e.request_id in self.load(e.worker).prefills
             )
             assert load.bytes_in_flight == moving, f"{endpoint_id}: bytes_in_flight"
+        assert self._remote == {e.request_id for e in self._entries.values() if e.is_remote}, "remote"
         if not self._entries:
             assert all(load.is_empty for load in self._loads.values()), "load without a request"
 

@@ -221,13 +221,23 @@ class Lessons:
             return
         took_s = max(waited_s - figures.step_s, OWN_SHARE_MIN * waited_s)
         ahead = max(watch.bytes_ahead, self._bytes_in_flight(plan) - figures.transfer_bytes)
-        seen = TransferSeen(prefill, decode, figures.transfer_bytes, ahead, took_s)
+        self.transferred(
+            TransferSeen(prefill, decode, figures.transfer_bytes, ahead, took_s), bandwidth_min, now_s
+        )
+
+    def transferred(self, seen: TransferSeen, bandwidth_min: float, now_s: float) -> None:
+        """KV came over a path, of a request of ours or of another coordinator.
+
+        Args:
+            bandwidth_min: bytes a second; a path with less is not used.
+        """
+        prefill, decode, ahead, took_s = seen.prefill, seen.decode, seen.bytes_ahead, seen.took_s
         link = self._speed.path(prefill, decode)
         self._speed.learn(seen)
         seeded = link.bandwidth_bytes_per_s
         if seeded <= 0.0 or not is_sane(seen):
             return
-        moved_bytes = figures.transfer_bytes + ahead
+        moved_bytes = seen.transfer_bytes + ahead
         excess_s = took_s - link.latency_s - moved_bytes / seeded
         bandwidth = moved_bytes / (took_s - link.latency_s) if excess_s > TRANSFER_EXCESS_S else seeded
         self._paths.note_transfer(

@@ -45,6 +45,7 @@ class DropReason(StrEnum):
     BANDWIDTH_UNKNOWN = "bandwidth-unknown"
     BANDWIDTH_TOO_LOW = "bandwidth-too-low"
     EXCLUDED = "excluded"
+    NOT_ALLOWED = "not-allowed"
 
 
 # Not frozen, though nobody changes it: that would double what making it costs each request.
@@ -134,6 +135,7 @@ class Plan:
         drops: how many endpoints and pairs were dropped, by reason.
         is_outage: the request stays together because no path is open; counts as a fallback.
         attempt: 0 for the first plan of a request, one more for each other decode tried.
+        replica: the coordinator process that made it; empty where no sidecar tells others of it.
     """
 
     request_id: RequestId
@@ -147,6 +149,7 @@ class Plan:
     transfer_deadline_s: float = 20.0
     attempt: int = 0
     is_outage: bool = False
+    replica: str = ""
 
     @property
     def mode(self) -> Mode:

@@ -5,10 +5,16 @@ from typing import NewType
 
 from pdcoord.core.fleet import ModelName
 from pdcoord.core.model import Slo
+from pdcoord.protocol.headers import HostPort
 
 RequestId = NewType("RequestId", str)
 BlockKey = NewType("BlockKey", int)
 """Chained hash of a block and all blocks before it, 64 bits."""
+
+
+def is_allowed(allowed: frozenset[str] | None, address: HostPort) -> bool:
+    """Whether a set of addresses and hosts has this one; None has all."""
+    return allowed is None or address in allowed or address.rpartition(":")[0].strip("[]") in allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,7 @@ class Request:
         token_keys: keys of the prompt's full blocks made from its token ids, where its model's prefixes
             are precise and the tokens are known; else empty.
         token_block_tokens: prompt tokens that one of those keys stands for.
+        allowed: addresses (`host:port`, or a host alone for all its ports) that legs may go to; None for all.
     """
 
     id: RequestId
@@ -49,6 +56,11 @@ class Request:
     slo: Slo = field(default_factory=Slo)
     token_keys: tuple[BlockKey, ...] = ()
     token_block_tokens: int = 16
+    allowed: frozenset[str] | None = None
+
+    def allows(self, address: HostPort) -> bool:
+        """Whether a leg may go there."""
+        return is_allowed(self.allowed, address)
 
     @property
     def is_sheddable(self) -> bool:

@@ -31,6 +31,7 @@ class PathsFeed:
         endpoints: the fleet; asked again before every round.
         clock: monotonic seconds, the same that the coordinator is driven with.
         report_failed: for metrics.
+        tells_itself: whether the sidecar at that address tells of its probes unasked.
     """
 
     handler: Handler
@@ -39,6 +40,7 @@ class PathsFeed:
     clock: Callable[[], float]
     limits: ScrapeLimits
     report_failed: ReportFailed
+    tells_itself: Callable[[HostPort], bool] = lambda _address: False
     _told: dict[EndpointId, "_Told"] = field(default_factory=dict, init=False)
 
     async def run(self) -> None:
@@ -56,6 +58,8 @@ class PathsFeed:
 
     def _listed(self) -> Iterator[tuple[EndpointId, HostPort]]:
         for endpoint in self.endpoints():
+            if self.tells_itself(endpoint.address):
+                continue
             if endpoint.metrics_port is not None and endpoint.pool.can_decode:
                 host, _ = parse_host_port(endpoint.address)
                 yield endpoint.id, format_host_port(host, endpoint.metrics_port)
@@ -79,7 +83,7 @@ class PathsFeed:
         for path in told.news(report.paths, began_s, self.limits.deadline_s):
             # The age counts from when the sidecar wrote it: what is taken for the moment of the probe is
             # at most one scrape too early, never too late.
-            probe = _probe(path, at_s=began_s - path.age_s, interval_s=report.interval_s)
+            probe = probe_of(path, at_s=began_s - path.age_s, interval_s=report.interval_s)
             self.handler.handle(PathProbed(path.target, target.id, probe))
 
 
@@ -106,7 +110,8 @@ class _Told:
         return known is None or known[0] != count or abs(at_s - known[1]) > 2.0 * deadline_s
 
 
-def _probe(path: PathReport, *, at_s: float, interval_s: float) -> Probe:
+def probe_of(path: PathReport, *, at_s: float, interval_s: float) -> Probe:
+    """What a sidecar told of a path, with what came over the network bounded."""
     return Probe(
         at_s=at_s,
         interval_s=interval_s,

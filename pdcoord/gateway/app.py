@@ -13,10 +13,10 @@ import msgspec
 from fastapi import FastAPI, Response
 
 from pdcoord.core.model import Model
+from pdcoord.front.intake import client_request_id, model_unknown
+from pdcoord.front.ports import Coordination, Observer
 from pdcoord.gateway import schemas
-from pdcoord.gateway.intake import client_request_id, model_unknown
 from pdcoord.gateway.pages import add_error_handlers, json_response, refusal_response, with_request_id
-from pdcoord.gateway.ports import Coordination, Observer
 from pdcoord.gateway.relay import Relay
 from pdcoord.protocol.openai import APIS, Api
 from pdcoord.wire.asgi import Receive, Scope, Send

@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from pdcoord.front.answers import internal_error
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.protocol.headers import REQUEST_ID
 from pdcoord.wire.asgi import Message, Send
@@ -22,13 +23,6 @@ def json_response(answer: object) -> Response:
 def refusal_response(refusal: Refusal, headers: dict[str, str] | None = None) -> Response:
     own = {name.decode(): value.decode() for name, value in refusal.headers()}
     return Response(refusal.body(), status_code=refusal.status, headers=(headers or {}) | own)
-
-
-def internal_error() -> Refusal:
-    """All that a client hears of a defect of ours."""
-    return Refusal(
-        RefuseReason.INTERNAL, "pdcoord failed on this request; its log has the cause under the request id."
-    )
 
 
 def add_error_handlers(app: FastAPI, refused: Callable[[RefuseReason], None]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from pdcoord.core.events import (
@@ -17,12 +18,13 @@ from pdcoord.core.events import (
 from pdcoord.core.model import PrefixMode
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId
-from pdcoord.gateway import upstream as wires
-from pdcoord.gateway.asked import asked_of
-from pdcoord.gateway.intake import build_request, check_reserved, client_request_id, model_unknown
-from pdcoord.gateway.outputs import OutputCounter
-from pdcoord.gateway.pages import internal_error
-from pdcoord.gateway.ports import CallRecord, Coordination, Limits, Observer, Tokens
+from pdcoord.front import upstream as wires
+from pdcoord.front.answers import body_too_large, body_too_slow, internal_error, outcome_of, too_many_calls
+from pdcoord.front.asked import asked_of
+from pdcoord.front.intake import build_request, check_reserved, client_request_id, model_unknown
+from pdcoord.front.outputs import OutputCounter
+from pdcoord.front.ports import CallRecord, Coordination, Limits, Observer, Tokens
+from pdcoord.front.tracing import CallTrace, begin_call
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason, RungReason
 from pdcoord.protocol.openai import Api, parse_call
@@ -42,15 +44,12 @@ from pdcoord.wire.client import Client, Response
 from pdcoord.wire.errors import BodyTooLargeError, InvalidRequestError, StreamError, WireError
 from pdcoord.wire.heads import Headers
 from pdcoord.wire.relay import relay_body
+from pdcoord.wire.tracing import Tracing
 
 _EVENT_STREAM = b"text/event-stream"
 _ERROR_EVENT = b'data: {"error"'
-_TOO_MANY_REQUESTS = 429
 _OWN_ID_CUT = 80
 """What is kept of an id that needs a suffix, so that sidecars still take it over (128 bytes at most)."""
-_UPSTREAM_REASONS = frozenset(
-    {RefuseReason.UPSTREAM_FAILED, RefuseReason.UPSTREAM_TIMEOUT, RefuseReason.LADDER_EXHAUSTED}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +77,7 @@ class Relay:
         clock: monotonic seconds.
         new_id: makes a request id for calls that bring none, unique for all practical purposes.
         tokens: asked where a model's prefixes are precise; without it they are approximate.
+        tracing: makes spans of calls; None where nothing is traced.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Relay:
         clock: Callable[[], float],
         new_id: Callable[[], str],
         tokens: Tokens | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.coordination = coordination
         self.upstream = upstream
@@ -98,6 +99,7 @@ class Relay:
         self.clock = clock
         self.new_id = new_id
         self.tokens = tokens
+        self.tracing = tracing
         self._live: set[str] = set()
 
     @property
@@ -113,14 +115,24 @@ class Relay:
         own_id = shown_id if shown_id not in self._live else f"{shown_id[:_OWN_ID_CUT]}-{self.new_id()}"
         self._live.add(own_id)
         record = CallRecord(id=RequestId(own_id), path=api.path, began_s=self.clock())
+        trace = begin_call(self.tracing, self.clock, scope["headers"], record)
         self.observer.call_began()
         try:
             await _Exchange(
-                relay=self, api=api, scope=scope, receive=receive, send=send, record=record, shown_id=shown_id
+                relay=self,
+                api=api,
+                scope=scope,
+                receive=receive,
+                send=send,
+                record=record,
+                shown_id=shown_id,
+                trace=trace,
             ).run()
         finally:
             self._live.discard(own_id)
             record.ended_s = self.clock()
+            if trace is not None:
+                trace.end()
             self.observer.call_ended(record)
 
 
@@ -131,6 +143,7 @@ class _Exchange:
     Attributes:
         record: what is known of the call so far; its id is the core's.
         shown_id: the request id that the client is told.
+        trace: the call's spans; None where nothing is traced.
         body: what goes upstream; let go of once an answer has begun.
         is_live: the core keeps an account of this call and must hear of its end.
         refusal: the core's, if it refused.
@@ -146,6 +159,7 @@ class _Exchange:
     send: Send
     record: CallRecord
     shown_id: str
+    trace: CallTrace | None = None
     body: bytes = b""
     is_stream: bool = False
     is_live: bool = False
@@ -180,8 +194,7 @@ class _Exchange:
         None stands for a call that must wait for its plan.
         """
         if self.relay.live_count > self.relay.limits.live_max:
-            message = "The gateway is serving as many calls as it may; retry after the time in Retry-After."
-            raise RefusedError(Refusal(RefuseReason.SATURATED, message, retry_after_s=RETRY_AFTER_S))
+            raise RefusedError(too_many_calls())
         raw = await self._read()
         call = parse_call(self.api, raw)
         check_reserved(call)
@@ -198,13 +211,12 @@ class _Exchange:
         if tokens is not None and self.api.is_generative and model.prefix_mode is PrefixMode.PRECISE:
             token_ids = await tokens.tokens(call, model)
         request = build_request(self.record.id, call, model, token_ids, asked)
+        self.record.note_request(call, request, model)
         return self._decide(RequestArrived(request))
 
     async def _read(self) -> bytes:
         limits = self.relay.limits
-        too_large = Refusal(
-            RefuseReason.BODY_TOO_LARGE, f"The body is longer than {limits.body_bytes_max} bytes; send less."
-        )
+        too_large = body_too_large(limits.body_bytes_max)
         for name, value in self.scope["headers"]:
             # Answered before the body is sent where the client says how long it will be.
             if name == b"content-length" and value.isdigit() and int(value) > limits.body_bytes_max:
@@ -216,10 +228,7 @@ class _Exchange:
         except BodyTooLargeError as error:
             raise RefusedError(too_large) from error
         except BodyTimeoutError as error:
-            message = (
-                f"The body had not come whole after {limits.body_timeout_s:g} s; send it without pausing."
-            )
-            raise RefusedError(Refusal(RefuseReason.BODY_TOO_SLOW, message)) from error
+            raise RefusedError(body_too_slow(limits.body_timeout_s)) from error
 
     def _decide(self, event: RequestArrived | DecodeFailed) -> Plan | None:
         """Ask the core; None if the call must wait.
@@ -255,7 +264,8 @@ class _Exchange:
 
     async def _planned(self) -> Plan:
         """The plan of a call that waits; the core bounds how long that is."""
-        await self.decided.wait()
+        with nullcontext() if self.trace is None else self.trace.waiting():
+            await self.decided.wait()
         return self._plan()
 
     async def _serve_watched(self, plan: Plan | None) -> None:
@@ -302,6 +312,14 @@ class _Exchange:
 
     async def _attempt(self, plan: Plan) -> _Failure | None:
         """Send the call to one decode endpoint; None if its answer went to the client."""
+        if self.trace is None:
+            return await self._send_to(plan, self.scope["headers"])
+        with self.trace.attempt(plan) as attempt:
+            failure = await self._send_to(plan, attempt.headers(self.scope["headers"]))
+            attempt.error = "" if failure is None else failure.reason
+            return failure
+
+    async def _send_to(self, plan: Plan, client_headers: Headers) -> _Failure | None:
         limits = self.relay.limits
         wait_s = limits.head_timeout_s if self.is_stream else limits.answer_timeout_s
         try:
@@ -309,7 +327,7 @@ class _Exchange:
                 "POST",
                 plan.decode.address,
                 self._target(),
-                headers=wires.headers_for(plan, self.scope["headers"], self.record.id.encode()),
+                headers=wires.headers_for(plan, client_headers, self.record.id.encode()),
                 body=self.body,
                 head_timeout_s=wait_s,
             )
@@ -422,7 +440,7 @@ class _Exchange:
         self.has_begun = True
         self.record.status = refusal.status
         self.record.reason = refusal.reason
-        self.record.outcome = _outcome_of(refusal)
+        self.record.outcome = outcome_of(refusal)
         headers = [*refusal.headers(), (names.REQUEST_ID, self.shown_id.encode())]
         await send_json(self.send, refusal.status, refusal.body(), headers)
 
@@ -450,13 +468,5 @@ class _Exchange:
     def _end(self) -> None:
         if self.is_live:
             self.is_live = False
-            tokens = self.outputs.count() if self.outputs is not None else None
+            tokens = self.record.output_tokens = self.outputs.count() if self.outputs is not None else None
             self.relay.coordination.handle(RequestEnded(self.record.id, self.record.outcome, tokens))
-
-
-def _outcome_of(refusal: Refusal) -> Outcome:
-    if refusal.reason in _UPSTREAM_REASONS:
-        return Outcome.UPSTREAM_ERROR
-    if refusal.is_servers_fault or refusal.status == _TOO_MANY_REQUESTS:
-        return Outcome.REFUSED
-    return Outcome.CLIENT_ERROR

@@ -5,7 +5,7 @@ JSON Schema 2020-12, as OpenAPI 3.1 has it.
 
 from typing import Any
 
-from pdcoord.gateway.intake import RESERVED_FIELDS
+from pdcoord.front.intake import RESERVED_FIELDS
 from pdcoord.protocol.headers import CACHE_SALT_FIELD
 from pdcoord.protocol.openai import CHOICE_COUNT_MAX, TOKEN_ID_MAX, Api
 

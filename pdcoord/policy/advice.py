@@ -12,7 +12,7 @@ from transfer.verdict import verdict
 
 def warnings_of(all_parts: Iterable[Parts]) -> Iterator[Problem]:
     """Warnings about complete documents, in the order of the file."""
-    addresses: dict[str, int] = {}
+    addresses: dict[str, str] = {}
     for parts in all_parts:
         faults = [*_unused(parts), *_alone(parts), *_prefixes(parts)]
         if parts.mode is not SplitMode.NEVER:
@@ -105,15 +105,15 @@ def _kv_sizes(parts: Parts) -> Iterator[Fault]:
             yield part.path("kv_bytes_per_token"), message
 
 
-def _shared_addresses(parts: Parts, addresses: dict[str, int]) -> Iterator[Problem]:
+def _shared_addresses(parts: Parts, addresses: dict[str, str]) -> Iterator[Problem]:
     """Endpoints that another document lists too: neither model's figures know the other's load."""
-    own: dict[str, int] = {}
+    own: dict[str, str] = {}
     for part in parts.pools:
         for i, endpoint in enumerate(part.spec.endpoints or ()):
             path = part.path("endpoints", i, "address")
             if endpoint.address in addresses:
-                line = addresses[endpoint.address]
-                message = f"is {endpoint.address}, which serves another model too (line {line})"
+                where = addresses[endpoint.address]
+                message = f"is {endpoint.address}, which serves another model too ({where})"
                 yield parts.document.problem(path, message)
-            own.setdefault(endpoint.address, parts.document.position_of(path))
+            own.setdefault(endpoint.address, parts.document.place_of(path))
     addresses.update(own)

@@ -67,7 +67,7 @@ class Parts:
 def problems_of(all_parts: Iterable[Parts]) -> Iterator[Problem]:
     """Everything wrong between the parts of the documents of one file."""
     all_parts = list(all_parts)
-    yield from _repeats(use for parts in all_parts for use in _names(parts))
+    yield from _repeats(use for parts in all_parts for use in names_of(parts))
     for parts in all_parts:
         faults = [*_selector_faults(parts), *_speed_faults(parts), *_replay_faults(parts)]
         if parts.is_complete:
@@ -83,11 +83,17 @@ def _repeats(uses: Iterable[Use]) -> Iterator[Problem]:
         sort, name, document, path = use
         first = first_uses.setdefault((sort, name), use)
         if first is not use:
-            line = first[2].position_of(first[3])
-            yield document.problem(path, f"is {quote(name)}, {sort} that line {line} already has; change one")
+            yield document.problem(path, repeat_message(use, first))
 
 
-def _names(parts: Parts) -> Iterator[Use]:
+def repeat_message(use: Use, first: Use) -> str:
+    """What is wrong with a name that is in use already, in a text or in another object."""
+    sort, name, _, _ = use
+    holder = first[2].place_of(first[3])
+    return f"is {quote(name)}, {sort} that {holder} already has; change one"
+
+
+def names_of(parts: Parts) -> Iterator[Use]:
     """Names that are unique over all documents."""
     if parts.metadata_name is not None:
         yield "a document name", parts.metadata_name, parts.document, ("metadata", "name")

@@ -1,4 +1,4 @@
-"""`pdcoord policy check` and `pdcoord policy schema`."""
+"""`pdcoord policy check`, `pdcoord policy schema` and `pdcoord policy crd`."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pdcoord.policy.compile import CompiledPolicy, compile_policy
+from pdcoord.policy.crd import crd_text
 from pdcoord.policy.endpoints import (
     EndpointsDocument,
     MatchedEndpoint,
@@ -55,6 +56,11 @@ def check(paths: Sequence[Path], out: TextIO | None = None) -> int:
 def schema() -> str:
     """JSON Schema (2020-12) of a PoolPolicy document, for editors and other checkers."""
     return json_schema_text()
+
+
+def definition() -> str:
+    """The PoolPolicy CustomResourceDefinition, as YAML that ends in a newline."""
+    return crd_text()
 
 
 def _load(path: Path) -> Found:

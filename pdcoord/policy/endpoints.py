@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import Field
 
 from pdcoord.core.fleet import Endpoint, ModelName, PoolName
 from pdcoord.policy.compile import PoolBinding
-from pdcoord.policy.errors import PolicyError, Problem, quote
+from pdcoord.policy.errors import KeyPath, PolicyError, Problem, quote
 from pdcoord.policy.pools import make_endpoint
 from pdcoord.policy.poolschema import (
     KV_EVENTS_PORT_MEANING,
@@ -54,21 +54,29 @@ class EndpointsSpec(Spec):
     )
 
 
+class Origin(Protocol):
+    """Where an entry was written: a document of a file, or an object of an API."""
+
+    def problem(self, key_path: KeyPath, message: str) -> Problem:
+        """A problem with what stands there, named so that it is found."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EndpointsDocument:
-    """A sound endpoints file.
+    """A sound endpoints file, or what something else says in place of one.
 
     Attributes:
-        sources: each entry's document and index there, in the order of `entries`.
+        sources: each entry's origin and index there, in the order of `entries`.
     """
 
     entries: tuple[EndpointEntrySpec, ...]
-    sources: tuple[tuple[Document, int], ...]
+    sources: tuple[tuple[Origin, int], ...]
 
     def problem(self, index: int, message: str) -> Problem:
-        """A problem with one entry, on its line."""
-        document, document_index = self.sources[index]
-        return document.problem(("endpoints", document_index), message)
+        """A problem with one entry, at its place."""
+        origin, origin_index = self.sources[index]
+        return origin.problem(("endpoints", origin_index), message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,25 +109,26 @@ def parse_endpoints(raw: bytes, file: str) -> EndpointsDocument:
             continue
         entries += listed
         sources += [(document, i) for i in range(len(listed))]
-    found = EndpointsDocument(tuple(entries), tuple(sources))
-    problems += _repeats(found)
+    problems += _repeats(entries, sources)
     if problems:
         raise PolicyError(problems)
-    return found
+    return EndpointsDocument(tuple(entries), tuple(sources))
 
 
-def _repeats(found: EndpointsDocument) -> Iterator[Problem]:
+def _repeats(
+    entries: Sequence[EndpointEntrySpec], sources: Sequence[tuple[Document, int]]
+) -> Iterator[Problem]:
     """Addresses and names that a file has twice."""
-    lines: dict[tuple[str, str], int] = {}
-    for (document, i), entry in zip(found.sources, found.entries, strict=True):
+    places: dict[tuple[str, str], str] = {}
+    for (document, i), entry in zip(sources, entries, strict=True):
         for key, text in (("address", entry.address), ("name", entry.name)):
             path = ("endpoints", i, key)
             if text is None:
                 continue
-            if (key, text) in lines:
-                message = f"is {quote(text)}, which line {lines[key, text]} already has; change one"
+            if (key, text) in places:
+                message = f"is {quote(text)}, which {places[key, text]} already has; change one"
                 yield document.problem(path, message)
-            lines.setdefault((key, text), document.position_of(path))
+            places.setdefault((key, text), document.place_of(path))
 
 
 def static_endpoints(bindings: Iterable[PoolBinding]) -> tuple[MatchedEndpoint, ...]:
@@ -127,22 +136,91 @@ def static_endpoints(bindings: Iterable[PoolBinding]) -> tuple[MatchedEndpoint, 
     return tuple(MatchedEndpoint(endpoint) for binding in bindings for endpoint in binding.endpoints)
 
 
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """What selectors pick of a document.
+
+    Attributes:
+        endpoints: the entries that are picked, as endpoints of their pools.
+        problems: one for each entry that would belong to two pools of one model; it is in neither.
+        unpicked: one for each entry that no selector picks: its labels may be mistyped.
+    """
+
+    endpoints: tuple[MatchedEndpoint, ...]
+    problems: tuple[Problem, ...]
+    unpicked: tuple[Problem, ...]
+
+
 def match_endpoints(
     bindings: Sequence[PoolBinding], document: EndpointsDocument
 ) -> tuple[MatchedEndpoint, ...]:
-    """The entries that selectors pick, as endpoints of their pools; `static_endpoints` are apart.
-
-    An entry that no selector picks is left out; one may serve several models, but one pool of each.
+    """`pick_endpoints` where one entry at fault refuses them all, as in a file.
 
     Raises:
         PolicyError: if an entry would belong to two pools of one model.
     """
-    matched: list[MatchedEndpoint] = []
-    problems: list[Problem] = []
-    listed = _listed_pools(bindings)
-    for index, entry in enumerate(document.entries):
+    matching = pick_endpoints(bindings, document)
+    if matching.problems:
+        raise PolicyError(matching.problems)
+    return matching.endpoints
+
+
+def unmatched_entries(bindings: Sequence[PoolBinding], document: EndpointsDocument) -> tuple[Problem, ...]:
+    """`Matching.unpicked` alone."""
+    return pick_endpoints(bindings, document).unpicked
+
+
+def pick_endpoints(bindings: Sequence[PoolBinding], document: EndpointsDocument) -> Matching:
+    """Pick entries by the pools' selectors; `static_endpoints` are apart."""
+    return EndpointPicker(bindings).pick(document)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pick:
+    """What became of one entry; `faults` are messages."""
+
+    entry: EndpointEntrySpec
+    endpoints: tuple[MatchedEndpoint, ...]
+    faults: tuple[str, ...]
+
+
+class EndpointPicker:
+    """Picks entries by the selectors of one policy's pools.
+
+    An entry may serve several models, but one pool of each. Entries that come again, as the same objects,
+    are not judged anew: of thousands of pods few change at a time.
+    """
+
+    def __init__(self, bindings: Sequence[PoolBinding]) -> None:
+        self._bindings = bindings
+        self._listed = _listed_pools(bindings)
+        self._picks: dict[int, _Pick] = {}
+
+    def pick(self, document: EndpointsDocument) -> Matching:
+        """What is picked of a document."""
+        matched: list[MatchedEndpoint] = []
+        problems: list[Problem] = []
+        unpicked: list[Problem] = []
+        picks: dict[int, _Pick] = {}
+        for index, entry in enumerate(document.entries):
+            pick = self._picks.get(id(entry))
+            if pick is None or pick.entry is not entry:
+                pick = self._judge(entry)
+            picks[id(entry)] = pick
+            problems += [document.problem(index, message) for message in pick.faults]
+            if not pick.endpoints:
+                message = "is picked by no pool's selector, so nothing is sent there"
+                unpicked.append(document.problem(index, message))
+            elif not pick.faults:
+                matched += pick.endpoints
+        self._picks = picks
+        return Matching(tuple(matched), tuple(problems), tuple(unpicked))
+
+    def _judge(self, entry: EndpointEntrySpec) -> _Pick:
+        picked: list[MatchedEndpoint] = []
+        faults: list[str] = []
         pools_by_model: defaultdict[ModelName, list[PoolName]] = defaultdict(list)
-        for binding in bindings:
+        for binding in self._bindings:
             if _picks(binding, entry):
                 pool = binding.pool
                 endpoint = make_endpoint(
@@ -155,16 +233,15 @@ def match_endpoints(
                     kv_events_port=entry.kv_events_port,
                     kv_events_replay_port=entry.kv_events_replay_port,
                 )
-                matched.append(MatchedEndpoint(endpoint, entry.is_draining))
+                picked.append(MatchedEndpoint(endpoint, entry.is_draining))
                 pools_by_model[pool.model].append(pool.name)
         for model, names in pools_by_model.items():
-            pools = [*names, *listed.get((model, entry.address), ())]
+            pools = [*names, *self._listed.get((model, entry.address), ())]
             if len(pools) > 1:
-                message = f"belongs to pools {' and '.join(pools)} of model {model}, expected one of them"
-                problems.append(document.problem(index, message))
-    if problems:
-        raise PolicyError(problems)
-    return tuple(matched)
+                faults.append(
+                    f"belongs to pools {' and '.join(pools)} of model {model}, expected one of them"
+                )
+        return _Pick(entry, tuple(picked), tuple(faults))
 
 
 def _listed_pools(bindings: Sequence[PoolBinding]) -> dict[tuple[ModelName, HostPort], list[PoolName]]:
@@ -174,15 +251,6 @@ def _listed_pools(bindings: Sequence[PoolBinding]) -> dict[tuple[ModelName, Host
         for endpoint in binding.endpoints:
             pools[binding.pool.model, endpoint.address].append(binding.pool.name)
     return pools
-
-
-def unmatched_entries(bindings: Sequence[PoolBinding], document: EndpointsDocument) -> tuple[Problem, ...]:
-    """A warning for each entry that no selector picks: its labels may be mistyped."""
-    return tuple(
-        document.problem(index, "is picked by no pool's selector, so nothing is sent there")
-        for index, entry in enumerate(document.entries)
-        if not any(_picks(binding, entry) for binding in bindings)
-    )
 
 
 def _picks(binding: PoolBinding, entry: EndpointEntrySpec) -> bool:

@@ -47,15 +47,20 @@ class Expectations:
         schema = self.at(path) or {}
         return in_words({"type": "string", **schema.get("propertyNames", {})})
 
-    def suggestion(self, path: KeyPath, key: str) -> str:
-        """What to do about an unknown key of the mapping at a path."""
-        known = self.keys_at(path)
+    def suggestion(
+        self, path: KeyPath, key: str, top: str = "the top level", outside: frozenset[str] = frozenset()
+    ) -> str:
+        """What to do about an unknown key of the mapping at a path.
+
+        `top` is what the root is called, and `outside` are keys of it that stand elsewhere in the text.
+        """
+        known = [name for name in self.keys_at(path) if path or name not in outside]
         folded = {_fold(name): name for name in known}
         if close := get_close_matches(_fold(key), folded, n=1, cutoff=0.7):
             return f"did you mean {folded[close[0]]}?"
         places = [place for place in self._places_of(key, self.root, ()) if place != path]
         if len(places) == 1:
-            inside = format_key_path(places[0]).replace("[0]", "[]") or "the top level"
+            inside = format_key_path(places[0]).replace("[0]", "[]") or top
             return f"it belongs in {inside}"
         return f"keys here are {', '.join(known)}" if known else "no keys are expected here"
 
@@ -67,11 +72,8 @@ class Expectations:
                     **self.root["$defs"][schema["$ref"].rpartition("/")[2]],
                     **_without(schema, "$ref"),
                 }
-            elif "anyOf" in schema:
-                branches = [branch for branch in schema["anyOf"] if branch.get("type") != "null"]
-                if len(branches) != 1:
-                    return schema
-                schema = {**branches[0], **_without(schema, "anyOf")}
+            elif (value := without_null(schema)) is not schema:
+                schema = value
             else:
                 return schema
 
@@ -94,6 +96,12 @@ class Expectations:
             yield from self._places_of(key, value, (*path, name))
         if isinstance(schema.get("items"), dict):
             yield from self._places_of(key, schema["items"], (*path, 0))
+
+
+def without_null(schema: JsonSchema) -> JsonSchema:
+    """The other branch of a value that may be null; any other schema as it is."""
+    branches = [branch for branch in schema.get("anyOf", ()) if branch.get("type") != "null"]
+    return {**branches[0], **_without(schema, "anyOf")} if len(branches) == 1 else schema
 
 
 @lru_cache(maxsize=32)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pdcoord.core.fleet import ModelName
 from pdcoord.policy.checks import Parts, PoolPart, problems_of
 from pdcoord.policy.errors import PolicyError, Problem
+from pdcoord.policy.forms import flattened
 from pdcoord.policy.pools import compile_pool
 from pdcoord.policy.poolschema import PoolSpec
 from pdcoord.policy.schema import DisaggregationSpec, ModelSpec, PoolPolicy
@@ -42,18 +43,42 @@ def parse_policies(raw: bytes, file: str) -> tuple[PolicyDocument, ...]:
     problems: list[Problem] = []
     all_parts: list[Parts] = []
     for document in parse_documents(raw, file):
-        try:
-            policy = PolicyDocument(validate(document, PoolPolicy), document)
-        except PolicyError as error:
-            problems += error.problems
-            all_parts.append(_salvage(document))
-        else:
+        policy, parts, found = _read(document)
+        problems += found
+        if policy is not None:
             loaded.append(policy)
-            all_parts.append(parts_of(policy))
+        if parts is not None:
+            all_parts.append(parts)
     problems += problems_of(all_parts)
     if problems:
         raise PolicyError(problems)
     return tuple(loaded)
+
+
+def read_policy(document: Document) -> PolicyDocument:
+    """One document by itself, whichever form it has.
+
+    Raises:
+        PolicyError: with everything that is wrong with it.
+    """
+    policy, parts, problems = _read(document)
+    problems = [*problems, *problems_of([] if parts is None else [parts])]
+    if policy is None or problems:
+        raise PolicyError(problems)
+    return policy
+
+
+def _read(document: Document) -> tuple[PolicyDocument | None, Parts | None, list[Problem]]:
+    """The policy of a document if it has one, its sound parts, and what is wrong with the others."""
+    flat, form_problems = flattened(document)
+    problems = list(form_problems)
+    if problems and not flat.beneath:
+        return None, None, problems
+    try:
+        policy = PolicyDocument(validate(flat, PoolPolicy), flat)
+    except PolicyError as error:
+        return None, _salvage(flat), [*problems, *error.problems]
+    return policy, parts_of(policy), problems
 
 
 def parts_of(policy: PolicyDocument) -> Parts:

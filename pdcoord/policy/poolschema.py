@@ -165,10 +165,10 @@ class EndpointSpec(Spec):
 
 
 class SelectorSpec(Spec):
-    """Picks the pool's endpoints out of the endpoints file by their labels."""
+    """Picks the pool's endpoints out of the endpoints file, or the namespace's pods, by their labels."""
 
     match_labels: Annotated[Labels, Field(min_length=1)] = Field(
-        description="Labels that an entry must have, all of them, with these values."
+        description="Labels that an entry or a pod must have, all of them, with these values."
     )
 
 
@@ -282,7 +282,8 @@ class PoolSpec(Spec):
         description="The pool's endpoints. Exactly one of endpoints and selector is set.",
     )
     selector: SelectorSpec | None = Field(
-        default=None, description="Where the endpoints come from an endpoints file: which of its entries."
+        default=None,
+        description="Where the endpoints come from an endpoints file, or are pods: which of them.",
     )
     speed: SpeedSpec = Field(description="Speed figures of one endpoint, the seed of every prediction.")
     cost_per_hour: float = Field(

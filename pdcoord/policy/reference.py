@@ -13,7 +13,9 @@ from pydantic import BaseModel
 
 from pdcoord.policy.endpoints import EndpointsSpec
 from pdcoord.policy.expect import DEFAULT_WORDS, JsonSchema, expectations_of, in_words
+from pdcoord.policy.forms import OBJECT_META, OUTSIDE, SPEC, STATUS
 from pdcoord.policy.schema import PoolPolicy
+from pdcoord.policy.values import Metadata
 from transfer.presets import PRESETS
 
 SCHEMA_FILE = Path("deploy/policies/poolpolicy.schema.json")
@@ -23,9 +25,32 @@ END = "<!-- end of the generated part -->"
 
 
 def json_schema_text() -> str:
-    """JSON Schema (2020-12) of a PoolPolicy document, as text that ends in no newline."""
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return json.dumps({**dialect, **_without_titles(PoolPolicy.model_json_schema(by_alias=True))}, indent=2)
+    """JSON Schema (2020-12) of a PoolPolicy document in either form, as text that ends in no newline."""
+    flat = _without_titles(PoolPolicy.model_json_schema(by_alias=True))
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "description": flat.pop("description")}
+    schema = {**head, "$defs": flat.pop("$defs"), "if": {"required": [SPEC]}}
+    return json.dumps({**schema, "then": _beneath_spec(schema, flat), "else": flat}, indent=2)
+
+
+def _beneath_spec(schema: JsonSchema, flat: JsonSchema) -> JsonSchema:
+    """The schema of the form that a Kubernetes object has, from that of the other."""
+    outer = {key: value for key, value in flat["properties"].items() if key in OUTSIDE}
+    inner = {key: value for key, value in flat["properties"].items() if key not in OUTSIDE}
+    metadata = schema["$defs"][Metadata.__name__]
+    outer["metadata"] = {
+        **metadata,
+        "properties": {**metadata["properties"], **{key: {} for key in sorted(OBJECT_META)}},
+    }
+    spec = {
+        **flat,
+        "properties": inner,
+        "required": [key for key in flat["required"] if key in inner],
+    }
+    return {
+        **flat,
+        "properties": {**outer, SPEC: spec, STATUS: {}},
+        "required": [*(key for key in flat["required"] if key in outer), SPEC],
+    }
 
 
 def _without_titles(schema: JsonSchema) -> JsonSchema:

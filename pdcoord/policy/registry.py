@@ -16,9 +16,14 @@ class Unchanged:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A new policy is in force."""
+    """A new policy is in force.
+
+    Attributes:
+        refused: what of the change is not in force all the same, where parts are judged one by one.
+    """
 
     compiled: CompiledPolicy
+    refused: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,15 @@ def _canonical_host(host: str) -> str:
 Address = Annotated[
     HostPort,
     AfterValidator(_canonical_address),
-    Field(max_length=300, json_schema_extra={EXPECTED: "host:port", "examples": ["10.0.0.1:8000"]}),
+    Field(
+        max_length=300,
+        json_schema_extra={
+            EXPECTED: "host:port",
+            "examples": ["10.0.0.1:8000"],
+            # For other checkers; the rule here is `_canonical_address`.
+            "pattern": r"^\s*[!-~]+:[0-9]{1,5}\s*$",
+        },
+    ),
 ]
 
 Name = Annotated[

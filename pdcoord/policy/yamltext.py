@@ -39,23 +39,41 @@ class Document:
     Attributes:
         file: the file as the operator named it.
         data: plain data: None, bool, int, float, str, list, dict with text keys.
-        positions: line of every value by key path; of a mapping's entry it is the key's line.
+        positions: line of every value by its key path in the text; of a mapping's entry it is the key's
+            line. Empty where there is no text, as for an object that an API server sent.
+        beneath: the key of the text under which everything stands that is not in `outside`; empty where
+            `data` is shaped as the text is.
+        outside: keys that stand at the top all the same.
     """
 
     file: str
     data: Data
     positions: Mapping[KeyPath, int]
+    beneath: str = ""
+    outside: frozenset[str] = frozenset()
 
-    def position_of(self, key_path: KeyPath) -> int:
+    def written_path(self, key_path: KeyPath) -> KeyPath:
+        """Where a value of `data` stands in the text."""
+        if not self.beneath or not key_path or key_path[0] in self.outside:
+            return key_path
+        return (self.beneath, *key_path)
+
+    def position_of(self, key_path: KeyPath) -> int | None:
         """Line of a value, counted from 1; where it is not written, of what would hold it."""
-        for length in range(len(key_path), 0, -1):
-            if key_path[:length] in self.positions:
-                return self.positions[key_path[:length]]
-        return self.positions[()]
+        written = self.written_path(key_path)
+        for length in range(len(written), 0, -1):
+            if written[:length] in self.positions:
+                return self.positions[written[:length]]
+        return self.positions.get(())
+
+    def place_of(self, key_path: KeyPath) -> str:
+        """Where a value stands, in words for a problem elsewhere: `line 7`, or the object it is of."""
+        line = self.position_of(key_path)
+        return self.file if line is None else f"line {line}"
 
     def problem(self, key_path: KeyPath, message: str) -> Problem:
         """A problem with a value of this document, on its line."""
-        return Problem(self.file, self.position_of(key_path), key_path, message)
+        return Problem(self.file, self.position_of(key_path), self.written_path(key_path), message)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -134,17 +152,19 @@ def validate(document: Document, model_class: type[ModelClass]) -> ModelClass:
     problems = [
         document.problem(path, message)
         for detail in details
-        for path, message in _faults_of(detail, expectations)
+        for path, message in _faults_of(detail, expectations, document)
     ]
     wrong_kind = [p for p in problems if p.key_path in {("kind",), ("apiVersion",)} and _is_set(document, p)]
     raise PolicyError(wrong_kind or problems)
 
 
 def _is_set(document: Document, problem: Problem) -> bool:
-    return problem.key_path in document.positions
+    return isinstance(document.data, dict) and problem.key_path[0] in document.data
 
 
-def _faults_of(detail: ErrorDetails, expectations: Expectations) -> Iterator[tuple[KeyPath, str]]:
+def _faults_of(
+    detail: ErrorDetails, expectations: Expectations, document: Document
+) -> Iterator[tuple[KeyPath, str]]:
     """Put one of pydantic's errors into an operator's words."""
     path: KeyPath = detail["loc"]
     if path[-1:] == ("[key]",):
@@ -155,7 +175,9 @@ def _faults_of(detail: ErrorDetails, expectations: Expectations) -> Iterator[tup
         case "missing":
             yield path, f"is missing, expected {expectations.words(path)}"
         case "extra_forbidden":
-            yield path, f"is not a known key; {expectations.suggestion(path[:-1], str(path[-1]))}"
+            top, outside = document.beneath or "the top level", document.outside
+            suggestion = expectations.suggestion(path[:-1], str(path[-1]), top, outside)
+            yield path, f"is not a known key; {suggestion}"
         case "value_error":
             error = detail["ctx"]["error"]
             if isinstance(error, FaultsError):

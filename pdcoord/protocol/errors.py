@@ -47,6 +47,8 @@ class RungReason(StrEnum):
     DECODE_ERROR = "decode-error"
     DECODE_OVERLOADED = "decode-overloaded"
     TARGET_NOT_ALLOWED = "target-not-allowed"
+    PATH_SHUT = "path-shut"
+    """Nothing was sent: every coordinator called the path open or impossible by then."""
 
 
 RETRY_AFTER_S = 1

@@ -38,17 +38,35 @@ class PathReport(msgspec.Struct, frozen=True, kw_only=True):
     bandwidth_bytes_per_s: float | None = None
 
 
+class ToldPath(msgspec.Struct, frozen=True, kw_only=True):
+    """A path as a coordinator replica sees it, told over the control stream.
+
+    Attributes:
+        breaker: closed, open or half-open.
+        is_connected: whether its stream is up; what it told holds for a while after that.
+    """
+
+    replica: str
+    target: HostPort
+    verdict: str
+    verdict_reason: str
+    breaker: str
+    is_connected: bool
+
+
 class PathsReport(msgspec.Struct, frozen=True, kw_only=True):
     """All paths of one sidecar.
 
     Attributes:
         interval_s: between two probes of a path; a report that is some of them old says nothing any more.
         is_agent_up: whether the agent inside this pod's engine answered when it was last asked.
+        told: what coordinators say of paths.
     """
 
     interval_s: float
     is_agent_up: bool
     paths: tuple[PathReport, ...] = ()
+    told: tuple[ToldPath, ...] = ()
     version: int = REPORT_VERSION
 
 

@@ -8,6 +8,7 @@ from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.headers import HostPort
 
 PLAN_VERSION = 1
+LOAD_FIGURE_MAX = 1 << 50
 KV_PORT = 14_579
 """KV side channel of a prefill engine that names none: the default of vLLM's `kv_port`."""
 
@@ -53,6 +54,25 @@ class PrefillTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     kv_port: int | None = None
 
 
+class PlannedLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a request is expected to cost, so that its sidecar can tell other coordinators.
+
+    Attributes:
+        replica: the coordinator process that planned it; empty if none of ours did.
+        model: the policy's name of it, aliases resolved.
+        prefill_us: predicted work of the prefill, in whole microseconds.
+        landing_tokens: prompt tokens to be written into the decode endpoint's KV pool.
+        transfer_bytes: KV to move; 0 when colocated.
+    """
+
+    replica: str = ""
+    model: str = ""
+    prefill_us: int = 0
+    prompt_tokens: int = 0
+    landing_tokens: int = 0
+    transfer_bytes: int = 0
+
+
 class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the coordinator asks of a sidecar for one request.
 
@@ -62,6 +82,7 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         prefill_deadline_ms: longest wait for one prefill leg's answer.
         transfer_deadline_ms: longest wait from sending the decode leg to its first byte; shorter
             than the producer's lease.
+        load: for the control stream; None where the coordinator has none.
     """
 
     prefills: tuple[PrefillTarget, ...] = ()
@@ -70,6 +91,7 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prefill_deadline_ms: float = 60_000.0
     transfer_deadline_ms: float = 20_000.0
     version: int = PLAN_VERSION
+    load: PlannedLoad | None = None
 
 
 class RungTaken(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,7 +147,14 @@ def decode_plan(raw: bytes) -> PlanHeader:
         raise PlanHeaderError(f"x-pdcoord-plan: version is {plan.version}, expected {PLAN_VERSION}")
     if plan.prefill_deadline_ms <= 0 or plan.transfer_deadline_ms <= 0:
         raise PlanHeaderError("x-pdcoord-plan: a deadline is not positive")
+    if plan.load is not None and not _is_sane(plan.load):
+        raise PlanHeaderError("x-pdcoord-plan: a figure of the load is negative or beyond reason")
     return plan
+
+
+def _is_sane(load: PlannedLoad) -> bool:
+    figures = (load.prefill_us, load.prompt_tokens, load.landing_tokens, load.transfer_bytes)
+    return min(figures) >= 0 and max(figures) <= LOAD_FIGURE_MAX
 
 
 def encode_served(served: ServedHeader) -> bytes:

@@ -4,33 +4,11 @@ The table in docs/metrics-gateway.md is made from this: `python -m pdcoord.runti
 """
 
 import sys
-from dataclasses import dataclass
-from enum import StrEnum
 
-
-class MetricType(StrEnum):
-    """Prometheus' own."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """One metric.
-
-    Attributes:
-        action: what an operator does when it moves; a metric that asks for nothing is not worth having.
-    """
-
-    name: str
-    type: MetricType
-    labels: tuple[str, ...]
-    meaning: str
-    action: str
-    buckets: tuple[float, ...] = ()
-
+from pdcoord.runtime.control_metrics import CONTROL_METRICS
+from pdcoord.runtime.extproc_metrics import EXTPROC_METRICS
+from pdcoord.runtime.metricspec import METRIC_LABELS, Bound, MetricSpec, MetricType, bound_of
+from pdcoord.runtime.objectives import OBJECTIVE_METRICS
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENIZE_SECONDS = (2.5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
@@ -297,6 +275,58 @@ POLICY_STALE = MetricSpec(
     "1 while a file holds something that is not in force because it was refused.",
     "Alert on 1: whoever changed the file believes in a policy that nobody follows.",
 )
+SPANS = MetricSpec(
+    "pdcoord_gateway_spans_total",
+    MetricType.COUNTER,
+    ("what",),
+    "Spans of traced calls that ended: exported, failed (the collector refused them or did not answer), "
+    "dropped (no place in the line, or no time at the end). All 0 where nothing is traced.",
+    "failed: the log line traces.failing says why; see OTEL_EXPORTER_OTLP_ENDPOINT. dropped: sample less "
+    "(OTEL_TRACES_SAMPLER), or raise OTEL_BSP_MAX_QUEUE_SIZE. No call waits for either.",
+)
+KUBERNETES_LISTS = MetricSpec(
+    "pdcoord_gateway_kubernetes_lists_total",
+    MetricType.COUNTER,
+    ("resource",),
+    "Whole lists of a resource (pods, inferencepools, poolpolicies) that were taken from the API server: one "
+    "at the start, and one whenever a watch cannot go on where it was.",
+    "More than a few an hour: see `kubernetes_troubles_total`; `expired` often means an API server that "
+    "keeps little history.",
+)
+KUBERNETES_WATCHES = MetricSpec(
+    "pdcoord_gateway_kubernetes_watches_total",
+    MetricType.COUNTER,
+    ("resource",),
+    "Watches that were opened; each lasts a minute.",
+    "Standing still: see `kubernetes_silent_seconds`. Far above one a minute: the API server, or a proxy "
+    "before it, ends them.",
+)
+KUBERNETES_TROUBLES = MetricSpec(
+    "pdcoord_gateway_kubernetes_troubles_total",
+    MetricType.COUNTER,
+    ("resource", "why"),
+    "Lists and watches that failed: unreachable, timeout, broken, expired, throttled, denied, missing, "
+    "status, unreadable, too-many (objects above the bound are left out). What was known stays in force.",
+    "denied: the Role lacks a verb, see docs/kubernetes.md. missing: the CRD is not installed. throttled: "
+    "the API server is short of capacity. The log has the server's own words.",
+)
+KUBERNETES_SILENT = MetricSpec(
+    "pdcoord_gateway_kubernetes_silent_seconds",
+    MetricType.GAUGE,
+    ("resource",),
+    "Since the API server last said something about a resource; for that long what is in force may be out "
+    "of date.",
+    "Up to 70 is normal where nothing changes. Alert on 180: pods that start or end are not seen.",
+)
+PODS_LEFT_OUT = MetricSpec(
+    "pdcoord_gateway_pods_left_out",
+    MetricType.GAUGE,
+    ("reason",),
+    "Pods that get no requests: not-running, no-address, not-ready (these pass), no-labels, bad-label, "
+    "bad-annotation, malformed, repeated (its address is another's), too-many, ambiguous (two pools of a "
+    "model pick it), unpicked (no pool's selector picks it).",
+    "Any of those that do not pass: the log and GET /policy name the pods and what to change.",
+)
 INFO = MetricSpec(
     "pdcoord_gateway_info",
     MetricType.GAUGE,
@@ -328,6 +358,11 @@ METRICS = (
     LEFT_OUT,
     RELOADS,
     POLICY_STALE,
+    KUBERNETES_LISTS,
+    KUBERNETES_WATCHES,
+    KUBERNETES_TROUBLES,
+    KUBERNETES_SILENT,
+    PODS_LEFT_OUT,
     TOKENIZED,
     TOKENIZE_SECONDS,
     PREFIX_REQUESTS,
@@ -338,13 +373,28 @@ METRICS = (
     PREFIX_BLOCKS,
     KV_HEARD,
     DECISION_SECONDS,
+    *OBJECTIVE_METRICS,
+    *EXTPROC_METRICS,
+    *CONTROL_METRICS,
+    SPANS,
     INFO,
 )
 
 
 def render_page() -> str:
     """docs/metrics-gateway.md, whole."""
-    return "\n".join([_HEAD, *map(_row, METRICS), ""])
+    return "\n".join([_HEAD, *map(_row, METRICS), _LABELS_HEAD, *_label_rows(), ""])
+
+
+def _label_rows() -> list[str]:
+    rows: set[str] = set()
+    for spec in METRICS:
+        for label in spec.labels:
+            bound = bound_of(spec.name, label) or Bound("")
+            where = f" of `{spec.name}`" if (spec.name, label) in METRIC_LABELS else ""
+            values = ", ".join(sorted(value or "empty" for value in bound.values))
+            rows.add(f"| `{label}`{where} | {bound.why}{': ' if values else ''}{values} |")
+    return sorted(rows)
 
 
 def _row(spec: MetricSpec) -> str:
@@ -361,6 +411,12 @@ column are other rows of this table.
 
 | metric | type | labels | meaning | what to do when it moves |
 |---|---|---|---|---|"""
+
+_LABELS_HEAD = """
+## What bounds the labels
+
+| label | values |
+|---|---|"""
 
 
 if __name__ == "__main__":

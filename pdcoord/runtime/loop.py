@@ -2,12 +2,14 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+from pdcoord.core.alternatives import alternatives, least_busy
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.events import (
     Action,
     DecodeFailed,
+    DecodeMoved,
     Dispatch,
     Event,
     ModelsReplaced,
@@ -15,6 +17,8 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    SidecarLost,
+    SidecarReported,
     TimePassed,
 )
 from pdcoord.core.fleet import (
@@ -32,11 +36,12 @@ from pdcoord.core.kvcache import KvCleared, KvLost, KvRemoved, KvStored
 from pdcoord.core.model import Model, PrefixMode
 from pdcoord.core.observations import ObservationKind
 from pdcoord.core.paths import BreakerState
+from pdcoord.core.plan import Plan
 from pdcoord.core.probes import ProbeState
 from pdcoord.core.request import RequestId
+from pdcoord.feeds.declared import DeclaredFeed, Source
 from pdcoord.feeds.scrapes import ScrapeFailure
-from pdcoord.feeds.static import Source, StaticFeed
-from pdcoord.gateway.ports import Decided
+from pdcoord.front.ports import Decided
 from pdcoord.gateway.views import (
     DecisionsView,
     DecisionView,
@@ -50,8 +55,9 @@ from pdcoord.gateway.views import (
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
 from pdcoord.protocol.plans import RungKind
 from pdcoord.runtime import catalog
-from pdcoord.runtime.catalog import MetricSpec
 from pdcoord.runtime.decisions import DecisionLog
+from pdcoord.runtime.metricspec import MetricSpec
+from pdcoord.runtime.objectives import objective_gauges
 from pdcoord.runtime.observe import GaugeSample, Metrics
 from pdcoord.runtime.prefix_state import prefix_samples
 from pdcoord.runtime.waits import Alarm, Waits
@@ -81,7 +87,7 @@ class CoordinatorLoop:
         self._waits = Waits(decisions, metrics)
         self.alarm = Alarm(self.handle, coordinator.next_event_s, clock)
         self.is_draining = False
-        self.files: StaticFeed | None = None
+        self.files: DeclaredFeed | None = None
         metrics.read_state_from(self._gauges)
 
     # For the gateway and the feeds.
@@ -132,6 +138,9 @@ class CoordinatorLoop:
                 | ModelsReplaced()
                 | PathProbed()
                 | TimePassed()
+                | DecodeMoved()
+                | SidecarReported()
+                | SidecarLost()
                 | KvStored()
                 | KvRemoved()
                 | KvCleared()
@@ -170,6 +179,15 @@ class CoordinatorLoop:
 
     def models(self) -> tuple[Model, ...]:
         return self._coordinator.models()
+
+    def alternatives(self, plan: Plan, allowed: frozenset[str] | None, count_max: int) -> Sequence[Endpoint]:
+        """Endpoints that could stand in for a plan's decode endpoint, least busy first."""
+        coordinator = self._coordinator
+        return alternatives(coordinator.fleet, coordinator.ledger.accounts, plan, allowed, count_max)
+
+    def any_endpoint(self, allowed: frozenset[str] | None) -> Endpoint | None:
+        """A ready endpoint for a call that names no model."""
+        return least_busy(self._coordinator.fleet.states(), self._coordinator.ledger.accounts, allowed)
 
     def unready(self) -> Refusal | None:
         """Why no traffic should be sent here; None when ready."""
@@ -254,6 +272,7 @@ class CoordinatorLoop:
         stale = self.files.problems if self.files is not None else {}
         yield catalog.POLICY_STALE, [((source,), float(source in stale)) for source in Source]
         yield from prefix_samples(coordinator)
+        yield from objective_gauges(coordinator, is_ready=self.unready() is None, now_s=self._clock())
 
     def _breaker_counts(self) -> Counter[BreakerState]:
         """Breakers by state; only endpoints with a tripped path are looked at, not the whole square."""

@@ -17,14 +17,15 @@ from prometheus_client.registry import Collector
 from structlog.typing import FilteringBoundLogger
 
 from pdcoord.core.events import Outcome
-from pdcoord.core.plan import Plan
-from pdcoord.feeds.static import Reload, Source
+from pdcoord.feeds.declared import Reload, Source
 from pdcoord.feeds.tokens import TokensMissing, TokenSource
-from pdcoord.gateway.ports import CallRecord
+from pdcoord.front.ports import CallRecord
 from pdcoord.protocol.errors import RefuseReason, RungReason
 from pdcoord.protocol.plans import RungKind, ServedHeader
-from pdcoord.runtime import catalog
-from pdcoord.runtime.catalog import MetricSpec, MetricType
+from pdcoord.runtime import catalog, extproc_metrics
+from pdcoord.runtime.metricspec import MetricSpec, MetricType
+from pdcoord.runtime.objectives import OBJECTIVES, TPOT, objectives_met, tpot_s
+from pdcoord.wire.tracing import Fate
 
 _NONE = "none"
 
@@ -56,6 +57,8 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self.requests = self._counter(catalog.REQUESTS)
         self.ttft = self._histogram(catalog.TTFT)
+        self.tpot = self._histogram(TPOT)
+        self.objectives = self._counter(OBJECTIVES)
         self.duration = self._histogram(catalog.DURATION)
         self.refusals = self._counter(catalog.REFUSALS)
         self.shed = self._counter(catalog.SHED)
@@ -66,14 +69,25 @@ class Metrics:
         self.path_report_failures = self._counter(catalog.PATH_REPORT_FAILURES)
         self.ttft_ratio = self._histogram(catalog.TTFT_RATIO)
         self.reloads = self._counter(catalog.RELOADS)
+        self.kubernetes_troubles = self._counter(catalog.KUBERNETES_TROUBLES)
         self.tokens = self._counter(catalog.TOKENIZED)
         self.tokenize_seconds = self._histogram(catalog.TOKENIZE_SECONDS)
         self.decision_seconds = self._histogram(catalog.DECISION_SECONDS)
+        self.spans = self._counter(catalog.SPANS)
         self.in_flight = self._gauge(catalog.IN_FLIGHT)
+        self.extproc_streams = self._gauge(extproc_metrics.STREAMS)
+        self.extproc_answers = self._counter(extproc_metrics.ANSWERS)
+        self.extproc_body_bytes = self._counter(extproc_metrics.BODY_BYTES)
+        self.extproc_violations = self._counter(extproc_metrics.VIOLATIONS)
         self._gauge(catalog.INFO).labels(version("pdcoord")).set(1)
         # A counter that is not there cannot be told from one that is 0, and `rate` misses its first step.
         for reason in RefuseReason:
             self.refusals.labels(reason)
+            self.extproc_answers.labels(reason)
+        for direction in ("request", "response"):
+            self.extproc_body_bytes.labels(direction)
+        for fate in Fate:
+            self.spans.labels(fate)
         for source in Source:
             for outcome in ("accepted", "refused"):
                 self.reloads.labels(source, outcome)
@@ -96,6 +110,10 @@ class Metrics:
     def count_reload(self, reload: Reload) -> None:
         self.reloads.labels(reload.source, "accepted" if reload.is_accepted else "refused").inc()
 
+    def count_spans(self, fate: Fate, count: int) -> None:
+        """Spans went out or were lost; called from another thread."""
+        self.spans.labels(fate).inc(count)
+
     def tokenized(
         self, model: str, source: TokenSource, missing: TokensMissing | None, seconds: float
     ) -> None:
@@ -115,6 +133,14 @@ class Metrics:
             self.ttft.labels(model, mode).observe(record.first_byte_s - record.began_s)
             if record.outcome is Outcome.OK:
                 self.duration.labels(model, mode).observe(record.ended_s - record.began_s)
+                self._observe_tpot(record, model, mode)
+        for objective, is_met in objectives_met(record).items():
+            self.objectives.labels(model, objective, "yes" if is_met else "no").inc()
+
+    def _observe_tpot(self, record: CallRecord, model: str, mode: str) -> None:
+        seconds = tpot_s(record)
+        if seconds is not None:
+            self.tpot.labels(model, mode).observe(seconds)
 
     def _counter(self, spec: MetricSpec) -> Counter:
         return Counter(spec.name, spec.meaning, spec.labels, registry=self.registry)
@@ -144,6 +170,7 @@ class Telemetry:
         self._log.info(
             "request.done",
             id=record.id,
+            trace_id=record.trace_id,
             path=record.path,
             model=record.model,
             mode=record.mode,
@@ -151,8 +178,8 @@ class Telemetry:
             prefill=record.prefill,
             decode=plan.decode.id if plan is not None else None,
             attempts=plan.attempt + 1 if plan is not None else 0,
-            prompt_tokens=_prompt_tokens(plan),
-            cached_tokens=_cached_tokens(record),
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
             ttft_ms=None if first_byte_s is None else round((first_byte_s - record.began_s) * 1e3, 2),
             duration_ms=round((record.ended_s - record.began_s) * 1e3, 2),
             outcome=record.outcome,
@@ -165,17 +192,3 @@ class Telemetry:
 
     def crashed(self, error: Exception, request_id: str) -> None:
         self._log.error("request.crashed", id=request_id, exc_info=error)
-
-
-def _prompt_tokens(plan: Plan | None) -> int | None:
-    """Counted or estimated, as the decision was made on; what a replay of the log needs."""
-    if plan is None:
-        return None
-    return plan.chosen.figures.cached_tokens + plan.chosen.figures.uncached_tokens
-
-
-def _cached_tokens(record: CallRecord) -> int | None:
-    """As the sidecar saw it, else as it was predicted."""
-    if record.served is not None and record.served.cached_tokens is not None:
-        return record.served.cached_tokens
-    return None if record.plan is None else record.plan.chosen.figures.cached_tokens

@@ -10,7 +10,7 @@ from pdcoord.core.prefixes import RoutedBy, Trust
 from pdcoord.feeds.kvevents import KvEventsFeed
 from pdcoord.feeds.kvsequence import Trouble
 from pdcoord.runtime import catalog
-from pdcoord.runtime.catalog import MetricSpec
+from pdcoord.runtime.metricspec import MetricSpec
 
 StateSample = tuple[tuple[str, ...], float]
 

@@ -1,37 +1,43 @@
 """A coordinator process: the core with its clock, its files and feeds, and a front before it."""
 
 import asyncio
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Protocol
 
 from structlog.typing import FilteringBoundLogger
 
 from pdcoord.core.coordinator import Coordinator
+from pdcoord.feeds.declared import DeclaredFeed, Reload, Source
 from pdcoord.feeds.kvevents import KvEventsFeed
 from pdcoord.feeds.metrics import MetricsFeed
 from pdcoord.feeds.paths import PathsFeed
-from pdcoord.feeds.static import Reload, StaticFeed
 from pdcoord.feeds.tokens import TokenHooks, TokensFeed
+from pdcoord.front.ports import Tokens
 from pdcoord.gateway.admin import make_admin_app
-from pdcoord.gateway.ports import Tokens
 from pdcoord.policy.errors import PolicyError
-from pdcoord.policy.registry import PolicyRegistry
+from pdcoord.runtime.control import make_control, replica_name
 from pdcoord.runtime.decisions import DecisionLog
 from pdcoord.runtime.logs import configure_logs
 from pdcoord.runtime.loop import CoordinatorLoop
 from pdcoord.runtime.observe import Metrics
 from pdcoord.runtime.prefix_state import kv_events_samples
 from pdcoord.runtime.settings import CoordinatorSettings
+from pdcoord.runtime.sources import Sources
 from pdcoord.wire.client import Client
 from pdcoord.wire.server import Listener, run, stop_on_signals
 from pdcoord.wire.server import serve as serve_listeners
+from pdcoord.wire.tracing import Tracing, TracingError, start_tracing
 
 START_FAILED = 2
+PUSH_PAUSE_S = 0.02
+"""A rolling update changes many pods at once; matching thousands of them for each is not needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,7 @@ class Backstage:
     tokens: Tokens
     metrics: Metrics
     log: FilteringBoundLogger
+    tracing: Tracing | None = None
 
 
 class Front(Protocol):
@@ -73,8 +80,8 @@ class Front(Protocol):
 def run_process(settings: CoordinatorSettings, front: Front) -> int:
     """Run a process until SIGTERM or SIGINT; the exit status: 0 stopped as asked, 2 not started."""
     log = configure_logs(settings.log_level)
-    process = Process(settings, front, log)
     try:
+        process = Process(settings, front, log)
         process.files.load_first()
     except PolicyError as error:
         sys.stderr.write(f"{front.command}: not started: {error}\n")
@@ -87,7 +94,7 @@ class Process:
 
     Attributes:
         coordinator: the only state that decides anything.
-        files: the policy and endpoints files; `load_first` comes before `run`.
+        files: what the policy and endpoints sources declare; `load_first` comes before `run`.
         ports: of the front's listeners and, last, the admin listener, once they listen.
     """
 
@@ -96,18 +103,24 @@ class Process:
         self._front = front
         self._log = log
         self._metrics = Metrics()
-        self.coordinator = Coordinator()
+        self._tracing: Tracing | None = None
+        replica = replica_name(settings)
+        self.coordinator = Coordinator(replica=replica)
         self.loop = CoordinatorLoop(
             self.coordinator,
             clock=time.monotonic,
             decisions=DecisionLog(settings.decisions_max),
             metrics=self._metrics,
         )
-        self.files = StaticFeed(self.loop, PolicyRegistry(settings.policy), settings.endpoints)
+        self._sources = Sources(settings, self._metrics, log)
+        self.files = DeclaredFeed(self.loop, self._sources.policies, self._sources.endpoints)
         self.loop.files = self.files
         self._kv_events = KvEventsFeed(self.loop, self.loop.precise_endpoints, time.monotonic)
         self._metrics.read_state_from(lambda: kv_events_samples(self._kv_events))
+        self.control = make_control(settings, self.coordinator, self.loop, replica=replica, log=log)
+        self._metrics.read_state_from(self.control.samples)
         self.ports: list[int] = []
+        self._warned: list[str] | None = None
 
     async def run(
         self, stop: asyncio.Event | None = None, on_started: Callable[[], None] | None = None
@@ -116,10 +129,22 @@ class Process:
         stop = stop if stop is not None else stop_on_signals()
         look_now = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look_now.set)
+        failure: OSError | TracingError | None
         try:
+            self._tracing = start_tracing(
+                os.environ,
+                self._front.command.replace(" ", "-"),
+                version=version("pdcoord"),
+                count=self._metrics.count_spans,
+                log=self._log,
+            )
             async with Client(connect_timeout_s=self._settings.connect_timeout_s) as client:
                 failure = await self._run_parts(client, stop, look_now, on_started)
+        except TracingError as error:
+            failure = error
         finally:
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
             asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         if failure is not None:
             sys.stderr.write(f"{self._front.command}: not started: {failure}\n")
@@ -143,6 +168,7 @@ class Process:
             self._log.info(
                 "process.started",
                 **self._front.addresses(ports[:-1]),
+                control_port=self.control.port,
                 admin_url=f"http://{settings.admin_host}:{ports[-1]}",
                 models=[model.name for model in self.coordinator.models()],
                 warnings=[str(problem) for problem in self.files.warnings],
@@ -159,18 +185,17 @@ class Process:
             limits=settings.token_limits(),
             hooks=TokenHooks(self._metrics.tokenized, self._tokenizer_failed),
         )
-        stage = Backstage(self.loop, client, tokens_feed, self._metrics, self._log)
+        stage = Backstage(self.loop, client, tokens_feed, self._metrics, self._log, self._tracing)
         admin = Listener(make_admin_app(self.loop), settings.admin_host, settings.admin_port)
         async with asyncio.TaskGroup() as group:
             background = [
                 *(group.create_task(feed.run()) for feed in (*self._feeds(client), tokens_feed)),
-                group.create_task(self._follow_files(look_now)),
-                group.create_task(self.loop.alarm.run()),
+                *(group.create_task(part) for part in self._parts(look_now)),
                 group.create_task(self._await_stop(stop, closing)),
             ]
             try:
                 async with AsyncExitStack() as services:
-                    for service in self._front.services(stage):
+                    for service in (*self.control.services(), *self._front.services(stage)):
                         await services.enter_async_context(service)
                     await serve_listeners(
                         [*self._front.listeners(stage), admin],
@@ -185,13 +210,29 @@ class Process:
                     task.cancel()
         return failure
 
+    def _parts(self, look_now: asyncio.Event) -> Sequence[Coroutine[None, None, None]]:
+        """What else runs beside the listeners."""
+        return (
+            self._follow_files(look_now),
+            self._sources.run(),
+            self._follow_pushes(),
+            self.loop.alarm.run(),
+            self.control.run(),
+        )
+
     def _feeds(self, client: Client) -> tuple[MetricsFeed, PathsFeed, KvEventsFeed]:
         """Those whose signals go to the core."""
         settings, loop = self._settings, self.loop
         return (
             MetricsFeed(loop, loop.endpoints, client, time.monotonic, settings.scrape_limits()),
             PathsFeed(
-                loop, loop.endpoints, client, time.monotonic, settings.paths_limits(), loop.report_failed
+                loop,
+                loop.endpoints,
+                client,
+                time.monotonic,
+                settings.paths_limits(),
+                loop.report_failed,
+                self.control.tells_paths,
             ),
             self._kv_events,
         )
@@ -215,6 +256,14 @@ class Process:
                 for reload in await self.files.poll():
                     self._report(reload)
 
+    async def _follow_pushes(self) -> None:
+        """Apply what the API server tells, what came together at one time."""
+        while True:
+            await self._sources.pushed.wait()
+            await asyncio.sleep(PUSH_PAUSE_S)
+            for reload in await self.files.poll(self._sources.take_changed()):
+                self._report(reload)
+
     def _tokenizer_failed(self, file: str, why: str) -> None:
         self._log.error("tokenizer.refused", file=file, why=why)
 
@@ -222,7 +271,13 @@ class Process:
         self._metrics.count_reload(reload)
         if reload.is_accepted:
             warnings = [str(problem) for problem in reload.warnings]
-            self._log.info("policy.accepted", source=reload.source, warnings=warnings)
+            # Pods come and go all day; what is worth a line is what somebody should change.
+            is_pods = reload.source is Source.ENDPOINTS and self._sources.has_pods
+            is_news = not is_pods or self._warned != warnings
+            if is_pods:
+                self._warned = warnings
+            tell = self._log.info if is_news else self._log.debug
+            tell("policy.accepted", source=reload.source, warnings=warnings)
         else:
             problems = [str(problem) for problem in reload.problems]
             self._log.error("policy.refused", source=reload.source, problems=problems)

@@ -37,6 +37,7 @@ class GatewayFront:
             clock=time.monotonic,
             new_id=lambda: uuid.uuid4().hex,
             tokens=stage.tokens,
+            tracing=stage.tracing,
         )
         created = int(datetime.now(UTC).timestamp())
         app = GatewayApp(relay, metrics=stage.metrics.render, created_unix_s=created)

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pdcoord.feeds.scrapes import ScrapeLimits
 from pdcoord.feeds.tokens import TokenLimits
-from pdcoord.gateway.ports import Limits
+from pdcoord.front.ports import Limits
 
 ENV_PREFIX = "PDCOORD_"
+NAMESPACE = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+REPLICA = r"^[A-Za-z0-9._-]{1,128}$"
+OBJECT_NAME = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
 PATHS_BACKOFF_S_MAX = 30.0
 """A sidecar that does not tell of its paths is asked half as often each time, down to this."""
 
@@ -31,8 +34,13 @@ class CoordinatorSettings(BaseSettings):
     """What any coordinator process can be told, whatever its front; times in seconds, sizes in bytes.
 
     Attributes:
-        policy: the policy file.
+        policy: the policy file; one of this and `kubernetes_policies`.
         endpoints: the endpoints file, for pools that have a selector.
+        kubernetes_policies: whether policies are the PoolPolicy objects of the namespace.
+        kubernetes_pods: whether endpoints are the pods of the namespace.
+        kubernetes_namespace: the namespace; None for that of the own pod, or of KUBECONFIG.
+        kubernetes_selector: label selector of the pods that are looked at.
+        inference_pool: InferencePool whose selector and ports are used in place of that.
         admin_host: loopback by default: the admin listener shows addresses and loads.
         drain_notice_s: after SIGTERM, how long to serve on while /readyz already says no, so that
             whatever sends traffic here notices first.
@@ -41,14 +49,24 @@ class CoordinatorSettings(BaseSettings):
             metrics port.
         reload_interval_s: how often the files are looked at; SIGHUP does it at once.
         decisions_max: decisions kept for GET /decisions.
+        control_port: where sidecars tell of their requests; None for nowhere, 0 lets the kernel pick one.
+        control_key_file: the key that sidecars share with coordinators.
+        control_cert_file, control_cert_key_file: with them control streams are encrypted.
+        control_ca_file: with it sidecars need a certificate that it has signed.
+        replica: name of this replica; None for the host's.
         tokenizer_threads: prompts tokenized at a time, where a policy names a tokenizer's file.
         tokenizer_cache_bytes_max: tokens of recent prompts kept, per tokenizer.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
 
-    policy: Path
+    policy: Path | None = None
     endpoints: Path | None = None
+    kubernetes_policies: bool = False
+    kubernetes_pods: bool = False
+    kubernetes_namespace: Annotated[str, Field(pattern=NAMESPACE)] | None = None
+    kubernetes_selector: Annotated[str, Field(max_length=4_096)] = "llm-d.ai/inference-serving=true"
+    inference_pool: Annotated[str, Field(pattern=OBJECT_NAME, max_length=253)] | None = None
     admin_host: str = "127.0.0.1"
     admin_port: PortNumber = 8081
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -60,6 +78,14 @@ class CoordinatorSettings(BaseSettings):
     scrape_backoff_s_max: Annotated[float, Field(gt=0, le=300)] = 2.0
     scrape_concurrent_max: Annotated[int, Field(ge=1, le=1_024)] = 64
     paths_interval_s: Annotated[float, Field(ge=0.02, le=3_600)] = 2.0
+
+    control_host: str = "127.0.0.1"
+    control_port: PortNumber | None = None
+    control_key_file: Path | None = None
+    control_cert_file: Path | None = None
+    control_cert_key_file: Path | None = None
+    control_ca_file: Path | None = None
+    replica: Annotated[str, Field(pattern=REPLICA)] | None = None
 
     tokenizer_threads: Annotated[int, Field(ge=1, le=64)] = 2
     tokenizer_cache_bytes_max: Annotated[int, Field(ge=0, le=1 << 34)] = 64 << 20
@@ -78,6 +104,52 @@ class CoordinatorSettings(BaseSettings):
             for name, value in given.items()
             if not (isinstance(value, str) and value.startswith("tcp://"))
         }
+
+    @model_validator(mode="after")
+    def _sources_agree(self) -> Self:
+        """Policies come from one place, endpoints from at most one, and what says where is of use."""
+        if self.policy is None and not self.kubernetes_policies:
+            raise ValueError(
+                "PDCOORD_POLICY is not set and PDCOORD_KUBERNETES_POLICIES is not true: name a policy file, "
+                "or use the PoolPolicy objects of a namespace"
+            )
+        if self.policy is not None and self.kubernetes_policies:
+            raise ValueError(
+                f"PDCOORD_POLICY is {str(self.policy)!r} and PDCOORD_KUBERNETES_POLICIES is true: "
+                "set one of them"
+            )
+        if self.endpoints is not None and self.kubernetes_pods:
+            raise ValueError(
+                f"PDCOORD_ENDPOINTS is {str(self.endpoints)!r} and PDCOORD_KUBERNETES_PODS is true: "
+                "set one of them"
+            )
+        if self.inference_pool is not None and not self.kubernetes_pods:
+            raise ValueError(
+                f"PDCOORD_INFERENCE_POOL is {self.inference_pool!r}, which needs PDCOORD_KUBERNETES_PODS=true"
+            )
+        if self.inference_pool is not None and "kubernetes_selector" in self.model_fields_set:
+            raise ValueError(
+                f"PDCOORD_INFERENCE_POOL is {self.inference_pool!r} and PDCOORD_KUBERNETES_SELECTOR is "
+                f"{self.kubernetes_selector!r}: the pool has a selector, so set one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _control_agrees(self) -> Self:
+        """A certificate has its key, and what says who may come in has a port to come in by."""
+        if (self.control_cert_file is None) != (self.control_cert_key_file is None):
+            raise ValueError(
+                f"PDCOORD_CONTROL_CERT_FILE is {_path(self.control_cert_file)} and "
+                f"PDCOORD_CONTROL_CERT_KEY_FILE is {_path(self.control_cert_key_file)}: set both or neither"
+            )
+        if self.control_ca_file is not None and self.control_cert_file is None:
+            raise ValueError(
+                f"PDCOORD_CONTROL_CA_FILE is {_path(self.control_ca_file)}, which needs "
+                "PDCOORD_CONTROL_CERT_FILE: sidecars show certificates on encrypted streams only"
+            )
+        if self.control_port is None and (self.control_key_file or self.control_cert_file):
+            raise ValueError("PDCOORD_CONTROL_PORT is not set, and without it no key or certificate is used")
+        return self
 
     def scrape_limits(self) -> ScrapeLimits:
         """How endpoints are scraped."""
@@ -147,9 +219,15 @@ def load(kind: type[AnySettings], given: Mapping[str, Any]) -> AnySettings:
     except ValidationError as error:
         faults = [
             f"{ENV_PREFIX}{str(fault['loc'][0]).upper()} is {_shown(fault)}: {fault['msg']}"
+            if fault["loc"]
+            else fault["msg"].removeprefix("Value error, ")
             for fault in error.errors()
         ]
         raise SettingsError("; ".join(faults)) from error
+
+
+def _path(path: Path | None) -> str:
+    return "not set" if path is None else repr(str(path))
 
 
 def _shown(fault: Any) -> str:

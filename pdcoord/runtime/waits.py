@@ -15,7 +15,7 @@ from pdcoord.core.events import (
     Wait,
 )
 from pdcoord.core.request import Request, RequestId
-from pdcoord.gateway.ports import Decided
+from pdcoord.front.ports import Decided
 from pdcoord.runtime.decisions import DecisionLog
 from pdcoord.runtime.observe import Metrics
 

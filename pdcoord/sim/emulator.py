@@ -24,7 +24,13 @@ from pdcoord.sim.emulator_kv import KvEventForm, KvEventPublisher
 from pdcoord.sim.emulator_side import SideChannel
 from pdcoord.sim.emulator_state import state_of
 from pdcoord.sim.faults import FaultKind, FaultsBody, FaultsBodyError, FaultSet, parse_faults
-from pdcoord.sim.fleetfile import EmulatedFleet, EngineSpec, LoadedFleet, load_fleet
+from pdcoord.sim.fleetfile import (
+    EmulatedFleet,
+    EngineSpec,
+    Placement,
+    PlacementError,
+    load_fleet,
+)
 from pdcoord.sim.messages import LinkSlowed
 from pdcoord.wire.asgi import ClientGoneError, Receive, Scope, Send, read_body, send_json
 from pdcoord.wire.client import Client
@@ -32,6 +38,8 @@ from pdcoord.wire.errors import BodyTooLargeError
 from pdcoord.wire.server import run as run_process
 from pdcoord.wire.server import stop_on_signals
 from transfer.backends.loopback import LoopbackNetwork
+from transfer.errors import SettingError
+from transfer.settings import read_key_file
 
 _ADMIN_S_MAX = 5.0
 
@@ -50,7 +58,9 @@ class EmulatedEngine:
         self.spec = spec
         self._settings = spec.settings(fleet.model, fleet.seed)
         self._side_channels = {
-            format_host_port(each.host, each.kv_port): format_host_port(each.host, each.side_channel_port)
+            format_host_port(each.told_host, each.kv_port): format_host_port(
+                each.told_host, each.side_channel_port
+            )
             for each in fleet.engines
             if each.kv_port is not None
         }
@@ -76,7 +86,7 @@ class EmulatedEngine:
     @property
     def address(self) -> HostPort:
         """Where the API is, once it has started."""
-        return format_host_port(self.spec.host, self.api.port)
+        return format_host_port(self.spec.told_host, self.api.port)
 
     def _new_faults(self) -> FaultSet:
         return FaultSet(Random(self._seed))  # noqa: S311  # emulated failures, not secrets
@@ -87,7 +97,7 @@ class EmulatedEngine:
             self._settings,
             f"{self.spec.name}-{uuid.uuid4()}",
             seed=self._seed,
-            side_address=format_host_port(self.spec.host, self.spec.side_channel_port),
+            side_address=format_host_port(self.spec.told_host, self.spec.side_channel_port),
             client=self._client,
             publisher=publisher,
             kv=kv,
@@ -119,7 +129,7 @@ class EmulatedEngine:
                 await self.host.running.wait()
                 tasks.append(group.create_task(self.side.run()))
                 await self.side.opened.wait()
-                self.host.side_address = format_host_port(self.spec.host, self.side.port)
+                self.host.side_address = format_host_port(self.spec.told_host, self.side.port)
                 tasks.append(group.create_task(self.api.run()))
                 await self.api.opened.wait()
                 if publisher is not None and self.spec.kv_events_topic is None:
@@ -169,8 +179,15 @@ class EmulatedEngine:
         if spec.kv_port is None:
             return None
         address = f"{spec.host}:{spec.kv_port}"
-        backend = make_backend(spec.kv_backend, spec.host, self._network)
-        kv = KvBytes(self._settings, f"{spec.name}-{uuid.uuid4()}", address, backend)
+        backend = make_backend(spec.kv_backend, spec.host, self._network, spec.told_host)
+        kv = KvBytes(
+            self._settings,
+            f"{spec.name}-{uuid.uuid4()}",
+            address,
+            backend,
+            advertise_host=spec.told_host,
+            key=read_key_file(spec.kv_key_file) if spec.kv_key_file else b"",
+        )
         stack.push_async_callback(kv.close)
         await kv.start()
         return kv
@@ -289,22 +306,39 @@ async def running(
                 task.cancel()
 
 
-def run(fleet_path: Path, engine_names: list[str], out: TextIO | None = None) -> int:
-    """Run the engines of a fleet file, all or those named, until SIGTERM; the exit status."""
+def run(
+    fleet_path: Path, engine_names: list[str], placement: Placement | None = None, out: TextIO | None = None
+) -> int:
+    """Run the engines of a fleet file, all or those named, until SIGTERM; the exit status.
+
+    Args:
+        placement: where the one engine that is named runs, in place of what the file says.
+    """
     stream = sys.stdout if out is None else out
     try:
         loaded = load_fleet(fleet_path)
-        specs = loaded.chosen(engine_names)
-    except PolicyError as error:
+        specs = (placement or Placement()).of(loaded.chosen(engine_names))
+    except (PolicyError, PlacementError) as error:
         stream.write(f"{error}\n")
         return 1
-    return run_process(_main(loaded, specs, stream))
+    return run_engines(loaded.fleet, specs, stream)
 
 
-async def _main(loaded: LoadedFleet, specs: Sequence[EngineSpec], stream: TextIO) -> int:
+def run_engines(fleet: EmulatedFleet, specs: Sequence[EngineSpec], stream: TextIO) -> int:
+    """Run engines until SIGTERM; the exit status."""
+    try:
+        for path in {spec.kv_key_file for spec in specs} - {None, ""}:
+            read_key_file(str(path))
+    except SettingError as error:
+        stream.write(f"{error}\n")
+        return 1
+    return run_process(_main(fleet, specs, stream))
+
+
+async def _main(fleet: EmulatedFleet, specs: Sequence[EngineSpec], stream: TextIO) -> int:
     stop = stop_on_signals()
     try:
-        async with running(loaded.fleet, specs) as (engines, admin):
+        async with running(fleet, specs) as (engines, admin):
             stream.writelines(_ready_line(engine) for engine in engines)
             if admin is not None:
                 stream.write(f"admin ready http://{format_host_port(admin.host, admin.port)}/emulator\n")

@@ -62,17 +62,18 @@ class Arrival:
         return f"{word} tokens={self.token_count} digest={self.digest} over={self.transport}"
 
 
-def make_backend(name: str, host: str, network: LoopbackNetwork) -> Backend:
+def make_backend(name: str, host: str, network: LoopbackNetwork, advertise_host: str = "") -> Backend:
     """A backend by name.
 
     Args:
+        advertise_host: what peers dial; host if empty.
         network: what engines of one process that use loopback have in common.
 
     Raises:
         SettingError: if there is none of that name, or its library is not installed.
     """
     if name == "tcp":
-        return TcpBackend(host)
+        return TcpBackend(host, advertise_host=advertise_host)
     if name == "loopback":
         return LoopbackBackend(network)
     if name == "nixl":
@@ -86,19 +87,31 @@ def make_backend(name: str, host: str, network: LoopbackNetwork) -> Backend:
 class KvBytes:
     """The memory and the transfer agent of one engine, for one life of it. Used in one event loop."""
 
-    def __init__(self, settings: EngineSettings, engine_id: str, address: str, backend: Backend) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        engine_id: str,
+        address: str,
+        backend: Backend,
+        *,
+        advertise_host: str = "",
+        key: bytes = b"",
+    ) -> None:
         """Nothing listens yet.
 
         Args:
             address: `host:port` to listen at.
+            advertise_host: what peers dial; that host if empty.
+            key: of all side channels; empty: they have none.
         """
         host, port = parse_host_port(address)
         self._store = KvStore(settings.layout, settings.block_total, settings.model_seed)
         self._staging = HostStaging(STAGING_BYTES)
         agent_settings = AgentSettings(
             listen_host=host,
-            advertise_host=host,
+            advertise_host=advertise_host or host,
             port=port,
+            key=key,
             backends=(backend.name,),
             staging_bytes=STAGING_BYTES,
             lease_s=settings.lease_s,

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import msgspec
 from pdcoord.core.fleet import EngineKind
 from pdcoord.protocol.headers import REQUEST_ID
 from pdcoord.protocol.openai import APIS, Call
+from pdcoord.protocol.trace import read_trace
 from pdcoord.sim.emulator_call import CallError, Generation, read_call, read_generation
 from pdcoord.sim.emulator_edge import close_idle_as_vllm_does, run_while_connected
 from pdcoord.sim.emulator_generate import ANSWER_S_MAX, SERVED_BY, Mishaps, Run, refusal
@@ -24,7 +26,7 @@ from pdcoord.sim.emulator_pooling import (
 )
 from pdcoord.sim.emulator_shapes import Answering, ChatShape, CompletionShape, Shape, error_body
 from pdcoord.sim.emulator_shapes_other import MessagesShape, ResponsesShape
-from pdcoord.sim.emulator_state import state_of
+from pdcoord.sim.emulator_state import TRACES_MAX, TracedCall, state_of
 from pdcoord.sim.faults import FaultKind, FaultsBody, FaultsBodyError, FaultSet, parse_faults
 from pdcoord.sim.messages import CacheCleared, EngineRequest
 from pdcoord.wire.asgi import (
@@ -75,6 +77,7 @@ class Api:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._in_flight = 0
+        self._traced: deque[TracedCall] = deque(maxlen=TRACES_MAX)
         self._gets: dict[str, Callable[[], bytes]] = {
             "/health": lambda: b"",
             "/ping": lambda: b"",
@@ -82,7 +85,7 @@ class Api:
             "/version": lambda: msgspec.json.encode({"version": VERSIONS[self._kind]}),
             "/load": lambda: msgspec.json.encode({"server_load": self._in_flight}),
             FAULTS_PATH: self._faults,
-            STATE_PATH: lambda: state_of(engine.host),
+            STATE_PATH: lambda: state_of(engine.host, self._traced),
         }
         self._posts: dict[str, Callable[[bytes], bytes]] = {
             "/ping": lambda _: b"",
@@ -155,6 +158,7 @@ class Api:
             )
             return
         generation = read_generation(call, headers, settings)
+        self._note_trace(headers, generation, request_id)
         shape = _SHAPES[path](self._answering(host, generation, request_id))
         run = Run(host, generation, shape, _engine_id(path, request_id), self._mishaps(generation))
         try:
@@ -163,6 +167,16 @@ class Api:
             await run_while_connected(receive, answer(receive, send))
         finally:
             run.close()
+
+    def _note_trace(
+        self, headers: list[tuple[bytes, bytes]], generation: Generation, request_id: str
+    ) -> None:
+        """A real engine would begin a span of its own here, as a child of the one that is named."""
+        trace = read_trace(headers)
+        if trace is not None:
+            is_split = generation.ticket is not None or generation.kv is not None
+            leg = "prefill" if generation.is_prefill_leg else "decode" if is_split else "whole"
+            self._traced.append(TracedCall(request_id, trace.trace_id, trace.span_id, leg))
 
     async def _render(
         self, path: str, headers: list[tuple[bytes, bytes]], receive: Receive, send: Send

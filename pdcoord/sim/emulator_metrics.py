@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from pdcoord.core.fleet import EngineKind
 from pdcoord.sim.engine import EngineModel
+from pdcoord.sim.engine_metrics import SGLANG, VLLM
 from pdcoord.sim.live import State
 from pdcoord.sim.messages import (
     EngineEffect,
@@ -34,6 +35,11 @@ _COUNT_BUCKETS = tuple(float(2**power) for power in range(0, 20, 2))
 _FIRST_TOKENS_MAX = 65_536
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST.encode()
+_MEANINGS = {metric.name.removesuffix("_total"): metric.meaning for metric in (*VLLM, *SGLANG)}
+
+
+def _meaning(name: str) -> str:
+    return f"Emulated. {_MEANINGS[name]}"
 
 
 class EngineMetrics:
@@ -67,7 +73,7 @@ class EngineMetrics:
     def _histogram(self, name: str, buckets: tuple[float, ...]) -> Histogram:
         made = Histogram(
             name,
-            f"Emulated {name.partition(':')[2]}.",
+            _meaning(name),
             list(self._labels),
             registry=self._registry,
             buckets=buckets,
@@ -165,7 +171,7 @@ class EngineMetrics:
             "engine": "0",
         }
         family = GaugeMetricFamily(
-            "vllm:cache_config_info", "Emulated cache configuration.", labels=list(info)
+            "vllm:cache_config_info", _meaning("vllm:cache_config_info"), labels=list(info)
         )
         family.add_metric(list(info.values()), 1)
         return family
@@ -187,23 +193,23 @@ class EngineMetrics:
         yield self._count("sglang:num_bootstrap_failed_reqs", sum(counted.failed.values()))
 
     def _gauge(self, name: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, f"Emulated {name}.", labels=list(self._labels))
+        family = GaugeMetricFamily(name, _meaning(name), labels=list(self._labels))
         family.add_metric(list(self._labels.values()), value)
         return family
 
     def _by(self, name: str, label: str, values: dict[str, int]) -> Metric:
-        family = GaugeMetricFamily(name, f"Emulated {name}.", labels=[*self._labels, label])
+        family = GaugeMetricFamily(name, _meaning(name), labels=[*self._labels, label])
         for key, value in values.items():
             family.add_metric([*self._labels.values(), key], value)
         return family
 
     def _count(self, name: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, f"Emulated {name}.", labels=list(self._labels))
+        family = CounterMetricFamily(name, _meaning(name), labels=list(self._labels))
         family.add_metric(list(self._labels.values()), value)
         return family
 
     def _counts_by(self, name: str, label: str, values: dict[str, int]) -> Metric:
-        family = CounterMetricFamily(name, f"Emulated {name}.", labels=[*self._labels, label])
+        family = CounterMetricFamily(name, _meaning(name), labels=[*self._labels, label])
         for key, value in values.items():
             family.add_metric([*self._labels.values(), key], value)
         return family

@@ -1,13 +1,33 @@
 """What an emulated engine shows of its inside, for tests and for people who debug a fleet."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import msgspec
 
 from pdcoord.sim.emulator_host import EngineHost
 from pdcoord.sim.live import State
 
+TRACES_MAX = 256
 
-def state_of(host: EngineHost) -> bytes:
-    """Blocks, requests, leases and pulls as JSON. No prompt, no ticket."""
+
+@dataclass(frozen=True, slots=True)
+class TracedCall:
+    """A call that named a trace.
+
+    Attributes:
+        span_id: of whoever sent it.
+        leg: prefill, decode (its KV comes from another engine) or whole.
+    """
+
+    request_id: str
+    trace_id: str
+    span_id: str
+    leg: str
+
+
+def state_of(host: EngineHost, traced: Iterable[TracedCall] = ()) -> bytes:
+    """Blocks, requests, leases, pulls and the last traced calls as JSON. No prompt, no ticket."""
     model, now_s = host.model, host.now_s
     pool, settings = model.pool, model.settings
     body = {
@@ -52,5 +72,6 @@ def state_of(host: EngineHost) -> bytes:
             "rejected": model.counters.rejected,
             "expired_leases": model.counters.expired_leases,
         },
+        "traced": list(traced),
     }
     return msgspec.json.encode(body)

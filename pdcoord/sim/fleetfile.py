@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pdcoord.core.costs import SpeedFigures
 from pdcoord.core.fleet import EngineKind, Role
@@ -57,6 +57,9 @@ class EngineSpec(Spec):
         default=None, description="What moves its KV: pdcoord for vllm and sglang for sglang if not set."
     )
     host: Host = Field(default="127.0.0.1", description="Address that every port of it listens on.")
+    advertise_host: Host | None = Field(
+        default=None, description="Address that other engines are told to dial; host if not set."
+    )
     port: AnyPort = Field(description="The API; 0 lets the kernel pick one.")
     side_channel_port: AnyPort = Field(default=0, description="Where consumers pull from a vLLM engine.")
     bootstrap_port: AnyPort | None = Field(
@@ -84,6 +87,9 @@ class EngineSpec(Spec):
     )
     kv_backend: Literal["nixl", "tcp", "loopback"] = Field(
         default="tcp", description="What carries the real KV; loopback only within one process."
+    )
+    kv_key_file: str | None = Field(
+        default=None, description="File with the key that the side channels share; none if they have none."
     )
     speed: SpeedSpec | None = Field(default=None, description="Figures in place of the profile's.")
     layout: LayoutSpec | None = Field(default=None, description="Layout in place of the profile's.")
@@ -120,6 +126,11 @@ class EngineSpec(Spec):
     step_jitter_share: float = Field(
         default=0.0, ge=0, lt=1, description="A step's time varies by this share either way."
     )
+
+    @property
+    def told_host(self) -> str:
+        """Where others dial it."""
+        return self.advertise_host or self.host
 
     @property
     def connector_kind(self) -> Connector:
@@ -356,6 +367,44 @@ class LoadedFleet:
                 message = f'has no engine "{name}"; it has {", ".join(known)}'
                 raise PolicyError([Problem(self.file, None, ("engines",), message)])
         return tuple(known[name] for name in dict.fromkeys(names)) if names else self.fleet.engines
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one engine runs when that is not what its fleet file says, as in a pod; None leaves a value."""
+
+    host: str | None = None
+    port: int | None = None
+    advertise_host: str | None = None
+
+    def of(self, specs: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:
+        """The engines, placed.
+
+        Raises:
+            PlacementError: if it is no place, or several engines would share it.
+        """
+        written = {name: value for name in _PLACES if (value := getattr(self, name)) is not None}
+        if not written:
+            return specs
+        if len(specs) != 1:
+            options = ", ".join("--" + name.replace("_", "-") for name in written)
+            raise PlacementError(f"{options}: for one engine, not {len(specs)}; choose it with --engine")
+        try:
+            placed = EngineSpec.model_validate(specs[0].model_dump(exclude_unset=True) | written)
+        except ValidationError as error:
+            faults = [(str(fault["loc"][-1]), fault["input"], fault["msg"]) for fault in error.errors()]
+            message = "; ".join(
+                f"--{key.replace('_', '-')} is {given!r}: {text}" for key, given, text in faults
+            )
+            raise PlacementError(message) from error
+        return (placed,)
+
+
+_PLACES = ("host", "port", "advertise_host")
+
+
+class PlacementError(ValueError):
+    """A place that an engine cannot have; the message says which option and why."""
 
 
 def load_fleet(path: Path) -> LoadedFleet:

@@ -8,7 +8,7 @@ import msgspec
 import xxhash
 
 from pdcoord.core.plan import Plan
-from pdcoord.gateway.upstream import plan_header
+from pdcoord.front.upstream import plan_header
 from pdcoord.protocol.errors import RefuseReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import DialectName, PrefillTarget, ServedHeader

@@ -11,8 +11,8 @@ from hypothesis import settings
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.events import ModelsReplaced
 from pdcoord.core.fleet import EndpointSeen, Sample, SampleTaken
+from pdcoord.front.ports import Limits
 from pdcoord.gateway.app import GatewayApp
-from pdcoord.gateway.ports import Limits
 from pdcoord.gateway.relay import Relay
 from pdcoord.policy.compile import compile_policy
 from pdcoord.policy.load import parse_policies

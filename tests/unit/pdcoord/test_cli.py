@@ -64,3 +64,9 @@ def test_the_examples_of_the_page_work() -> None:
     assert len(examples) >= 2
     for arguments in examples:
         assert CliRunner().invoke(app, arguments).exit_code == 0, arguments
+
+
+def test_the_definition_of_policy_objects_is_printed_as_the_chart_has_it() -> None:
+    found = CliRunner().invoke(app, ["policy", "crd"])
+    assert found.exit_code == 0
+    assert found.output == (ROOT / "deploy/charts/pdcoord/crds/poolpolicies.yaml").read_text(encoding="utf-8")

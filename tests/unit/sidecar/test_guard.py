@@ -7,7 +7,7 @@ import pytest
 
 from pdcoord.protocol.errors import RefusedError, RefuseReason
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.plans import DialectName, PlanHeader, PrefillTarget, encode_plan
+from pdcoord.protocol.plans import DialectName, PlanHeader, PlannedLoad, PrefillTarget, encode_plan
 from sidecar.errors import SettingsError
 from sidecar.guard import (
     PREFILLS_MAX,
@@ -83,6 +83,43 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_an_empty_allowlist_allows_nothing_and_an_open_one_anything() -> None:
     assert not Allowlist().allows(P1)
     assert Allowlist(is_open=True).allows(P1)
+
+
+class Told:
+    """What coordinators name."""
+
+    def __init__(self, *targets: PrefillTarget) -> None:
+        self.by_address = {target.address: target for target in targets}
+
+    def get(self, address: HostPort) -> PrefillTarget | None:
+        return self.by_address.get(address)
+
+    def targets(self) -> list[PrefillTarget]:
+        return list(self.by_address.values())
+
+
+def test_what_coordinators_name_is_listed_too_and_what_is_given_goes_before_it() -> None:
+    allowlist = Allowlist([PrefillTarget(address=P1, kv_port=1)])
+    told = Told(PrefillTarget(address=P1, kv_port=2), PrefillTarget(address=P2, kv_port=3))
+    assert not allowlist.allows(P2)
+    allowlist.follow(told)
+    assert allowlist.allows(P2)
+    assert [allowlist.kv_port(address) for address in (P1, P2, P3)] == [1, 3, None]
+    assert {target.address: target.kv_port for target in allowlist.targets()} == {P1: 1, P2: 3}
+    assert len(allowlist) == 2
+    told.by_address.clear()
+    assert not allowlist.allows(P2)
+
+
+def test_a_plan_keeps_its_load_and_a_prefill_leg_is_counted_by_whoever_sent_it() -> None:
+    load = PlannedLoad(replica="a/1", prompt_tokens=5)
+    asked = guard(P1).read([plan(P1, load=load)])
+    assert (asked.plan.load, asked.is_counted) == (load, True)
+    assert guard().read([]).is_counted
+    assert not guard().read([(b"x-pdcoord-leg", b"prefill")]).is_counted
+    assert guard().read_load([plan(load=load)]) == load
+    assert guard().read_load([]) is None
+    assert guard().read_load([(b"x-pdcoord-plan", b"{")]) is None
 
 
 def test_host_and_port_both_count() -> None:

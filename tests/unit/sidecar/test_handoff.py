@@ -1,6 +1,7 @@
 """The handoff machine: transcripts of each path, the table itself, and what holds for any order of events."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,7 @@ from sidecar.vocabulary import (
 
 ENGINE = HostPort("127.0.0.1:8200")
 P1 = PrefillTarget(address=HostPort("p1:8000"))
+P3 = PrefillTarget(address=HostPort("p3:8000"))
 P2 = PrefillTarget(address=HostPort("p2:8000"))
 TICKET = Ticket(b'{"remote_host": "p1"}')
 
@@ -176,6 +178,17 @@ def test_targets_that_are_not_allowed_are_skipped() -> None:
     t = Transcript(order(P1, P2, refused=frozenset({P1.address})))
     assert t.last == [SendPrefill(1, 1, P2)]
     assert t.rungs() == [(RungKind.OTHER_PREFILL, RungReason.TARGET_NOT_ALLOWED, "p1:8000")]
+
+
+def test_a_fallback_that_every_coordinator_calls_shut_is_skipped_with_that_reason() -> None:
+    t = Transcript(replace(order(P1, P2, P3), shut=frozenset({P1.address, P2.address})))
+    assert t.last == [SendPrefill(1, 1, P1)]  # The first target was chosen just now.
+    t.give(PrefillLost(1, Fault.UNREACHABLE))
+    assert t.last == [SendPrefill(2, 2, P3)]
+    assert t.rungs() == [
+        (RungKind.OTHER_PREFILL, RungReason.PREFILL_UNREACHABLE, "p1:8000"),
+        (RungKind.OTHER_PREFILL, RungReason.PATH_SHUT, "p2:8000"),
+    ]
 
 
 def test_with_no_target_allowed_nothing_is_dialled_but_the_engine() -> None:

@@ -6,7 +6,7 @@ from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import DialectName, PrefillTarget
 from pdcoord.protocol.tickets import Ticket
 from sidecar.handoff import Handoff
-from sidecar.observe import METRICS, MODE_UNREAD, Metrics, log_fields
+from sidecar.observe import METRICS, MODE_UNREAD, TARGETS_SHOWN_MAX, Metrics, log_fields
 from sidecar.vocabulary import (
     Begun,
     DecodeEnded,
@@ -110,3 +110,15 @@ def test_the_log_line_has_no_ticket() -> None:
         "cached_tokens": 5,
         "first_output_ms": 3000.0,
     }
+
+
+def test_targets_beyond_the_bound_share_one_series_and_make_room_when_they_go() -> None:
+    metrics = Metrics()
+    for number in range(TARGETS_SHOWN_MAX + 3):
+        metrics.set("path_usable", 1.0, f"10.0.0.1:{number}")
+    series = metrics.exposition().decode().count("pdcoord_sidecar_path_usable{")
+    assert series == TARGETS_SHOWN_MAX + 1
+    assert 'pdcoord_sidecar_path_usable{target="other"} 1.0' in metrics.exposition().decode()
+    metrics.drop(("path_usable",), "10.0.0.1:0")
+    metrics.set("path_usable", 0.0, "10.0.0.2:1")
+    assert 'pdcoord_sidecar_path_usable{target="10.0.0.2:1"} 0.0' in metrics.exposition().decode()

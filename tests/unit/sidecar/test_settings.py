@@ -35,6 +35,13 @@ def test_allow_is_repeatable_takes_lists_and_is_normal() -> None:
     assert [t.address for t in parse([], {ENV_PREFIX + "ALLOW": "d:4,e:5"}).allow] == ["d:4", "e:5"]
 
 
+def test_coordinators_are_listed_once_each() -> None:
+    settings = parse(["--control", "a:1,b:2", "--control", "A:1", "--control-address", "c:3"], {})
+    assert settings.control == ("a:1", "b:2")
+    assert settings.control_address == "c:3"
+    assert parse([], {}).control == ()
+
+
 def test_an_allowed_target_may_name_its_kv_port() -> None:
     assert [target.kv_port for target in parse(["--allow", "a:1/2,b:3"], {}).allow] == [2, None]
 
@@ -77,6 +84,22 @@ def test_a_file_is_a_path() -> None:
         (["--allow-any", "--allow", "a:1"], "--allow-any"),
         (["--allow", "a:1/b"], "--allow is 'a:1/b': give host:port, or host:port/kv_port"),
         (["--allow-any", "--kv-agent", "a:1"], "--kv-agent is 'a:1': with --allow-any no target is known"),
+        (["--control", "a"], "--control is 'a': give host:port"),
+        (["--control-address", "a"], "--control-address is 'a': give host:port"),
+        (
+            ["--allow-from-control", "--control", "a:1"],
+            "--allow-from-control is 'yes': give --control-key-file",
+        ),
+        (
+            ["--allow-from-control", "--control-key-file", "k"],
+            "--allow-from-control is 'yes': give --control ",
+        ),
+        (["--control-cert-file", "c"], "--control-cert-file is 'c': certificate and key go together"),
+        (["--control-cert-key-file", "c"], "--control-cert-key-file is 'c': certificate and key"),
+        (
+            ["--control-cert-file", "c", "--control-cert-key-file", "k"],
+            "--control-cert-file is 'c': give --control-ca-file",
+        ),
         (["--kv-agent", "a"], "--kv-agent is 'a': give host:port"),
         (["--kv-port", "0"], "--kv-port is '0'"),
         (["--probe-interval-s", "0.5"], "--probe-interval-s"),

@@ -10,13 +10,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (  # type: igno
     KVConnectorStats,
 )
 
+from transfer.engines.vllm import catalog
+
 SECONDS = "seconds"
 BYTES = "loaded_bytes"
 FAILURES = "failures"
 STAGING = "staging_bytes"
-
-# From a prompt of one block on one host to a long one over a slow path, past the default deadline of a load.
-SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class PdcoordStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is not installed where types are checked
@@ -86,25 +85,25 @@ class PdcoordMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # vLLM is n
         self._labels = per_engine_labelvalues
         self._staged: dict[int, dict[str, int]] = {index: {} for index in per_engine_labelvalues}
         self._seconds = metric_types[prometheus_client.Histogram](
-            name="vllm:pdcoord_load_seconds",
-            documentation="Time from the order to load a prompt's KV to its last block in place.",
-            buckets=SECONDS_BUCKETS,
+            name=catalog.LOAD_SECONDS.name,
+            documentation=catalog.LOAD_SECONDS.meaning,
+            buckets=catalog.LOAD_SECONDS.buckets,
             labelnames=labelnames,
         )
         counter = metric_types[prometheus_client.Counter]
         self._bytes = counter(
-            name="vllm:pdcoord_loaded_bytes",
-            documentation="Bytes of KV loaded from other engines.",
+            name=catalog.LOADED_BYTES.name,
+            documentation=catalog.LOADED_BYTES.meaning,
             labelnames=labelnames,
         )
         self._failures = counter(
-            name="vllm:pdcoord_failures",
-            documentation="Prompts computed here because their KV could not be loaded, by kind.",
-            labelnames=[*labelnames, "kind"],
+            name=catalog.FAILURES.name,
+            documentation=catalog.FAILURES.meaning,
+            labelnames=[*labelnames, *catalog.FAILURES.labels],
         )
         self._staging = metric_types[prometheus_client.Gauge](
-            name="vllm:pdcoord_staging_bytes",
-            documentation="Staging memory in use, all ranks together.",
+            name=catalog.STAGING_BYTES.name,
+            documentation=catalog.STAGING_BYTES.meaning,
             labelnames=labelnames,
             multiprocess_mode="mostrecent",
         )

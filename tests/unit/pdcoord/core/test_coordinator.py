@@ -14,6 +14,7 @@ from pdcoord.core.costs import PathFigures, SpeedFigures
 from pdcoord.core.events import (
     Action,
     DecodeFailed,
+    DecodeMoved,
     Dispatch,
     ModelsReplaced,
     Outcome,
@@ -157,6 +158,42 @@ def gave_up(
     address: str, reason: RungReason = RungReason.PREFILL_TIMEOUT, then: RungKind = RungKind.COLOCATED
 ) -> RungTaken:
     return RungTaken(rung=then, reason=reason, target=HostPort(address))
+
+
+def test_a_request_that_was_moved_is_accounted_for_where_it_went() -> None:
+    story = Story()
+    plan = story.plan()
+    ledger = story.coordinator.ledger
+    other = HostPort("d-1:80" if plan.decode.address == "d-0:80" else "d-0:80")
+    for nowhere in (HostPort("elsewhere:80"), plan.decode.address):
+        assert story.tell(DecodeMoved(RequestId("r"), nowhere)) == []
+        assert ledger.load(plan.decode.id).decode_count == 1
+    assert story.tell(DecodeMoved(RequestId("r"), other)) == []
+    assert ledger.load(plan.decode.id).is_empty
+    assert ledger.load(EndpointId(f"d/{other[2]}")).decode_count == 1
+    story.begin()
+    story.end()
+    assert ledger.open_count == story.coordinator.live_count == 0
+
+
+def test_a_failure_that_is_final_ends_the_request_though_others_could_take_it() -> None:
+    story = Story()
+    plan = story.plan()
+    final = DecodeFailed(RequestId("r"), RungReason.DECODE_UNREACHABLE, is_final=True)
+    refusal = story.only(story.tell(final), "r")
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason is RefuseReason.LADDER_EXHAUSTED
+    assert story.coordinator.ledger.open_count == story.coordinator.live_count == 0
+    state = story.coordinator.fleet.get(plan.decode.id)
+    assert state is not None
+    assert state.health is Health.UNREACHABLE
+
+
+def test_only_allowed_endpoints_are_planned_with_and_without_any_it_is_refused() -> None:
+    story = Story()
+    plan = story.plan(allowed=frozenset({"d-1:80", "p-0:80"}))
+    assert plan.endpoint_ids() == {"d/1", "p/0"}
+    assert story.refusal("s", allowed=frozenset({"elsewhere"})) is RefuseReason.NO_ENDPOINTS
 
 
 def test_a_split_request_from_arrival_to_end() -> None:

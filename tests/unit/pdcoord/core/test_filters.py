@@ -121,6 +121,23 @@ def test_a_prompt_is_too_long_everywhere_when_no_pool_that_decodes_takes_it() ->
     assert not is_too_long_everywhere(REQUEST, [pool("d", Role.DECODE, short), pool("b", Role.BOTH)])
 
 
+@pytest.mark.parametrize("allowed", [{"a:1"}, {"a"}, {"a:1", "elsewhere:9"}])
+def test_only_allowed_addresses_are_fit_and_a_host_stands_for_all_its_ports(allowed: set[str]) -> None:
+    fleet = Fleet()
+    for name in ("a", "b"):
+        add(fleet, name, pool())
+    found = find(fleet, replace(REQUEST, allowed=frozenset(allowed)))
+    assert fit(found) == {"a"}
+    assert found.drops == {DropReason.NOT_ALLOWED: 1}
+
+
+def test_who_is_not_allowed_is_not_at_its_limit_either() -> None:
+    fleet = Fleet()
+    add(fleet, "a", pool(limits=PoolLimits(in_flight_max=1)), running=1)
+    found = find(fleet, replace(REQUEST, allowed=frozenset({"b:1"})))
+    assert found.drops == {DropReason.NOT_ALLOWED: 1}
+
+
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.sampled_from(["p", "q"])), max_size=12))
 def test_every_endpoint_is_fit_or_dropped_for_one_reason(endpoints: list[tuple[int, bool, str]]) -> None:
     fleet = Fleet()

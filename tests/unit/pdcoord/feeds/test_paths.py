@@ -123,6 +123,15 @@ async def test_only_decode_endpoints_that_name_their_metrics_port_are_asked() ->
     assert set(bench.asked) == {("10.0.0.9:9400", "/paths"), ("[fd00::1]:7", "/paths")}
 
 
+async def test_a_sidecar_that_tells_of_its_probes_itself_is_not_asked() -> None:
+    bench = Bench()
+    bench.tell()
+    bench.listed = [endpoint("d"), endpoint("e", address="10.0.0.7:8000")]
+    bench.feed.tells_itself = lambda address: address == "10.0.0.9:8000"
+    await bench.run_until(lambda: len(bench.asked) >= 2)
+    assert set(bench.asked) == {("10.0.0.7:9400", "/paths")}
+
+
 async def test_a_probe_is_told_once_with_its_time() -> None:
     bench = Bench()
     bench.tell(

@@ -14,8 +14,8 @@ from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, ModelName, Pool
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Candidate, Figures, Plan, Rung, Why
 from pdcoord.core.request import RequestId
+from pdcoord.front.ports import CallRecord, Decided, Limits, Tokens
 from pdcoord.gateway.app import GatewayApp
-from pdcoord.gateway.ports import CallRecord, Decided, Limits, Tokens
 from pdcoord.gateway.relay import Relay
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.protocol.headers import HostPort

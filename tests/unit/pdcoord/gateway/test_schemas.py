@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdcoord.gateway.intake import RESERVED_FIELDS, check_reserved
+from pdcoord.front.intake import RESERVED_FIELDS, check_reserved
 from pdcoord.gateway.schemas import body_schema, request_body
 from pdcoord.protocol.errors import RefusedError
 from pdcoord.protocol.openai import APIS, Api, parse_call

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from pdcoord.policy.compile import PoolBinding, compile_policy
 from pdcoord.policy.endpoints import (
+    EndpointPicker,
+    EndpointsDocument,
     load_endpoints,
     match_endpoints,
     parse_endpoints,
@@ -153,3 +155,21 @@ def test_a_mutated_file_is_accepted_or_refused_and_never_breaks_anything(data: s
         text = text[:start] + scrap + text[end:]
     with contextlib.suppress(PolicyError):
         parse_endpoints(text.encode(), "e")
+
+
+def test_one_entry_at_fault_takes_no_other_out_where_entries_are_picked_one_by_one(good: str) -> None:
+    wide = selecting(good)[1]
+    other = PoolBinding(selecting(good)[0].pool, (), {"v": "amd"})
+    text = (
+        f"{HEAD}- {{address: 'h:1', labels: {{role: d, v: amd}}}}\n- {{address: 'h:2', labels: {{v: amd}}}}\n"
+    )
+    text += "- {address: 'h:3', labels: {v: x}}\n"
+    document = parse_endpoints(text.encode(), "e.yaml")
+    picker = EndpointPicker((other, wide))
+    matching = picker.pick(document)
+    assert [m.endpoint.id for m in matching.endpoints] == ["fast/h:2"]
+    assert [problem.line for problem in matching.problems] == [4]
+    assert [problem.line for problem in matching.unpicked] == [6]
+    fewer = EndpointsDocument(document.entries[1:], document.sources[1:])
+    (again,) = picker.pick(fewer).endpoints
+    assert again is matching.endpoints[0]

@@ -1,12 +1,16 @@
 """Tests that the generated files are as the classes say, and that the page's examples are true."""
 
+import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from pdcoord.policy.commands import check, schema
 from pdcoord.policy.endpoints import load_endpoints
+from pdcoord.policy.forms import OUTSIDE
 from pdcoord.policy.reference import (
     BEGIN,
     DOCS_FILE,
@@ -26,6 +30,24 @@ HOW = "run python -m pdcoord.policy.reference at the top of the repository"
 def test_the_schema_file_is_fresh() -> None:
     assert (ROOT / SCHEMA_FILE).read_text(encoding="utf-8") == json_schema_text() + "\n", HOW
     assert schema() == json_schema_text()
+
+
+@pytest.mark.parametrize("is_object", [False, True])
+def test_the_schema_knows_both_forms(good: str, *, is_object: bool) -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(schema()))
+    document = yaml.safe_load(good)
+    place = document
+    if is_object:
+        place = {key: document.pop(key) for key in [*document] if key not in OUTSIDE}
+        document |= {"spec": place, "status": {"conditions": []}}
+        document["metadata"] |= {"namespace": "prod", "labels": {"a": "b"}}
+    assert list(validator.iter_errors(document)) == []
+    place["sol"] = {}
+    assert "sol" in str(next(validator.iter_errors(document)))
+    del place["sol"], place["model"]
+    assert "model" in str(next(validator.iter_errors(document)))
+    place["model"], document["metadata"]["nmae"] = {"name": "a"}, "b"
+    assert "nmae" in str(next(validator.iter_errors(document)))
 
 
 def test_the_page_is_fresh() -> None:

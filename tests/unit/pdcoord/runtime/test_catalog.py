@@ -4,18 +4,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import structlog
+
 from pdcoord.core.events import ModelsReplaced, Outcome, ResponseBegan, TimePassed
 from pdcoord.core.fleet import EndpointId, SampleFailed
-from pdcoord.core.model import PrefixMode
+from pdcoord.core.model import PrefixMode, Slo
 from pdcoord.core.request import RequestId
+from pdcoord.feeds.kubewatch import PageListed, Started, WatchTrouble
 from pdcoord.feeds.kvevents import KvEventsFeed
 from pdcoord.feeds.scrapes import ScrapeFailure
 from pdcoord.feeds.tokens import TokensMissing, TokenSource
-from pdcoord.gateway.ports import CallRecord
+from pdcoord.front.ports import CallRecord
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.plans import RungKind, ServedHeader
-from pdcoord.runtime.catalog import METRICS, MetricType, render_page
+from pdcoord.runtime.catalog import METRICS, render_page
+from pdcoord.runtime.control import Control
+from pdcoord.runtime.metricspec import MetricType, bound_of
+from pdcoord.runtime.observe import Metrics
 from pdcoord.runtime.prefix_state import kv_events_samples
+from pdcoord.runtime.settings import load_settings
+from pdcoord.runtime.sources import Sources
 
 PAGE = Path(__file__).parents[4] / "docs" / "metrics-gateway.md"
 
@@ -37,7 +46,29 @@ def test_names_are_unique_and_say_what_they_are() -> None:
         assert spec.action.endswith(".")
 
 
-def test_the_process_has_the_metrics_of_the_table_and_no_others(bench: Any) -> None:
+def discover(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have pods followed, and let the API server answer once, badly."""
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    settings = load_settings(policy=Path("p"), kubernetes_pods=True, kubernetes_namespace="n")
+    sources = Sources(settings, metrics, structlog.get_logger())
+    for follower in sources.followers:
+        follower.machine.handle(Started(), 0.0)
+        follower.machine.handle(PageListed((), "1"), 0.0)
+    metrics.kubernetes_troubles.labels("pods", WatchTrouble.TIMEOUT).inc()
+
+
+def test_something_bounds_every_label() -> None:
+    for spec in METRICS:
+        for label in spec.labels:
+            bound = bound_of(spec.name, label)
+            assert bound is not None, f"{label} of {spec.name}"
+            assert bound.why
+            assert len(bound.values) <= 64
+
+
+def test_the_process_has_the_metrics_of_the_table_and_no_others(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = bench.arrive()
     served = ServedHeader(mode=plan.mode, prefill_ms=1.0, transfer_ms=1.0)
     bench.loop.handle(ResponseBegan(plan.request_id, served))
@@ -48,6 +79,7 @@ def test_the_process_has_the_metrics_of_the_table_and_no_others(bench: Any) -> N
         RequestId("r"), "/v1/completions", 1.0, status=200, outcome=Outcome.OK, first_byte_s=2.0
     )
     record.has_unknown_objective = True
+    record.is_stream, record.output_tokens, record.slo = True, 5, Slo(ttft_s=1.0)
     bench.metrics.count_call(record)
     bench.fill()
     assert bench.arrive("waits", 50_000) is None
@@ -57,10 +89,15 @@ def test_the_process_has_the_metrics_of_the_table_and_no_others(bench: Any) -> N
     assert bench.arrive("waits too", 50_000) is None
     bench.arrive("shed", 50_000, priority=-1)
     bench.metrics.tokenized("m", TokenSource.NONE, TokensMissing.BUSY, 0.001)
-    precise = [replace(model, prefix_mode=PrefixMode.PRECISE) for model in bench.coordinator.models()]
+    slo = Slo(ttft_s=1.0)
+    precise = [
+        replace(model, prefix_mode=PrefixMode.PRECISE, slo=slo) for model in bench.coordinator.models()
+    ]
     bench.loop.handle(ModelsReplaced(tuple(precise)))
     feed = KvEventsFeed(bench.loop, bench.loop.precise_endpoints, lambda: 0.0)
     bench.metrics.read_state_from(lambda: kv_events_samples(feed))
+    bench.metrics.read_state_from(Control(bench.coordinator).samples)
+    discover(bench.metrics, monkeypatch)
     found: dict[str, tuple[str, set[str]]] = {}
     for family in bench.metrics.registry.collect():
         suffix = "_total" if family.type == "counter" else ""

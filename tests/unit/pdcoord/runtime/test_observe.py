@@ -8,8 +8,8 @@ from structlog.testing import LogCapture
 
 from pdcoord.core.events import Outcome
 from pdcoord.core.request import RequestId
-from pdcoord.feeds.static import Reload, Source
-from pdcoord.gateway.ports import CallRecord
+from pdcoord.feeds.declared import Reload, Source
+from pdcoord.front.ports import CallRecord
 from pdcoord.policy.errors import Problem
 from pdcoord.protocol.errors import RefuseReason
 from pdcoord.protocol.plans import Mode, ServedHeader
@@ -51,6 +51,7 @@ def test_a_served_call_is_one_line_and_counted(bench: Any, telemetry: Telemetry,
         "event": "request.done",
         "log_level": "info",
         "id": "r-1",
+        "trace_id": None,
         "path": "/v1/completions",
         "model": "m",
         "mode": Mode.SPLIT,

@@ -1,6 +1,7 @@
 """Settings come from the environment, the command line goes before it, and errors are one line."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,9 +39,57 @@ def test_every_fault_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         load_settings()
     text = str(caught.value)
     assert "\n" not in text
-    assert "PDCOORD_POLICY is not set" in text
     assert "PDCOORD_PORT is '99999'" in text
     assert "PDCOORD_LOG_LEVEL is 'loud'" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {},
+            "PDCOORD_POLICY is not set and PDCOORD_KUBERNETES_POLICIES is not true: name a policy file, or ",
+        ),
+        (
+            {"policy": Path("p"), "kubernetes_policies": True},
+            "PDCOORD_POLICY is 'p' and PDCOORD_KUBERNETES_POLICIES is true: set one of them",
+        ),
+        (
+            {"policy": Path("p"), "endpoints": Path("e"), "kubernetes_pods": True},
+            "PDCOORD_ENDPOINTS is 'e' and PDCOORD_KUBERNETES_PODS is true: set one of them",
+        ),
+        (
+            {"policy": Path("p"), "inference_pool": "fleet"},
+            "PDCOORD_INFERENCE_POOL is 'fleet', which needs PDCOORD_KUBERNETES_PODS=true",
+        ),
+        (
+            {
+                "policy": Path("p"),
+                "inference_pool": "f",
+                "kubernetes_pods": True,
+                "kubernetes_selector": "a=b",
+            },
+            "PDCOORD_INFERENCE_POOL is 'f' and PDCOORD_KUBERNETES_SELECTOR is 'a=b': the pool has a selector",
+        ),
+        (
+            {"policy": Path("p"), "kubernetes_namespace": "no/namespace"},
+            "PDCOORD_KUBERNETES_NAMESPACE is 'no/namespace': ",
+        ),
+    ],
+)
+def test_sources_that_contradict_each_other_are_named(given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(**given)
+    assert str(caught.value).startswith(expected)
+
+
+def test_kubernetes_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDCOORD_KUBERNETES_POLICIES", "true")
+    monkeypatch.setenv("PDCOORD_KUBERNETES_PODS", "true")
+    monkeypatch.setenv("PDCOORD_INFERENCE_POOL", "fleet")
+    settings = load_settings()
+    assert (settings.policy, settings.kubernetes_policies, settings.kubernetes_pods) == (None, True, True)
+    assert settings.inference_pool == "fleet"
 
 
 def test_settings_become_bounds() -> None:

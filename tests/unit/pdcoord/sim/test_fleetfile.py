@@ -1,5 +1,6 @@
 """The emulated fleet file: what it compiles to, and how it is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from pdcoord.core.fleet import EngineKind, Role
 from pdcoord.policy.errors import PolicyError
 from pdcoord.policy.values import Spec
 from pdcoord.sim.faults import FaultSpec
-from pdcoord.sim.fleetfile import EngineSpec, load_fleet
+from pdcoord.sim.fleetfile import EngineSpec, Placement, PlacementError, load_fleet
 from pdcoord.sim.profiles import PROFILES
 from pdcoord.sim.settings import LoadFailurePolicy
 from transfer.layout import KvDtype, KvLayout, Order
@@ -242,3 +243,30 @@ def test_the_page_has_every_key_with_its_default_and_meaning(spec: type[Spec]) -
 
 def test_there_are_examples() -> None:
     assert len(list(EXAMPLES.glob("*.yaml"))) >= 3
+
+
+def test_one_engine_runs_elsewhere_than_its_file_says() -> None:
+    two = load_fleet(EXAMPLES / "stock-nixl.yaml")
+    chosen = two.chosen(["h100-decode-32"])
+    placed = Placement(host="0.0.0.0", port=8200, advertise_host="10.0.0.7").of(chosen)
+    (spec,) = placed
+    assert (spec.host, spec.port, spec.told_host) == ("0.0.0.0", 8200, "10.0.0.7")
+    unplaced = ("host", "port", "advertise_host")
+    assert spec.model_dump(exclude={*unplaced}) == chosen[0].model_dump(exclude={*unplaced})
+    assert Placement().of(two.fleet.engines) is two.fleet.engines
+
+
+@pytest.mark.parametrize(
+    ("names", "placement", "message"),
+    [
+        ([], Placement(port=8200), "--port: for one engine, not 4; choose it with --engine"),
+        (["h100-decode"], Placement(port=70_000), "--port is 70000: "),
+        (["h100-decode"], Placement(advertise_host="a b"), "--advertise-host is 'a b': "),
+    ],
+)
+def test_a_place_that_cannot_be_names_the_option(
+    names: list[str], placement: Placement, message: str
+) -> None:
+    fleet = load_fleet(EXAMPLES / "stock-nixl.yaml")
+    with pytest.raises(PlacementError, match=re.escape(message)):
+        placement.of(fleet.chosen(names))

@@ -1,0 +1,56 @@
+"""Other endpoints for a request, for those who retry without asking again."""
+
+import heapq
+import itertools
+from collections.abc import Iterable, Mapping
+
+from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Fleet, Health
+from pdcoord.core.ledger import IDLE, Load
+from pdcoord.core.plan import Plan
+from pdcoord.core.request import is_allowed
+
+LOOKED_AT_MAX = 64
+"""Endpoints of a pool that are compared, so that the work is bounded whatever the pool's size."""
+
+
+def alternatives(
+    fleet: Fleet,
+    loads: Mapping[EndpointId, Load],
+    plan: Plan,
+    allowed: frozenset[str] | None,
+    count_max: int,
+) -> list[Endpoint]:
+    """Endpoints that could stand in for a plan's decode endpoint, least busy first.
+
+    Only of its own pool: there layouts are equal, so that the plan's prefill endpoints suit them too.
+    """
+    chosen = plan.decode
+    for group in fleet.groups(chosen.pool.model):
+        if group.pool is chosen.pool or group.pool == chosen.pool:
+            ready = group.by_health[Health.READY].values()
+            fit = [
+                (loads.get(state.endpoint.id, IDLE).request_count, index, state.endpoint)
+                for index, state in enumerate(itertools.islice(ready, LOOKED_AT_MAX))
+                if state.endpoint.id != chosen.id and is_allowed(allowed, state.endpoint.address)
+            ]
+            in_flight_max = chosen.pool.limits.in_flight_max
+            roomy = [each for each in fit if each[0] < in_flight_max]
+            return [endpoint for _, _, endpoint in heapq.nsmallest(count_max, roomy)]
+    return []
+
+
+def least_busy(
+    states: Iterable[EndpointState], loads: Mapping[EndpointId, Load], allowed: frozenset[str] | None
+) -> Endpoint | None:
+    """The ready endpoint with the fewest requests that answers calls itself; None if there is none."""
+    found: Endpoint | None = None
+    least: tuple[int, int] | None = None
+    for state in states:
+        endpoint = state.endpoint
+        is_fit = state.health is Health.READY and endpoint.pool.can_decode
+        if is_fit and is_allowed(allowed, endpoint.address):
+            load = loads.get(endpoint.id, IDLE)
+            rank = (load.request_count, load.begun_ordinal)
+            if least is None or rank < least:
+                found, least = endpoint, rank
+    return found

@@ -1,0 +1,328 @@
+"""One call between its stream and the core: planned, accounted for, and told of exactly once when it ends."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+from pdcoord.core.events import (
+    DecodeFailed,
+    DecodeMoved,
+    Dispatch,
+    Outcome,
+    Refuse,
+    RequestArrived,
+    RequestEnded,
+    ResponseBegan,
+    Wait,
+)
+from pdcoord.core.model import Model, PrefixMode
+from pdcoord.core.request import RequestId, is_allowed
+from pdcoord.extproc.asking import header
+from pdcoord.extproc.vocabulary import (
+    Began,
+    Ended,
+    Failed,
+    Headers,
+    Moved,
+    Refused,
+    RequestHead,
+    Route,
+    Routed,
+)
+from pdcoord.front.answers import outcome_of, too_many_calls
+from pdcoord.front.asked import Asked, asked_of
+from pdcoord.front.intake import build_request, check_reserved, client_request_id, model_unknown
+from pdcoord.front.ports import CallRecord, Limits, Observer, Picking, Tokens
+from pdcoord.front.tracing import CallTrace, begin_call
+from pdcoord.front.upstream import plan_headers, with_model
+from pdcoord.protocol import headers as names
+from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason
+from pdcoord.protocol.headers import HostPort
+from pdcoord.protocol.openai import APIS, Call, parse_call
+from pdcoord.wire.tracing import Tracing
+
+_OWN_ID_CUT = 80
+"""What is kept of an id that needs a suffix, so that sidecars still take it over (128 bytes at most)."""
+_TEST_SELECTION = b"test-epp-endpoint-selection"
+_ECHO_HEADER = b"x-echo-set-header"
+_PATH_SHOWN_MAX = 128
+
+
+@dataclass(slots=True)
+class _Asking:
+    """A call that is being planned.
+
+    Attributes:
+        body: in place of the client's, where its model has another name.
+    """
+
+    head: RequestHead
+    call: Call
+    model: Model
+    asked: Asked
+    body: bytes | None
+
+
+class Picker:
+    """Where calls go; one for the whole process.
+
+    Args:
+        clock: monotonic seconds.
+        new_id: makes a request id for calls that bring none, unique for all practical purposes.
+        tokens: asked where a model's prefixes are precise; without it they are approximate.
+        fallbacks_max: endpoints named behind the primary.
+        is_conformance: do what the Gateway API's conformance tests ask of a picker in headers.
+
+    Attributes:
+        tracing: makes spans of calls; None where nothing is traced. Set once, before serving.
+    """
+
+    def __init__(
+        self,
+        *,
+        coordination: Picking,
+        observer: Observer,
+        limits: Limits,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+        tokens: Tokens | None = None,
+        fallbacks_max: int = 2,
+        is_conformance: bool = False,
+    ) -> None:
+        self.coordination = coordination
+        self.observer = observer
+        self.limits = limits
+        self.clock = clock
+        self.new_id = new_id
+        self.tokens = tokens
+        self.fallbacks_max = fallbacks_max
+        self.is_conformance = is_conformance
+        self.tracing: Tracing | None = None
+        self.live: set[str] = set()
+
+    def open(self, head: RequestHead) -> "PickedCall":
+        """Take a call on; `close` it, whatever happens."""
+        client_id = client_request_id(head.headers)
+        shown_id = client_id if client_id is not None else self.new_id()
+        # The core keeps an account per id, so two live calls under one id need two accounts.
+        own_id = shown_id if shown_id not in self.live else f"{shown_id[:_OWN_ID_CUT]}-{self.new_id()}"
+        self.live.add(own_id)
+        path = (header(head.headers, b":path") or b"").partition(b"?")[0].decode("latin-1")
+        record = CallRecord(id=RequestId(own_id), path=path[:_PATH_SHOWN_MAX], began_s=self.clock())
+        trace = begin_call(self.tracing, self.clock, head.headers, record)
+        self.observer.call_began()
+        return PickedCall(self, record, shown_id.encode(), trace)
+
+
+class PickedCall:
+    """One call.
+
+    Attributes:
+        record: what is known of the call so far; its id is the core's.
+        is_live: the core keeps an account of this call and must hear of its end.
+    """
+
+    __slots__ = ("_asking", "_decided", "_picker", "_refusal", "_shown_id", "_trace", "is_live", "record")
+
+    def __init__(
+        self, picker: Picker, record: CallRecord, shown_id: bytes, trace: CallTrace | None = None
+    ) -> None:
+        self._picker = picker
+        self._trace = trace
+        self._shown_id = shown_id
+        self._asking: _Asking | None = None
+        self._refusal: Refusal | None = None
+        self._decided: asyncio.Event | None = None
+        self.record = record
+        self.is_live = False
+
+    def ask(self, head: RequestHead, body: bytes | None) -> Routed | Refused | None:
+        """Have the call planned; None if that takes a while, and then `ask_on`."""
+        try:
+            route = self._ask(head, body)
+        except RefusedError as error:
+            return Refused(error.refusal)
+        return Routed(route) if route is not None else None
+
+    async def ask_on(self) -> Routed | Refused:
+        """The rest of `ask`: wait for the prompt's tokens, and for the call's turn.
+
+        The core bounds how long its turn takes, the tokens their own deadline.
+        """
+        asking = self._asking
+        assert asking is not None, "nothing was asked"
+        try:
+            if self._decided is None:
+                tokens = self._picker.tokens
+                ids = await tokens.tokens(asking.call, asking.model) if tokens is not None else None
+                self._arrive(asking, ids)
+            if self._decided is not None:
+                with nullcontext() if self._trace is None else self._trace.waiting():
+                    await self._decided.wait()
+            return Routed(self._route(asking))
+        except RefusedError as error:
+            return Refused(error.refusal)
+
+    def tell(self, action: Moved | Began | Failed | Ended) -> None:
+        """Pass on what became of the call to the core."""
+        record, coordination = self.record, self._picker.coordination
+        match action:
+            case Moved(address):
+                if self.is_live:
+                    coordination.handle(DecodeMoved(record.id, HostPort(address)))
+            case Began(status, served):
+                record.status, record.served = status, served
+                record.first_byte_s = self._picker.clock()
+                if self.is_live:
+                    coordination.handle(ResponseBegan(record.id, served))
+            case Failed(status, reason, served):
+                record.status, record.served, record.outcome = status, served, Outcome.UPSTREAM_ERROR
+                if self.is_live:
+                    self.is_live = False
+                    coordination.handle(DecodeFailed(record.id, reason, served, is_final=True))
+            case Ended(outcome, output_tokens):
+                record.outcome, record.output_tokens = outcome, output_tokens
+                self._end(output_tokens)
+
+    def refused(self, refusal: Refusal) -> None:
+        """The client is answered so."""
+        record = self.record
+        record.status, record.reason, record.outcome = refusal.status, refusal.reason, outcome_of(refusal)
+
+    def answered(self, status: int) -> None:
+        """Envoy showed how the call was answered, which the core does not account for."""
+        record = self.record
+        if record.plan is None and record.reason is None:
+            record.status = status
+            if status >= 400:
+                is_upstreams = status >= 500
+                record.outcome = Outcome.UPSTREAM_ERROR if is_upstreams else Outcome.CLIENT_ERROR
+            else:
+                record.outcome = Outcome.OK
+
+    def close(self) -> None:
+        """The stream is over: the core hears of the end, if it has not yet, and so does who counts."""
+        self._end(None)
+        self._picker.live.discard(self.record.id)
+        self.record.ended_s = self._picker.clock()
+        self._picker.observer.call_ended(self.record)
+        if self._trace is not None:
+            self._trace.end()
+
+    def _end(self, output_tokens: int | None) -> None:
+        if self.is_live:
+            self.is_live = False
+            end = RequestEnded(self.record.id, self.record.outcome, output_tokens)
+            self._picker.coordination.handle(end)
+
+    def _ask(self, head: RequestHead, body: bytes | None) -> Route | None:
+        picker, record = self._picker, self.record
+        if len(picker.live) > picker.limits.live_max:
+            raise RefusedError(too_many_calls())
+        if head.subset is not None and not head.subset:
+            raise RefusedError(_no_endpoints("The gateway's subset names no endpoint"))
+        if picker.is_conformance and header(head.headers, _TEST_SELECTION) is not None:
+            return self._selected(head)
+        if body is None:
+            endpoint = picker.coordination.any_endpoint(head.subset)
+            if endpoint is None:
+                raise RefusedError(_no_endpoints("No endpoint is ready"))
+            return self._plain_route(endpoint.address, head)
+        call = parse_call(APIS[record.path], body)
+        check_reserved(call)
+        asked = asked_of(head.headers)
+        model = picker.coordination.model(call.model)
+        if model is None:
+            raise RefusedError(model_unknown(call.model))
+        record.model = model.name
+        record.has_unknown_objective = asked.has_unknown_objective(model)
+        changed = None if call.model == model.name else with_model(body, model.name)
+        self._asking = asking = _Asking(head, call, model, asked, changed)
+        is_precise = call.api.is_generative and model.prefix_mode is PrefixMode.PRECISE
+        if is_precise and picker.tokens is not None:
+            return None
+        self._arrive(asking, None)
+        return None if self._decided is not None else self._route(asking)
+
+    def _arrive(self, asking: _Asking, token_ids: Sequence[int] | None) -> None:
+        """Ask the core; `_decided` is there afterwards if the call must wait."""
+        request = build_request(self.record.id, asking.call, asking.model, token_ids, asking.asked)
+        self.record.note_request(asking.call, request, asking.model)
+        if asking.head.subset is not None:
+            request = replace(request, allowed=asking.head.subset)
+        (action,) = self._picker.coordination.handle(RequestArrived(request))
+        if isinstance(action, Wait):
+            self.is_live = True
+            self._decided = asyncio.Event()
+            self._picker.coordination.expect(self.record.id, self._take)
+        elif isinstance(action, Dispatch | Refuse):
+            self._take(action)
+
+    def _take(self, action: Dispatch | Refuse) -> None:
+        """Note what the core decided, at that moment: the call may be cancelled before it runs again."""
+        match action:
+            case Dispatch(plan):
+                self.is_live = True
+                self.record.plan = plan
+            case Refuse(_, refusal):
+                self.is_live = False
+                self._refusal = refusal
+        if self._decided is not None:
+            self._decided.set()
+
+    def _route(self, asking: _Asking) -> Route:
+        if self._refusal is not None:
+            raise RefusedError(self._refusal)
+        plan = self.record.plan
+        assert plan is not None, "neither dispatched nor refused"
+        picker, head, body = self._picker, asking.head, asking.body
+        others = picker.coordination.alternatives(plan, head.subset, picker.fallbacks_max)
+        headers = plan_headers(plan, self.record.id.encode())
+        if self._trace is not None:
+            headers += self._trace.headers()
+        if body is not None:
+            headers.append((b"content-length", b"%d" % len(body)))
+        return Route(
+            destination=",".join([plan.decode.address, *(other.address for other in others)]),
+            headers=headers,
+            removed=_removed(head.headers, headers),
+            body=body,
+            plan=plan,
+            request_id=self._shown_id,
+        )
+
+    def _plain_route(self, destination: str, head: RequestHead) -> Route:
+        headers = [(names.REQUEST_ID, self._shown_id)]
+        removed = _removed(head.headers, headers)
+        return Route(destination, headers, removed, request_id=self._shown_id)
+
+    def _selected(self, head: RequestHead) -> Route:
+        """The endpoints that a conformance test names, by host or address, in its order."""
+        wanted = (header(head.headers, _TEST_SELECTION) or b"").decode("latin-1").split(",")
+        addresses = [endpoint.address for endpoint in self._picker.coordination.endpoints()]
+        named = [
+            address
+            for each in wanted
+            for address in addresses
+            if is_allowed(frozenset({each.strip()}), address)
+        ]
+        picked = [address for address in named if is_allowed(head.subset, address)]
+        if not picked:
+            raise RefusedError(_no_endpoints("test-epp-endpoint-selection names no endpoint of the fleet"))
+        route = self._plain_route(",".join(picked), head)
+        route.headers.append((_ECHO_HEADER, b"x-conformance-test-served-endpoint:" + picked[0].encode()))
+        route.is_conformance = True
+        return route
+
+
+def _removed(client: Headers, kept: Headers) -> list[bytes]:
+    """Names by which a client could steer, without those that are set anyway."""
+    own = {name for name, _ in kept} | {names.DESTINATION_ENDPOINT}
+    steering = {name for name, _ in client if names.is_routing(name)}
+    return sorted(steering - own)
+
+
+def _no_endpoints(what: str) -> Refusal:
+    message = f"{what}; retry after the time in Retry-After."
+    return Refusal(RefuseReason.NO_ENDPOINTS, message, retry_after_s=RETRY_AFTER_S)

@@ -1,0 +1,244 @@
+"""The gRPC server that Envoy asks: one task per call, from its first message to the end of its response."""
+
+import asyncio
+from typing import Any, Protocol, cast
+
+import grpc
+from grpc import aio
+
+from pdcoord.extproc.calls import PickedCall, Picker
+from pdcoord.extproc.codec import UnknownMessageError, decode, encode
+from pdcoord.extproc.stream import Stream
+from pdcoord.extproc.vocabulary import (
+    AnswerBody,
+    AnswerHead,
+    AnswerTrailers,
+    Ask,
+    Began,
+    Closed,
+    End,
+    Ended,
+    Event,
+    Failed,
+    Immediate,
+    Moved,
+    RequestBody,
+    RequestHead,
+    ResponseBody,
+    ResponseHead,
+    TimedOut,
+)
+from pdcoord.front.answers import internal_error
+from pdcoord.protocol.errors import RefuseReason
+
+SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
+
+
+class Meter(Protocol):
+    """Counts what only this front has."""
+
+    def stream_began(self) -> None: ...
+
+    def stream_ended(self, request_bytes: int, response_bytes: int) -> None:
+        """With the bytes of bodies that came."""
+        ...
+
+    def answered(self, reason: RefuseReason) -> None:
+        """A client was answered at once."""
+        ...
+
+    def violated(self) -> None:
+        """Envoy did what the protocol forbids, or did not end."""
+        ...
+
+
+class Processor:
+    """Serves ExternalProcessor.Process."""
+
+    def __init__(self, picker: Picker, meter: Meter) -> None:
+        self.picker = picker
+        self.meter = meter
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """For `grpc.aio.Server.add_generic_rpc_handlers`; messages come and go as bytes."""
+        process: Any = grpc.stream_stream_rpc_method_handler(cast("Any", self.process))
+        return grpc.method_handlers_generic_handler(SERVICE, {"Process": process})
+
+    async def process(self, _requests: object, context: aio.ServicerContext[bytes, bytes]) -> None:
+        """Serve one stream."""
+        self.meter.stream_began()
+        exchange = _Exchange(self, context)
+        try:
+            await exchange.run()
+        except asyncio.CancelledError:
+            # gRPC's own task ends here, and gRPC would log this as an error of ours.
+            if not context.cancelled():
+                raise
+        finally:
+            exchange.close()
+            self.meter.stream_ended(exchange.request_bytes, exchange.response_bytes)
+
+
+class _Exchange:
+    """One stream while it is served."""
+
+    __slots__ = (
+        "_bound",
+        "_call",
+        "_context",
+        "_is_answered",
+        "_processor",
+        "_stream",
+        "request_bytes",
+        "response_bytes",
+    )
+
+    def __init__(self, processor: Processor, context: aio.ServicerContext[bytes, bytes]) -> None:
+        limits = processor.picker.limits
+        self._processor = processor
+        self._context = context
+        self._stream = Stream(body_bytes_max=limits.body_bytes_max, body_timeout_s=limits.body_timeout_s)
+        self._call: PickedCall | None = None
+        self._bound: asyncio.Timeout | None = None
+        self._is_answered = False
+        self.request_bytes = 0
+        self.response_bytes = 0
+
+    async def run(self) -> None:
+        """Until Envoy, the machine or a deadline ends the stream."""
+        limits = self._processor.picker.limits
+        code = grpc.StatusCode.INVALID_ARGUMENT
+        try:
+            try:
+                async with asyncio.timeout(limits.body_timeout_s) as self._bound:
+                    await self._serve()
+            except TimeoutError:
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+                async with asyncio.timeout(limits.body_timeout_s):
+                    await self._handle(TimedOut())
+        except (UnknownMessageError, _ViolatedError) as error:
+            self._processor.meter.violated()
+            await self._context.abort(code, str(error))
+        except aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001  # A defect must not reach the client as a stack trace.
+            await self._crash(error)
+
+    def close(self) -> None:
+        """Settle the accounts, whatever ended the stream; nothing can be sent any more."""
+        call = self._call
+        if call is None:
+            return
+        for action in self._stream.handle(Closed()):
+            if isinstance(action, Moved | Began | Failed | Ended):
+                call.tell(action)
+        call.answered(self._stream.status)
+        call.close()
+
+    async def _serve(self) -> None:
+        stream = self._stream
+        message = await self._read()
+        while True:
+            asked = await self._handle(_event(message))
+            if stream.is_over:
+                return
+            if asked is None:
+                message = await self._read()
+            else:
+                message = await self._ask_on(asked)
+                if stream.is_over:
+                    return
+
+    async def _read(self) -> object:
+        return await self._context.read()
+
+    async def _ask_on(self, call: PickedCall) -> object:
+        """Wait for a plan and for the next message at a time: Envoy may leave, or answer by itself."""
+        stream = self._stream
+        async with asyncio.TaskGroup() as group:
+            deciding = group.create_task(call.ask_on())
+            reading = group.create_task(self._read())
+            while stream.is_asking:
+                await asyncio.wait((deciding, reading), return_when=asyncio.FIRST_COMPLETED)
+                if deciding.done():
+                    await self._handle(deciding.result())
+                else:
+                    await self._handle(_event(reading.result()))
+                    if not stream.is_over:
+                        reading = group.create_task(self._read())
+            deciding.cancel()
+            if stream.is_over:
+                reading.cancel()
+        return None if stream.is_over else reading.result()
+
+    async def _handle(self, event: Event) -> PickedCall | None:
+        """Do what the machine says; the call whose plan takes a while, if it does."""
+        match event:
+            case ResponseBody(data):
+                self.response_bytes += len(data)
+            case RequestBody(data):
+                self.request_bytes += len(data)
+            case RequestHead() if self._call is None:
+                self._call = self._processor.picker.open(event)
+            case ResponseHead() if self._call is None:
+                self._rebound(self._processor.picker.limits.request_deadline_s)
+            case _:
+                pass
+        waiting: PickedCall | None = None
+        for action in self._stream.handle(event):
+            if isinstance(action, AnswerBody | AnswerHead | AnswerTrailers):
+                await self._context.write(encode(action))
+            else:
+                waiting = await self._do(action) or waiting
+        return waiting
+
+    async def _do(self, action: Ask | Immediate | Moved | Began | Failed | Ended | End) -> PickedCall | None:
+        call = self._call
+        match action:
+            case Ask(head, body):
+                assert call is not None, "asked without a head"
+                self._rebound(self._processor.picker.limits.request_deadline_s)
+                asked = call.ask(head, body)
+                if asked is None:
+                    return call
+                await self._handle(asked)
+            case Immediate(refusal):
+                if call is not None:
+                    call.refused(refusal)
+                self._is_answered = True
+                self._processor.meter.answered(refusal.reason)
+                await self._context.write(encode(action))
+            case End(violation):
+                if violation and not self._is_answered:
+                    raise _ViolatedError(violation)
+                if violation:
+                    self._processor.meter.violated()
+            case Moved() | Began() | Failed() | Ended():
+                assert call is not None, "an account without a head"
+                call.tell(action)
+        return None
+
+    def _rebound(self, wait_s: float) -> None:
+        """The body has come; what bounds the stream from now on is the call's own deadline."""
+        if self._bound is not None and not self._bound.expired():
+            self._bound.reschedule(asyncio.get_running_loop().time() + wait_s)
+
+    async def _crash(self, error: Exception) -> None:
+        picker, call = self._processor.picker, self._call
+        picker.observer.crashed(error, call.record.id if call is not None else "")
+        if call is not None and not self._stream.is_routed and not self._is_answered:
+            call.refused(internal_error())
+            await self._context.write(encode(Immediate(internal_error())))
+            return
+        await self._context.abort(
+            grpc.StatusCode.INTERNAL, "pdcoord failed on this stream; its log has the cause"
+        )
+
+
+class _ViolatedError(Exception):
+    """Envoy did what the protocol forbids, or did not end in time."""
+
+
+def _event(message: object) -> Event:
+    """A message as it was read; the end of the stream is one too."""
+    return Closed() if message is aio.EOF else decode(cast("bytes", message))

@@ -1,0 +1,90 @@
+"""From a call to the core's request."""
+
+import json
+from array import array
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pdcoord.core.blocks import block_keys, token_keys
+from pdcoord.core.model import Model
+from pdcoord.core.request import RequestId
+from pdcoord.front.intake import build_request, check_reserved, model_unknown
+from pdcoord.protocol.errors import RefusedError
+from pdcoord.protocol.openai import APIS, parse_call
+
+ID = RequestId("r")
+
+
+def parse(path: str, **body: Any) -> Any:
+    return parse_call(APIS[path], json.dumps({"model": "org/model", **body}).encode())
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(0, 0), (1, 1), (4, 1), (5, 2), (4_096, 1_024)])
+def test_tokens_of_a_text_are_estimated_and_rounded_up(model: Model, length: int, tokens: int) -> None:
+    request = build_request(ID, parse("/v1/completions", prompt="x" * length), model)
+    assert (request.prompt_tokens, request.is_prompt_counted) == (tokens, False)
+
+
+def test_token_ids_are_counted_and_a_block_of_them_is_a_block_of_tokens(model: Model) -> None:
+    model = replace(model, bytes_per_token=3.0, prefix_block_tokens=16)
+    request = build_request(ID, parse("/v1/completions", prompt=list(range(40))), model)
+    assert (request.prompt_tokens, len(request.block_keys), request.block_tokens) == (40, 2, 16)
+    assert request.is_prompt_counted
+
+
+def test_text_blocks_are_keyed_by_model_and_salt(model: Model) -> None:
+    call = parse("/v1/completions", prompt="x" * 600, cache_salt="tenant")
+    request = build_request(ID, call, model)
+    expected = block_keys(b"x" * 600, model="org/model", cache_salt="tenant", block_bytes=256)
+    assert request.block_keys == expected
+    assert len(expected) == 2
+
+
+def test_known_tokens_are_counted_and_keyed_beside_the_text(model: Model) -> None:
+    model = replace(model, precise_block_tokens=8)
+    call = parse("/v1/completions", prompt="x" * 600, cache_salt="tenant")
+    request = build_request(ID, call, model, array("I", range(20)))
+    assert (request.prompt_tokens, request.is_prompt_counted) == (20, True)
+    expected = token_keys(range(20), model="org/model", cache_salt="tenant", block_tokens=8)
+    assert (request.token_keys, request.token_block_tokens) == (expected, 8)
+    assert len(expected) == 2
+    assert request.block_keys == build_request(ID, call, model).block_keys
+    assert build_request(ID, call, model).token_keys == ()
+
+
+def test_an_alias_shares_the_models_keys(model: Model) -> None:
+    one = build_request(ID, parse("/v1/completions", prompt="x" * 600), model)
+    other = build_request(
+        ID, parse_call(APIS["/v1/completions"], b'{"model":"alias","prompt":"' + b"x" * 600 + b'"}'), model
+    )
+    assert one == other
+
+
+def test_a_call_without_a_decode_phase_leaves_no_prefix(model: Model) -> None:
+    request = build_request(ID, parse("/v1/embeddings", input="x" * 600), model)
+    assert (request.is_generative, request.block_keys) == (False, ())
+
+
+def test_choices_and_limits_are_passed_on(model: Model) -> None:
+    request = build_request(ID, parse("/v1/chat/completions", messages=[{}], n=3, max_tokens=7), model)
+    assert (request.choice_count, request.output_tokens_max, request.is_generative) == (3, 7, True)
+
+
+def test_a_long_name_is_cut_in_the_message() -> None:
+    assert len(model_unknown("x" * 1_000_000).message) < 300
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"bootstrap_addr": "http://10.0.0.1:1"},
+        {"vllm_xargs": {"kv_transfer_params": {"do_remote_prefill": True}}},
+        {"sampling_params": {"extra_args": {"kv_transfer_params": {}}}},
+    ],
+)
+def test_no_steering_field_passes_at_any_depth(field: dict[str, Any]) -> None:
+    raw = json.dumps({"model": "m", "prompt": "x", **field}).encode()
+    with pytest.raises(RefusedError, match="reserved"):
+        check_reserved(parse_call(APIS["/v1/completions"], raw))

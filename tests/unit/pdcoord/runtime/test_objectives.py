@@ -1,0 +1,64 @@
+"""Which objectives a call met, and what counts as time per output token."""
+
+import pytest
+
+from pdcoord.core.events import Outcome
+from pdcoord.core.model import Slo
+from pdcoord.core.request import RequestId
+from pdcoord.front.ports import CallRecord
+from pdcoord.runtime.objectives import objectives_met, tpot_s
+
+
+def record(
+    *, slo: Slo, outcome: Outcome = Outcome.OK, ttft_s: float = 0.5, tokens: int | None = 11
+) -> CallRecord:
+    return CallRecord(
+        RequestId("r"),
+        "/v1/completions",
+        100.0,
+        outcome=outcome,
+        first_byte_s=100.0 + ttft_s,
+        ended_s=100.0 + ttft_s + 1.0,
+        is_stream=True,
+        output_tokens=tokens,
+        slo=slo,
+    )
+
+
+@pytest.mark.parametrize(
+    ("slo", "met"),
+    [
+        (Slo(), {}),
+        (Slo(ttft_s=0.5), {"ttft": True, "all": True}),
+        (Slo(ttft_s=0.4), {"ttft": False, "all": False}),
+        (Slo(tpot_s=0.1), {"tpot": True, "all": True}),
+        (Slo(ttft_s=1.0, tpot_s=0.09), {"ttft": True, "tpot": False, "all": False}),
+    ],
+)
+def test_an_objective_is_met_up_to_its_own_value(slo: Slo, met: dict[str, bool]) -> None:
+    assert objectives_met(record(slo=slo)) == met
+
+
+@pytest.mark.parametrize(
+    ("outcome", "met"),
+    [
+        (Outcome.CLIENT_GONE, {}),
+        (Outcome.CLIENT_ERROR, {}),
+        (Outcome.REFUSED, {"ttft": False, "all": False}),
+        (Outcome.UPSTREAM_ERROR, {"ttft": False, "all": False}),
+    ],
+)
+def test_what_was_not_served_met_none_unless_it_is_the_client_s_doing(
+    outcome: Outcome, met: dict[str, bool]
+) -> None:
+    assert objectives_met(record(slo=Slo(ttft_s=9.0), outcome=outcome)) == met
+
+
+def test_time_per_token_is_between_tokens() -> None:
+    assert tpot_s(record(slo=Slo())) == pytest.approx(0.1)
+    assert tpot_s(record(slo=Slo(), tokens=1)) is None
+    assert tpot_s(record(slo=Slo(), tokens=None)) is None
+    whole = record(slo=Slo(tpot_s=0.001))
+    whole.is_stream = False
+    assert tpot_s(whole) is None
+    assert objectives_met(whole) == {"tpot": True, "all": True}
