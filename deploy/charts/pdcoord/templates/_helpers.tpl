@@ -1,0 +1,101 @@
+{{/* Names, labels and what every pod of this chart has in common. */}}
+
+{{- define "pdcoord.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Headless Service of the control stream. */}}
+{{- define "pdcoord.controlName" -}}
+{{ include "pdcoord.fullname" . }}-control
+{{- end -}}
+
+{{- define "pdcoord.secretName" -}}
+{{- default (printf "%s-keys" (include "pdcoord.fullname" .)) .Values.auth.existingSecret -}}
+{{- end -}}
+
+{{- define "pdcoord.serviceAccountName" -}}
+{{- default (include "pdcoord.fullname" .) .Values.serviceAccount.name -}}
+{{- end -}}
+
+{{- define "pdcoord.selectorLabels" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "pdcoord.labels" -}}
+{{ include "pdcoord.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- end -}}
+
+{{/* Reference of an image; takes the root and an image's values, and a tag for where these have none. */}}
+{{- define "pdcoord.image" -}}
+{{- $registry := .root.Values.global.imageRegistry | trimSuffix "/" -}}
+{{- $repository := .image.repository -}}
+{{- $first := first (splitList "/" $repository) -}}
+{{- $isHosted := and (contains "/" $repository) (or (contains "." $first) (contains ":" $first) (eq $first "localhost")) -}}
+{{- if and $registry (not $isHosted) -}}
+{{- $repository = printf "%s/%s" $registry $repository -}}
+{{- end -}}
+{{- $tag := default .root.Chart.AppVersion .image.tag -}}
+{{- if hasPrefix "sha256:" $tag -}}
+{{- printf "%s@%s" $repository $tag -}}
+{{- else -}}
+{{- printf "%s:%s" $repository $tag -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "pdcoord.imagePullSecrets" -}}
+{{- with .Values.global.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Security context of a container; capabilities go as far as RDMA needs. */}}
+{{- define "pdcoord.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+seccompProfile: {type: RuntimeDefault}
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{- define "pdcoord.terminationGrace" -}}
+{{- $sum := add (int .Values.coordinator.drainNoticeSeconds) (int .Values.coordinator.drainSeconds) -}}
+{{- if kindIs "invalid" .Values.coordinator.terminationGracePeriodSeconds -}}
+{{- add $sum 10 -}}
+{{- else -}}
+{{- int .Values.coordinator.terminationGracePeriodSeconds -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Whether requests come in through an Envoy or a Gateway that asks the coordinator. */}}
+{{- define "pdcoord.isExtproc" -}}
+{{- if ne .Values.gateway.mode "embedded" -}}true{{- end -}}
+{{- end -}}
+
+{{/* Spread over zones and nodes, as far as there are any. Takes root and component. */}}
+{{- define "pdcoord.spread" -}}
+topologySpreadConstraints:
+  {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - maxSkew: 1
+    topologyKey: {{ $key }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "pdcoord.selectorLabels" $.root | nindent 8 }}
+        app.kubernetes.io/component: {{ $.component }}
+  {{- end }}
+{{- end -}}
