@@ -1,0 +1,28 @@
+"""The alert rules through promtool: well formed, and each fires when it should."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "deploy" / "monitoring"
+
+
+@pytest.fixture(scope="module")
+def promtool() -> str:
+    own = ROOT / ".venv-tools" / "bin" / "promtool"
+    path = str(own) if own.exists() else shutil.which("promtool")
+    assert path is not None, "promtool is not here: run `make tools`"
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments", [["check", "rules", "rules.yaml"], ["test", "rules", "rules.test.yaml"]]
+)
+def test_promtool_is_content(promtool: str, arguments: list[str]) -> None:
+    done = subprocess.run(
+        [promtool, *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
