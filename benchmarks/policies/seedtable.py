@@ -96,7 +96,8 @@ def _base(row: Row, router: str, seconds: float) -> Job:
 
 def _rates_of_ours(row: Row, own: dict[str, Climb]) -> list[float]:
     peaks = [own[router].best(tokens_per_s).job.rate for router in LLMD]
-    return sorted({_rate(row, own), max(peaks)})
+    # Nor need both be at their best at one rate.
+    return sorted({_rate(row, own), max(peaks) / STEP, max(peaks)})
 
 
 def _is_of(done: Done, row: Row) -> bool:

@@ -142,7 +142,7 @@ class Pairs:
         rows: list[Row[Leg]] = []
         for index, leg in enumerate(pool_legs.legs):
             load = leg.load
-            ready_s, price = leg.queue_s + leg.prefill_s, leg.prefill_price
+            ready_s, price = max(leg.queue_s, leg.room_s) + leg.prefill_s, leg.prefill_price
             turn, owner = load.begun_ordinal, leg.endpoint.id
             figures = ready_s, leg.others_s, load.bytes_in_flight, leg.harm, 0.0
             rows.append((figures, price, turn, index, owner, leg))
@@ -237,7 +237,10 @@ class Pairs:
         moved = decode.uncached_tokens * worker.endpoint.pool.kv_bytes_per_token
         ahead, other = worker.load.bytes_in_flight, decode.load.bytes_in_flight
         moved += ahead if ahead > other else other  # noqa: FURB136  # the call costs more than the rest
-        ready_s = worker.queue_s + worker.prefill_s + (link.latency_s + moved / link.bandwidth_bytes_per_s)
+        # The prompt is computed into its own pool: where that is full, a prefill waits there as well.
+        queue_s, room_s = worker.queue_s, worker.room_s
+        start_s = room_s if room_s > queue_s else queue_s  # noqa: FURB136  # likewise
+        ready_s = start_s + worker.prefill_s + (link.latency_s + moved / link.bandwidth_bytes_per_s)
         # Its KV is there, but it is taken into the batch behind the prompts that wait on the same endpoint.
         room_s, queue_s = decode.room_s, decode.queue_s
         behind_s = room_s if room_s > queue_s else queue_s  # noqa: FURB136  # likewise
@@ -260,10 +263,11 @@ class Pairs:
     def candidate(self, worker: Leg, decode: Leg, link: PathFigures) -> Candidate:
         transfer_bytes = _transfer_bytes(worker, decode)
         transfer_s = link.transfer_s(transfer_bytes, _bytes_ahead(worker, decode))
-        ready_s = worker.queue_s + worker.prefill_s + transfer_s
+        queue_s = max(worker.queue_s, worker.room_s)
+        ready_s = queue_s + worker.prefill_s + transfer_s
         ttft_s = max(ready_s, decode.room_s, decode.queue_s) + decode.step_s
         figures = Figures(
-            queue_s=worker.queue_s,
+            queue_s=queue_s,
             prefill_s=worker.prefill_s,
             transfer_s=transfer_s,
             step_s=decode.step_s,
@@ -322,7 +326,7 @@ def _least_worker(legs: list[Leg]) -> Leg:
         load=IDLE,
         cached_tokens=0,
         uncached_tokens=0,
-        queue_s=min([leg.queue_s + leg.prefill_s for leg in legs]),
+        queue_s=min([max(leg.queue_s, leg.room_s) + leg.prefill_s for leg in legs]),
         prefill_s=0.0,
         stall_s=0.0,
         others_s=min([leg.others_s for leg in legs]),

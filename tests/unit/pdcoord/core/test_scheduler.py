@@ -262,11 +262,14 @@ class Reference:
         moved = other.uncached_tokens * prefill_pool.kv_bytes_per_token
         ahead = max(world.ledger.load(s.endpoint.id).bytes_in_flight for s in (worker, decode))
         transfer_s = 0.002 + (moved + ahead) / bandwidth
-        ready_s, room_s = own.queue_s + own.prefill_s + transfer_s, self.room_s[decode.endpoint.id]
+        # A prefill waits for its own pool's room as well, where there is one.
+        start_s = max(own.queue_s, self.room_s.get(worker.endpoint.id, 0.0))
+        ready_s, room_s = start_s + own.prefill_s + transfer_s, self.room_s[decode.endpoint.id]
         excess = self.excess(max(ready_s, room_s) + other.step_s, other.pace_s) + own.harm
         output_cost = other.cost - other.prefill_s * decode_pool.cost_per_hour / 3600.0
         return replace(
             own,
+            queue_s=start_s,
             transfer_s=transfer_s,
             step_s=other.step_s,
             slo_excess=excess,
