@@ -2,7 +2,8 @@
 
 `python -m benchmarks.control`: CPU time of one request's six events on either side, then over real gRPC on
 loopback the time from a request's beginning at a sidecar to its being in the ledgers of two coordinators, and
-from the start of a coordinator to its ledger being whole again.
+from the start of a coordinator to its ledger being whole again; then both times between real processes, each
+beside what is promised.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 import structlog
 
+from benchmarks import control_processes
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.costs import SpeedFigures
 from pdcoord.core.events import Action, Event, SidecarReported
@@ -80,8 +82,9 @@ def endpoint(role: Role, address: HostPort) -> Endpoint:
 class Replica:
     """A coordinator behind a control server."""
 
-    def __init__(self) -> None:
-        self.coordinator = Coordinator(replica="here/1")
+    def __init__(self, name: str = "here/1") -> None:
+        self.name = name
+        self.coordinator = Coordinator(replica=name)
         for each in (
             endpoint(Role.PREFILL, PREFILL),
             *(endpoint(Role.DECODE, address) for address in SIDECARS),
@@ -92,7 +95,7 @@ class Replica:
             self,
             TargetLists(fleet, self.coordinator.paths),
             at=lambda address: [state.endpoint for state in fleet.at(address)],
-            replica="here/1",
+            replica=name,
             clock=time.monotonic,
             log=structlog.get_logger(),
         )
@@ -131,7 +134,7 @@ def tell_costs(count: int) -> tuple[list[Events], float]:
 def hear_costs(messages: list[Events], count: int) -> tuple[float, float, int]:
     """CPU time of encoding and of taking in one request, and its bytes."""
     began_s = time.process_time()
-    raw = [encode_report(message) for message in messages]
+    raw = [part for message in messages for part in encode_report(message)]
     encode_s = time.process_time() - began_s
     replica = Replica()
     began_s = time.process_time()
@@ -153,8 +156,8 @@ async def until(is_so: Callable[[], bool]) -> float:
 
 async def agree(rounds: int) -> tuple[list[float], float]:
     """Times until two replicas have a request of each sidecar, and until one that starts again has all."""
-    replicas = [Replica(), Replica()]
-    servers = [ControlServer(_settings(0), each.feed, structlog.get_logger()) for each in replicas]
+    replicas = [Replica(), Replica("here/2")]
+    servers = [ControlServer(_settings(0, each), each.feed, structlog.get_logger()) for each in replicas]
     async with servers[0], asyncio.TaskGroup() as group:
         await servers[1].__aenter__()
         destinations = tuple(HostPort(f"127.0.0.1:{server.port}") for server in servers)
@@ -173,16 +176,16 @@ async def agree(rounds: int) -> tuple[list[float], float]:
                 reporter.begin(ORDER, LOAD)
         await until(lambda: replicas[0].coordinator.remote.count == 300)
         await servers[1].__aexit__()
-        again = Replica()
-        async with ControlServer(_settings(servers[1].port), again.feed, structlog.get_logger()):
+        again = Replica("here/3")
+        async with ControlServer(_settings(servers[1].port, again), again.feed, structlog.get_logger()):
             whole_s = await until(lambda: again.coordinator.remote.count == 300)
         for task in tasks:
             task.cancel()
     return times, whole_s
 
 
-def _settings(port: int) -> ControlSettings:
-    return ControlSettings("127.0.0.1", port, "here/1")
+def _settings(port: int, replica: Replica) -> ControlSettings:
+    return ControlSettings("127.0.0.1", port, replica.name)
 
 
 def _reporter(destinations: tuple[HostPort, ...], address: HostPort) -> Reporter:
@@ -200,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.control", description=__doc__)
     parser.add_argument("--requests", type=int, default=5_000)
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--process-rounds", type=int, default=20, help="0: no processes")
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     messages, tell_s = tell_costs(options.requests)
@@ -214,6 +218,8 @@ def main() -> None:
         f"worst of {len(times_ms)} {times_ms[-1]:.1f} ms"
     )
     print(f"a replica that starts again has 300 requests back after {whole_s * 1e3:.0f} ms")
+    if options.process_rounds:
+        control_processes.report(asyncio.run(control_processes.measure(options.process_rounds)))
 
 
 if __name__ == "__main__":

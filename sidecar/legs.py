@@ -26,6 +26,9 @@ DECODE_AT_FAULT = frozenset(
 )
 """Reasons for which no other prefill target is tried: none could help."""
 
+OF_THE_TRANSFER = frozenset({RungReason.TRANSFER_FAILED, RungReason.TRANSFER_TIMEOUT})
+"""Reasons that a decode leg shows and that speak of the path from the prefill endpoint."""
+
 BOTH_AT_ONCE = frozenset({DialectName.SGLANG, DialectName.PDCOORD})
 """Dialects in which the decode leg does not wait for the prefill leg's answer."""
 
@@ -139,7 +142,10 @@ class Legs:
         """The leg has ended: end its attempt, cancelling what still runs, and take the next rung."""
         self.close(leg, reason, now_s)
         actions = [*self._cancel_rest(now_s), *self._count_orphan()]
-        return [*actions, *self._descend(self.legs[leg].target, reason, now_s)]
+        failed = self.legs[leg].target
+        if reason in OF_THE_TRANSFER and self._target is not None:
+            failed = self._target.address
+        return [*actions, *self._descend(failed, reason, now_s)]
 
     def cut(self, leg: int, reason: RungReason, now_s: float) -> list[Action]:
         """As `give_up`, of a leg that has not ended by itself."""

@@ -215,9 +215,10 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         ("why",),
         "Control streams that could not be had or ended: unresolved (the name has no address), unreachable, "
-        "silent, broken, refused (key or certificate), version, full, files.",
-        "refused: both sides need one key or CA. version: run one release. A few unreachable while replicas "
-        "are replaced are nothing.",
+        "silent, broken, refused (key or certificate), version, full, files, replaced (another sidecar of "
+        "the same address came).",
+        "refused: both sides need one key or CA. version: run one release. replaced: two sidecars have one "
+        "--control-address. A few unreachable while replicas are replaced are nothing.",
     ),
     Metric(
         "control_events",

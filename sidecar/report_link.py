@@ -28,6 +28,7 @@ from pdcoord.protocol.control import (
     Targets,
     coordinator_proof,
     is_proof,
+    joined,
     sidecar_proof,
 )
 from pdcoord.protocol.control_codec import decode_notice, encode_report
@@ -52,6 +53,7 @@ _REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED: "refused",
     grpc.StatusCode.FAILED_PRECONDITION: "version",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "full",
+    grpc.StatusCode.ALREADY_EXISTS: "replaced",
     grpc.StatusCode.UNIMPLEMENTED: "version",
 }
 
@@ -60,7 +62,8 @@ class LinkFailedError(Exception):
     """A stream could not be had, or ended.
 
     Attributes:
-        kind: unreachable, silent, broken, refused, version, full or files; a label of metrics.
+        kind: unreachable, silent, broken, refused, version, full, files or replaced (another sidecar of the
+            same address came), a label of metrics; or duplicate (the replica has a stream already).
     """
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -70,7 +73,7 @@ class LinkFailedError(Exception):
     @property
     def is_refusal(self) -> bool:
         """Whether trying again soon is of no use."""
-        return self.kind in {"refused", "version", "full", "files"}
+        return self.kind in {"refused", "version", "full", "files", "replaced", "duplicate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,7 @@ class Link:
     """One stream.
 
     Args:
+        claim: whether this is to be the stream to that replica; asked once it has proved itself.
         on_targets: told of the replica and of each of its notices; the first says that the stream is up.
 
     Attributes:
@@ -164,6 +168,7 @@ class Link:
         source: Source,
         *,
         identity: Identity,
+        claim: Callable[[str], bool],
         on_targets: Callable[[str, Targets], None],
     ) -> None:
         self.replica = ""
@@ -172,7 +177,9 @@ class Link:
         self._credentials = credentials
         self._source = source
         self._identity = identity
+        self._claim = claim
         self._on_targets = on_targets
+        self._parts: list[Targets] = []
 
     async def run(self) -> None:
         """Tell and listen until the stream ends.
@@ -234,6 +241,8 @@ class Link:
         expected = coordinator_proof(key, hello, answer.nonce, answer.replica)
         if key and not is_proof(answer.proof, expected):
             raise LinkFailedError("refused", "it does not know the key of --control-key-file")
+        if not self._claim(answer.replica):
+            raise LinkFailedError("duplicate", f"there is a stream to {answer.replica} by another address")
         await self._write(call, SidecarProof(sidecar_proof(key, hello, answer)))
         self.replica = answer.replica
         # Not before it has taken us: a write to a stream that is being refused would hide why.
@@ -285,14 +294,22 @@ class Link:
     def _take(self, message: CoordinatorMessage) -> None:
         if not isinstance(message, Targets):
             raise LinkFailedError("broken", "a second hello")
-        self.was_up = True
-        self._on_targets(self.replica, message)
+        self._parts.append(message)
+        try:
+            told = joined(self._parts)
+        except ControlError as error:
+            raise LinkFailedError("broken", str(error)) from error
+        if told is not None:
+            self._parts.clear()
+            self.was_up = True
+            self._on_targets(self.replica, told)
 
     async def _write(self, call: "grpc.aio.StreamStreamCall[bytes, bytes]", message: SidecarMessage) -> None:
         """Send one message; a replica that does not read holds up nothing but this stream."""
         try:
-            async with asyncio.timeout(WRITE_S):
-                await call.write(encode_report(message))
+            for part in encode_report(message):
+                async with asyncio.timeout(WRITE_S):
+                    await call.write(part)
         except TimeoutError as error:
             raise LinkFailedError("silent", f"it took nothing in for {WRITE_S:g} s") from error
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:

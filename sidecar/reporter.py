@@ -59,6 +59,7 @@ class Reporter:
 
     Attributes:
         targets: what coordinators tell of paths.
+        doubles: further addresses of replicas that have a stream, as with a Service of two address families.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Reporter:
         paths: Callable[[], PathsReport] | None = None,
     ) -> None:
         self.targets = TargetBook()
+        self.doubles: set[HostPort] = set()
         self._settings = settings
         self._metrics = metrics
         self._rng = rng
@@ -82,6 +84,7 @@ class Reporter:
         self._own_port = 0
         self._links: dict[HostPort, asyncio.Task[None]] = {}
         self._up: set[HostPort] = set()
+        self._streams: dict[str, HostPort] = {}
         self._source = Source(self._journal, self._wakers, paths, metrics, now_s)
 
     def begin(self, order: Order, load: PlannedLoad | None) -> RequestReport:
@@ -139,7 +142,7 @@ class Reporter:
                     self._links[address] = group.create_task(self._keep(Place(address, host)))
             if found is not None:
                 self._give_up_gone(found, missing)
-            is_steady = bool(found) and self._up.issuperset(found or ())
+            is_steady = bool(found) and (self._up | self.doubles).issuperset(found or ())
             pause_s = RESOLVE_S_MAX if is_steady else RESOLVE_S_MIN
             await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
 
@@ -148,6 +151,7 @@ class Reporter:
             missing[address] += 1
             if missing[address] >= GONE_LOOKS and address not in self._up:
                 del missing[address]
+                self.doubles.discard(address)
                 task = self._links.pop(address, None)
                 if task is not None:
                     task.cancel()
@@ -174,6 +178,10 @@ class Reporter:
             failure = await self._run(place, link)
             if link.was_up:
                 pause_s, told = RETRY_S_MIN, ""
+            if failure.kind == "replaced":
+                pause_s = (
+                    REFUSED_S_MAX  # Else two sidecars of one address would push each other out for ever.
+                )
             if failure.kind != told:
                 told = failure.kind
                 _log.warning("control.failed", coordinator=place.address, why=told, detail=str(failure))
@@ -192,18 +200,29 @@ class Reporter:
             if told.changed or told.removed or told.is_whole:
                 self.targets.take(replica, told)
 
+        def claim(replica: str) -> bool:
+            return self._streams.setdefault(replica, place.address) == place.address
+
         identity = Identity(settings.name, address, self._epoch)
-        return Link(place, settings.credentials, self._source, identity=identity, on_targets=take)
+        return Link(
+            place, settings.credentials, self._source, identity=identity, claim=claim, on_targets=take
+        )
 
     async def _run(self, place: Place, link: Link) -> LinkFailedError:
         """Run one stream to its end; why it ended."""
         try:
             await link.run()
         except LinkFailedError as error:
-            self._metrics.count("control_failures", error.kind)
+            if error.kind == "duplicate":
+                self.doubles.add(place.address)
+            else:
+                self.doubles.discard(place.address)
+                self._metrics.count("control_failures", error.kind)
             return error
         finally:
             self._up.discard(place.address)
+            for replica in [name for name, address in self._streams.items() if address == place.address]:
+                del self._streams[replica]
             if link.replica:
                 self.targets.lose(link.replica, self._now_s())
         raise AssertionError("a stream ends with why it did")

@@ -3,6 +3,7 @@
 import heapq
 import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Fleet, Health
 from pdcoord.core.ledger import IDLE, Load
@@ -22,21 +23,33 @@ def alternatives(
 ) -> list[Endpoint]:
     """Endpoints that could stand in for a plan's decode endpoint, least busy first.
 
-    Only of its own pool: there layouts are equal, so that the plan's prefill endpoints suit them too.
+    Only of its own pool: there layouts are equal, so that the plan's prefill endpoints suit them too. None of
+    those themselves: a call would be prefilled on its own decode endpoint and moved to where it is.
     """
     chosen = plan.decode
+    named = plan.endpoint_ids()
     for group in fleet.groups(chosen.pool.model):
         if group.pool is chosen.pool or group.pool == chosen.pool:
             ready = group.by_health[Health.READY].values()
             fit = [
                 (loads.get(state.endpoint.id, IDLE).request_count, index, state.endpoint)
                 for index, state in enumerate(itertools.islice(ready, LOOKED_AT_MAX))
-                if state.endpoint.id != chosen.id and is_allowed(allowed, state.endpoint.address)
+                if state.endpoint.id not in named and is_allowed(allowed, state.endpoint.address)
             ]
             in_flight_max = chosen.pool.limits.in_flight_max
             roomy = [each for each in fit if each[0] < in_flight_max]
             return [endpoint for _, _, endpoint in heapq.nsmallest(count_max, roomy)]
     return []
+
+
+def moved(plan: Plan, decode: Endpoint) -> Plan:
+    """A plan as another decode endpoint than its own carries it out: colocated if that is its prefill."""
+    chosen = replace(plan.chosen, decode=decode)
+    rungs = tuple(rung for rung in plan.rungs if rung.prefill is None or rung.prefill.id != decode.id)
+    if plan.prefill is not None and plan.prefill.id == decode.id:
+        figures = replace(chosen.figures, transfer_s=0.0, transfer_bytes=0)
+        chosen, rungs = replace(chosen, prefill=None, verdict=None, figures=figures), ()
+    return replace(plan, chosen=chosen, rungs=rungs, attempt=plan.attempt + 1)
 
 
 def least_busy(

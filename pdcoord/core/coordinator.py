@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from pdcoord.core import refusals
 from pdcoord.core.admission import Admission, Later
+from pdcoord.core.alternatives import moved
 from pdcoord.core.disagg import dialect
 from pdcoord.core.events import (
     Action,
@@ -93,7 +94,7 @@ class Coordinator:
         accounts = Accounts(self.fleet, self.ledger, self.paths, self._silent, self.lessons, self._speed)
         self.remote = RemoteLoad(accounts, self.model)
         self._models: dict[str, Model] = {}
-        self._budgets: dict[str, FallbackBudget] = {}
+        self.budgets: dict[str, FallbackBudget] = {}
         self._live: dict[RequestId, _Live] = {}
         self.admission = Admission(self.fleet, self.ledger, self._speed)
         self._scheduler = Scheduler(self.fleet, self.ledger, self.prefixes, self.paths, self._speed)
@@ -151,7 +152,7 @@ class Coordinator:
 
     def fallback_share(self, model: str) -> float:
         """Share of the model's recent requests that fell back to a local prefill, 0..1."""
-        budget = self._budgets.get(model)
+        budget = self.budgets.get(model)
         return budget.share if budget is not None else 0.0
 
     def paths_view(self, now_s: float) -> list[PathView]:
@@ -192,15 +193,15 @@ class Coordinator:
         self.admission.validate()
         assert not any(request_id in self.admission for request_id in self._live), "both live and waiting"
         assert self.ledger.open_count == len(self._live), "the ledger and the live requests disagree"
-        assert set(self._budgets) == {m.name for m in self.models()}, "a model without a budget"
+        assert set(self.budgets) == {m.name for m in self.models()}, "a model without a budget"
 
     def _replace_models(self, models: tuple[Model, ...]) -> None:
         self._models = {name: m for m in models for name in (m.name, *m.aliases)}
-        kept = self._budgets
-        self._budgets = {}
+        kept = self.budgets
+        self.budgets = {}
         for model in models:
             budget, window = kept.get(model.name), model.fallback.window
-            self._budgets[model.name] = (
+            self.budgets[model.name] = (
                 budget if budget is not None and budget.window == window else FallbackBudget(window)
             )
         self.paths.forget_verdicts()
@@ -329,14 +330,14 @@ class Coordinator:
             return refusals.why_nobody(request, model, choice.drops)
         decode = self.fleet.get(choice.best.decode.id)
         assert decode is not None, "the scheduler chose an endpoint that is not in the fleet"
-        budget = self._budgets[model.name]
+        budget = self.budgets[model.name]
         if choice.is_outage and not budget.allows(model.fallback, decode):
             # Counted, since the share is of what was asked for: were only what is served counted, a
             # share once reached would let nothing pass any more.
             budget.note(is_fallback=False)
-            is_on_ladder = RungKind.COLOCATED in model.fallback.rungs
-            if not is_on_ladder:
+            if RungKind.COLOCATED not in model.fallback.rungs:
                 return refusals.why_nobody(request, model, choice.drops)
+            budget.refused_count += 1
             return refusals.saturated()
         is_split = choice.best.mode is Mode.SPLIT
         return Plan(
@@ -410,7 +411,7 @@ class Coordinator:
                 self._record_prefix(used, live.request, model, now_s)
 
     def _note_budget(self, live: _Live, *, is_fallback: bool) -> None:
-        budget = self._budgets.get(live.request.model)
+        budget = self.budgets.get(live.request.model)
         if budget is not None:
             budget.note(is_fallback=is_fallback)
 
@@ -471,8 +472,7 @@ class Coordinator:
         assert not live.has_begun, f"request {request_id} was moved after its response began"
         self._learn_path(live, None, now_s)
         self._close(live, now_s)
-        moved = replace(plan, chosen=replace(plan.chosen, decode=decode), attempt=plan.attempt + 1)
-        self._live[request_id] = replace(live, plan=moved)
+        self._live[request_id] = replace(live, plan=moved(plan, decode))
         self._dispatch(self._live[request_id], model, now_s)
 
     def _end(self, request_id: RequestId, now_s: float) -> None:

@@ -157,6 +157,8 @@ class EndpointState:
     Attributes:
         ordinal: small number that is this endpoint's for its life; indexes bit masks.
         unreachable_count: failures in a row since the last good sample.
+        sampled_s: when that sample was taken, kept where the sample itself is too old to go by; None if
+            this process never gave one.
     """
 
     endpoint: Endpoint
@@ -164,6 +166,7 @@ class EndpointState:
     health: Health = Health.UNKNOWN
     sample: Sample | None = None
     unreachable_count: int = 0
+    sampled_s: float | None = None
 
     @property
     def is_eligible(self) -> bool:
@@ -267,7 +270,10 @@ class Fleet:
                 state = self._states.get(endpoint_id)
                 if state is not None:
                     health = Health.DRAINING if state.health is Health.DRAINING else Health.READY
-                    self._put(replace(state, health=health, sample=sample, unreachable_count=0))
+                    sampled_s = sample.at_s
+                    self._put(
+                        replace(state, health=health, sample=sample, unreachable_count=0, sampled_s=sampled_s)
+                    )
             case SampleFailed(endpoint_id):
                 self._count_failure(endpoint_id)
 

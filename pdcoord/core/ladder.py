@@ -13,9 +13,14 @@ that is shorter is taken at its word."""
 
 
 class FallbackBudget:
-    """Share of a model's recent requests that fell back to a local prefill."""
+    """Share of a model's recent requests that fell back to a local prefill.
+
+    Attributes:
+        refused_count: requests that found no prefill and were not let fall back, since the start.
+    """
 
     def __init__(self, window: int) -> None:
+        self.refused_count = 0
         self._recent: deque[bool] = deque(maxlen=window)
         self._fallback_count = 0
         self._count_min = min(window, BUDGET_SAMPLE_MIN)

@@ -27,10 +27,10 @@ SWEEP_S = 10.0
 """Time between two looks for probes that say nothing any more."""
 
 # Overload is not a failure of the path (an open breaker under load turns a slow fleet into a dead
-# one), and neither is anything the decode side did after the KV arrived.
+# one), and neither is anything the decode side did after the KV arrived. A target that a sidecar may not
+# dial says nothing of the path: a new pod can be planned with before the sidecar is told of it.
 _FAILURES: dict[RungReason, int] = {
     RungReason.PREFILL_UNREACHABLE: FAILURES_MAX,
-    RungReason.TARGET_NOT_ALLOWED: FAILURES_MAX,
     RungReason.PREFILL_TIMEOUT: 1,
     RungReason.PREFILL_ERROR: 1,
     RungReason.PREFILL_NO_TICKET: 1,

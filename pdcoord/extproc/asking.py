@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from enum import Enum
 
+from pdcoord.extproc.paths import path_of
 from pdcoord.extproc.vocabulary import (
     CHUNK_BYTES_MAX,
     Action,
@@ -101,7 +102,7 @@ class RequestHalf:
         mode = self._mode = modes.request_body
         self.side = Side.NOTHING if head.is_end else Side.BODY
         method, path = header(head.headers, b":method"), header(head.headers, b":path") or b""
-        is_api = method == b"POST" and path.partition(b"?")[0].decode("latin-1") in APIS
+        is_api = method == b"POST" and path_of(path) in APIS
         if head.is_end or mode is BodyMode.NONE or not is_api:
             if mode is BodyMode.NONE and not head.is_end:
                 self.side = Side.TRAILERS

@@ -1,6 +1,5 @@
 """One call between its stream and the core: planned, accounted for, and told of exactly once when it ends."""
 
-import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -8,17 +7,15 @@ from dataclasses import dataclass, replace
 from pdcoord.core.events import (
     DecodeFailed,
     DecodeMoved,
-    Dispatch,
     Outcome,
-    Refuse,
     RequestArrived,
-    RequestEnded,
     ResponseBegan,
-    Wait,
 )
 from pdcoord.core.model import Model, PrefixMode
+from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId, is_allowed
 from pdcoord.extproc.asking import header
+from pdcoord.extproc.paths import path_of, why_not
 from pdcoord.extproc.vocabulary import (
     Began,
     Ended,
@@ -30,6 +27,7 @@ from pdcoord.extproc.vocabulary import (
     Route,
     Routed,
 )
+from pdcoord.front.account import Account
 from pdcoord.front.answers import outcome_of, too_many_calls
 from pdcoord.front.asked import Asked, asked_of
 from pdcoord.front.intake import build_request, check_reserved, client_request_id, model_unknown
@@ -64,6 +62,25 @@ class _Asking:
     body: bytes | None
 
 
+@dataclass(frozen=True, slots=True)
+class PickRules:
+    """What a picker does beside planning.
+
+    Attributes:
+        fallbacks_max: endpoints named behind the primary.
+        is_conformance: do what the Gateway API's conformance tests ask of a picker in headers, and let any
+            path pass.
+        passed: paths that any endpoint may be sent, beside those of `paths.PAGES`.
+    """
+
+    fallbacks_max: int = 2
+    is_conformance: bool = False
+    passed: frozenset[str] = frozenset()
+
+
+_USUAL = PickRules()
+
+
 class Picker:
     """Where calls go; one for the whole process.
 
@@ -71,8 +88,6 @@ class Picker:
         clock: monotonic seconds.
         new_id: makes a request id for calls that bring none, unique for all practical purposes.
         tokens: asked where a model's prefixes are precise; without it they are approximate.
-        fallbacks_max: endpoints named behind the primary.
-        is_conformance: do what the Gateway API's conformance tests ask of a picker in headers.
 
     Attributes:
         tracing: makes spans of calls; None where nothing is traced. Set once, before serving.
@@ -87,8 +102,7 @@ class Picker:
         clock: Callable[[], float],
         new_id: Callable[[], str],
         tokens: Tokens | None = None,
-        fallbacks_max: int = 2,
-        is_conformance: bool = False,
+        rules: PickRules = _USUAL,
     ) -> None:
         self.coordination = coordination
         self.observer = observer
@@ -96,8 +110,7 @@ class Picker:
         self.clock = clock
         self.new_id = new_id
         self.tokens = tokens
-        self.fallbacks_max = fallbacks_max
-        self.is_conformance = is_conformance
+        self.rules = rules
         self.tracing: Tracing | None = None
         self.live: set[str] = set()
 
@@ -108,7 +121,7 @@ class Picker:
         # The core keeps an account per id, so two live calls under one id need two accounts.
         own_id = shown_id if shown_id not in self.live else f"{shown_id[:_OWN_ID_CUT]}-{self.new_id()}"
         self.live.add(own_id)
-        path = (header(head.headers, b":path") or b"").partition(b"?")[0].decode("latin-1")
+        path = path_of(header(head.headers, b":path") or b"")
         record = CallRecord(id=RequestId(own_id), path=path[:_PATH_SHOWN_MAX], began_s=self.clock())
         trace = begin_call(self.tracing, self.clock, head.headers, record)
         self.observer.call_began()
@@ -120,10 +133,9 @@ class PickedCall:
 
     Attributes:
         record: what is known of the call so far; its id is the core's.
-        is_live: the core keeps an account of this call and must hear of its end.
     """
 
-    __slots__ = ("_asking", "_decided", "_picker", "_refusal", "_shown_id", "_trace", "is_live", "record")
+    __slots__ = ("_account", "_asking", "_picker", "_shown_id", "_trace", "record")
 
     def __init__(
         self, picker: Picker, record: CallRecord, shown_id: bytes, trace: CallTrace | None = None
@@ -132,10 +144,8 @@ class PickedCall:
         self._trace = trace
         self._shown_id = shown_id
         self._asking: _Asking | None = None
-        self._refusal: Refusal | None = None
-        self._decided: asyncio.Event | None = None
+        self._account = Account(picker.coordination, record)
         self.record = record
-        self.is_live = False
 
     def ask(self, head: RequestHead, body: bytes | None) -> Routed | Refused | None:
         """Have the call planned; None if that takes a while, and then `ask_on`."""
@@ -153,37 +163,38 @@ class PickedCall:
         asking = self._asking
         assert asking is not None, "nothing was asked"
         try:
-            if self._decided is None:
+            plan = None
+            if not self._account.is_asked:
                 tokens = self._picker.tokens
                 ids = await tokens.tokens(asking.call, asking.model) if tokens is not None else None
-                self._arrive(asking, ids)
-            if self._decided is not None:
+                plan = self._arrive(asking, ids)
+            if plan is None:
                 with nullcontext() if self._trace is None else self._trace.waiting():
-                    await self._decided.wait()
-            return Routed(self._route(asking))
+                    plan = await self._account.planned()
+            return Routed(self._route(asking, plan))
         except RefusedError as error:
             return Refused(error.refusal)
 
     def tell(self, action: Moved | Began | Failed | Ended) -> None:
         """Pass on what became of the call to the core."""
-        record, coordination = self.record, self._picker.coordination
+        record, coordination, account = self.record, self._picker.coordination, self._account
         match action:
             case Moved(address):
-                if self.is_live:
+                if account.is_live:
                     coordination.handle(DecodeMoved(record.id, HostPort(address)))
             case Began(status, served):
                 record.status, record.served = status, served
                 record.first_byte_s = self._picker.clock()
-                if self.is_live:
+                if account.is_live:
                     coordination.handle(ResponseBegan(record.id, served))
             case Failed(status, reason, served):
                 record.status, record.served, record.outcome = status, served, Outcome.UPSTREAM_ERROR
-                if self.is_live:
-                    self.is_live = False
+                if account.is_live:
+                    account.is_live = False
                     coordination.handle(DecodeFailed(record.id, reason, served, is_final=True))
             case Ended(outcome, output_tokens):
                 record.outcome, record.output_tokens = outcome, output_tokens
-                self._end(output_tokens)
+                account.end(outcome, output_tokens)
 
     def refused(self, refusal: Refusal) -> None:
         """The client is answered so."""
@@ -203,18 +214,12 @@ class PickedCall:
 
     def close(self) -> None:
         """The stream is over: the core hears of the end, if it has not yet, and so does who counts."""
-        self._end(None)
+        self._account.end(self.record.outcome, None)
         self._picker.live.discard(self.record.id)
         self.record.ended_s = self._picker.clock()
         self._picker.observer.call_ended(self.record)
         if self._trace is not None:
             self._trace.end()
-
-    def _end(self, output_tokens: int | None) -> None:
-        if self.is_live:
-            self.is_live = False
-            end = RequestEnded(self.record.id, self.record.outcome, output_tokens)
-            self._picker.coordination.handle(end)
 
     def _ask(self, head: RequestHead, body: bytes | None) -> Route | None:
         picker, record = self._picker, self.record
@@ -222,9 +227,10 @@ class PickedCall:
             raise RefusedError(too_many_calls())
         if head.subset is not None and not head.subset:
             raise RefusedError(_no_endpoints("The gateway's subset names no endpoint"))
-        if picker.is_conformance and header(head.headers, _TEST_SELECTION) is not None:
+        if picker.rules.is_conformance and header(head.headers, _TEST_SELECTION) is not None:
             return self._selected(head)
         if body is None:
+            self._check_passable(head)
             endpoint = picker.coordination.any_endpoint(head.subset)
             if endpoint is None:
                 raise RefusedError(_no_endpoints("No endpoint is ready"))
@@ -242,47 +248,36 @@ class PickedCall:
         is_precise = call.api.is_generative and model.prefix_mode is PrefixMode.PRECISE
         if is_precise and picker.tokens is not None:
             return None
-        self._arrive(asking, None)
-        return None if self._decided is not None else self._route(asking)
+        plan = self._arrive(asking, None)
+        return None if plan is None else self._route(asking, plan)
 
-    def _arrive(self, asking: _Asking, token_ids: Sequence[int] | None) -> None:
-        """Ask the core; `_decided` is there afterwards if the call must wait."""
+    def _check_passable(self, head: RequestHead) -> None:
+        rules = self._picker.rules
+        path = path_of(header(head.headers, b":path") or b"")
+        refusal = why_not(header(head.headers, b":method"), path, rules.passed)
+        if refusal is not None and not rules.is_conformance:
+            raise RefusedError(refusal)
+
+    def _arrive(self, asking: _Asking, token_ids: Sequence[int] | None) -> Plan | None:
+        """Ask the core; None if the call must wait."""
         request = build_request(self.record.id, asking.call, asking.model, token_ids, asking.asked)
         self.record.note_request(asking.call, request, asking.model)
         if asking.head.subset is not None:
             request = replace(request, allowed=asking.head.subset)
-        (action,) = self._picker.coordination.handle(RequestArrived(request))
-        if isinstance(action, Wait):
-            self.is_live = True
-            self._decided = asyncio.Event()
-            self._picker.coordination.expect(self.record.id, self._take)
-        elif isinstance(action, Dispatch | Refuse):
-            self._take(action)
+        return self._account.ask(RequestArrived(request))
 
-    def _take(self, action: Dispatch | Refuse) -> None:
-        """Note what the core decided, at that moment: the call may be cancelled before it runs again."""
-        match action:
-            case Dispatch(plan):
-                self.is_live = True
-                self.record.plan = plan
-            case Refuse(_, refusal):
-                self.is_live = False
-                self._refusal = refusal
-        if self._decided is not None:
-            self._decided.set()
-
-    def _route(self, asking: _Asking) -> Route:
-        if self._refusal is not None:
-            raise RefusedError(self._refusal)
-        plan = self.record.plan
-        assert plan is not None, "neither dispatched nor refused"
+    def _route(self, asking: _Asking, plan: Plan) -> Route:
         picker, head, body = self._picker, asking.head, asking.body
-        others = picker.coordination.alternatives(plan, head.subset, picker.fallbacks_max)
+        others = picker.coordination.alternatives(plan, head.subset, picker.rules.fallbacks_max)
         headers = plan_headers(plan, self.record.id.encode())
         if self._trace is not None:
             headers += self._trace.headers()
         if body is not None:
             headers.append((b"content-length", b"%d" % len(body)))
+        path, mark, query = (header(head.headers, b":path") or b"").partition(b"?")
+        if path != self.record.path.encode("latin-1"):
+            # What is accounted for is what the engine is asked, whatever it takes for the same path.
+            headers.append((b":path", self.record.path.encode("latin-1") + mark + query))
         return Route(
             destination=",".join([plan.decode.address, *(other.address for other in others)]),
             headers=headers,

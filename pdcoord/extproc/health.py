@@ -6,6 +6,7 @@ the Gateway API's conformance manifests ask for.
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import grpc
@@ -19,6 +20,8 @@ LIVENESS = "liveness"
 READINESS = frozenset({"", "readiness", "envoy.service.ext_proc.v3.ExternalProcessor", "inference-extension"})
 WATCH_INTERVAL_S = 0.2
 WATCHES_MAX = 256
+WRITE_S_MAX = 5.0
+"""How long a watcher may leave a message unread before its watch ends."""
 
 
 class Health:
@@ -52,17 +55,22 @@ class Health:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watches; use Check")
         self._watch_count += 1
         try:
-            last: object = None
-            while True:
-                status = self._status(request.service)
-                # The protocol: an unknown service is told in a message, as it may become known.
-                told = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN if status is None else status
-                if told != last:
-                    await context.write(health_pb2.HealthCheckResponse(status=told))
-                    last = told
-                await asyncio.sleep(WATCH_INTERVAL_S)
+            with suppress(TimeoutError):
+                await self._tell_changes(request.service, context)
         finally:
             self._watch_count -= 1
+
+    async def _tell_changes(self, service: str, context: aio.ServicerContext[Any, Any]) -> None:
+        last: object = None
+        while True:
+            status = self._status(service)
+            # The protocol: an unknown service is told in a message, as it may become known.
+            told = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN if status is None else status
+            if told != last:
+                async with asyncio.timeout(WRITE_S_MAX):
+                    await context.write(health_pb2.HealthCheckResponse(status=told))
+                last = told
+            await asyncio.sleep(WATCH_INTERVAL_S)
 
     def _status(self, service: str) -> Any:
         if service == LIVENESS:

@@ -1,5 +1,6 @@
 """A gRPC server on one address: bounds, TLS with certificates that may change, and a drain."""
 
+import asyncio
 import errno
 import ipaddress
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ _OWN_VALID_DAYS = 3_650
 _MESSAGE_SLACK_BYTES = 1 << 20
 """What a message holds beside a body: headers, which Envoy bounds at 60 KiB, metadata, attributes."""
 _PING_INTERVAL_MS_MIN = 5_000
+_END_S_MAX = 1.0
 
 
 class CertificateError(OSError):
@@ -131,6 +133,7 @@ class GrpcListener:
         body_bytes_max: longest body in one message.
         streams_max: calls at a time; gRPC refuses what is beyond with RESOURCE_EXHAUSTED.
         drain_s: how long calls may take to end before they are cancelled.
+        end_all: asked to end them just before that, so that none need be cancelled.
 
     Attributes:
         address: where it listens, with the port in place of 0 once it is entered.
@@ -145,12 +148,14 @@ class GrpcListener:
         body_bytes_max: int,
         streams_max: int,
         drain_s: float,
+        end_all: Callable[[], None] | None = None,
     ) -> None:
         self._handlers = tuple(handlers)
         self._credentials = credentials
         self._body_bytes_max = body_bytes_max
         self._streams_max = streams_max
         self._drain_s = drain_s
+        self._end_all = end_all
         self._server: aio.Server | None = None
         self.address = address
 
@@ -190,6 +195,15 @@ class GrpcListener:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take no more calls, let those under way end, cancel the rest."""
-        if self._server is not None:
-            await self._server.stop(self._drain_s if kind is None else 0.0)
+        """Take no more calls, let those under way end, end the rest."""
+        if self._server is None:
+            return
+        drain_s = self._drain_s if kind is None else 0.0
+        if self._end_all is None:
+            await self._server.stop(drain_s)
+            return
+        ending = asyncio.get_running_loop().call_later(drain_s, self._end_all)
+        try:
+            await self._server.stop(drain_s + _END_S_MAX)
+        finally:
+            ending.cancel()

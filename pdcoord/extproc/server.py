@@ -1,6 +1,7 @@
 """The gRPC server that Envoy asks: one task per call, from its first message to the end of its response."""
 
 import asyncio
+from contextlib import suppress
 from typing import Any, Protocol, cast
 
 import grpc
@@ -29,9 +30,11 @@ from pdcoord.extproc.vocabulary import (
     TimedOut,
 )
 from pdcoord.front.answers import internal_error
-from pdcoord.protocol.errors import RefuseReason
+from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
 
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
+LAST_WORDS_S_MAX = 5.0
+"""How long the end of a stream may take to be sent, once what bounded the stream is over."""
 
 
 class Meter(Protocol):
@@ -58,6 +61,12 @@ class Processor:
     def __init__(self, picker: Picker, meter: Meter) -> None:
         self.picker = picker
         self.meter = meter
+        self._open: set[_Exchange] = set()
+
+    def end_all(self) -> None:
+        """End every stream that is open: calls with a route go on without us, the others are refused."""
+        for exchange in self._open:
+            exchange.cut()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """For `grpc.aio.Server.add_generic_rpc_handlers`; messages come and go as bytes."""
@@ -68,6 +77,7 @@ class Processor:
         """Serve one stream."""
         self.meter.stream_began()
         exchange = _Exchange(self, context)
+        self._open.add(exchange)
         try:
             await exchange.run()
         except asyncio.CancelledError:
@@ -75,6 +85,7 @@ class Processor:
             if not context.cancelled():
                 raise
         finally:
+            self._open.discard(exchange)
             exchange.close()
             self.meter.stream_ended(exchange.request_bytes, exchange.response_bytes)
 
@@ -87,6 +98,7 @@ class _Exchange:
         "_call",
         "_context",
         "_is_answered",
+        "_is_cut",
         "_processor",
         "_stream",
         "request_bytes",
@@ -101,6 +113,7 @@ class _Exchange:
         self._call: PickedCall | None = None
         self._bound: asyncio.Timeout | None = None
         self._is_answered = False
+        self._is_cut = False
         self.request_bytes = 0
         self.response_bytes = 0
 
@@ -114,15 +127,32 @@ class _Exchange:
                     await self._serve()
             except TimeoutError:
                 code = grpc.StatusCode.DEADLINE_EXCEEDED
-                async with asyncio.timeout(limits.body_timeout_s):
-                    await self._handle(TimedOut())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_WORDS_S_MAX):
+                        await self._end_early()
         except (UnknownMessageError, _ViolatedError) as error:
             self._processor.meter.violated()
-            await self._context.abort(code, str(error))
-        except aio.AbortError:
-            raise
+            await self._abort(code, str(error))
+        except (aio.UsageError, aio.InternalError) as error:
+            await self._crash(error)
+        except aio.BaseError:
+            raise  # Our own abort, or the server has stopped: gRPC ends the stream.
         except Exception as error:  # noqa: BLE001  # A defect must not reach the client as a stack trace.
             await self._crash(error)
+
+    def cut(self) -> None:
+        """Have the stream end at once."""
+        self._is_cut = True
+        self._rebound(0.0)
+
+    async def _end_early(self) -> None:
+        stream = self._stream
+        if not self._is_cut:
+            await self._handle(TimedOut())
+        elif not stream.is_routed and not self._is_answered:
+            message = "The picker is stopping and could not wait for this call's turn; send it again."
+            refusal = Refusal(RefuseReason.DRAINING, message, retry_after_s=RETRY_AFTER_S)
+            await self._do(Immediate(refusal))
 
     def close(self) -> None:
         """Settle the accounts, whatever ended the stream; nothing can be sent any more."""
@@ -155,20 +185,24 @@ class _Exchange:
     async def _ask_on(self, call: PickedCall) -> object:
         """Wait for a plan and for the next message at a time: Envoy may leave, or answer by itself."""
         stream = self._stream
-        async with asyncio.TaskGroup() as group:
-            deciding = group.create_task(call.ask_on())
-            reading = group.create_task(self._read())
-            while stream.is_asking:
-                await asyncio.wait((deciding, reading), return_when=asyncio.FIRST_COMPLETED)
-                if deciding.done():
-                    await self._handle(deciding.result())
-                else:
-                    await self._handle(_event(reading.result()))
-                    if not stream.is_over:
-                        reading = group.create_task(self._read())
-            deciding.cancel()
-            if stream.is_over:
-                reading.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                deciding = group.create_task(call.ask_on())
+                reading = group.create_task(self._read())
+                while stream.is_asking:
+                    await asyncio.wait((deciding, reading), return_when=asyncio.FIRST_COMPLETED)
+                    if deciding.done():
+                        await self._handle(deciding.result())
+                    else:
+                        await self._handle(_event(reading.result()))
+                        if not stream.is_over:
+                            reading = group.create_task(self._read())
+                deciding.cancel()
+                if stream.is_over:
+                    reading.cancel()
+        except ExceptionGroup as errors:
+            # Whether it was Envoy's fault or ours is told apart by what was raised, not by where.
+            raise errors.exceptions[0] from None
         return None if stream.is_over else reading.result()
 
     async def _handle(self, event: Event) -> PickedCall | None:
@@ -228,11 +262,16 @@ class _Exchange:
         picker.observer.crashed(error, call.record.id if call is not None else "")
         if call is not None and not self._stream.is_routed and not self._is_answered:
             call.refused(internal_error())
-            await self._context.write(encode(Immediate(internal_error())))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS_S_MAX):
+                    await self._context.write(encode(Immediate(internal_error())))
             return
-        await self._context.abort(
-            grpc.StatusCode.INTERNAL, "pdcoord failed on this stream; its log has the cause"
-        )
+        await self._abort(grpc.StatusCode.INTERNAL, "pdcoord failed on this stream; its log has the cause")
+
+    async def _abort(self, code: grpc.StatusCode, why: str) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S_MAX):
+                await self._context.abort(code, why)
 
 
 class _ViolatedError(Exception):

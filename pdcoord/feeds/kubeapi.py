@@ -21,6 +21,7 @@ from kubernetes.aio import config as kube_config
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.config import ConfigException
+from kubernetes.aio.config.kube_config import KubeConfigMerger
 
 from pdcoord.feeds.kubewatch import KubeObject, WatchTrouble, trouble_of_status
 
@@ -32,7 +33,8 @@ _READ_BYTES = 1 << 16
 _UNUSABLE = (ConfigException, OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError)
 """What the client raises for a configuration that it cannot use."""
 _config: Any = kube_config
-"""Has no types."""
+_merger: Any = KubeConfigMerger
+"""Have no types."""
 
 
 class KubeError(Exception):
@@ -102,17 +104,37 @@ def require_way_in(environ: Mapping[str, str] = os.environ) -> None:
     """Tell before a process starts whether it could reach an API server.
 
     Raises:
-        KubeConfigError: if neither a file nor a service account says how.
+        KubeConfigError: if neither a file nor a service account says how, or the file cannot be used.
     """
     kubeconfig = environ.get("KUBECONFIG")
     if kubeconfig:
         for path in kubeconfig.split(os.pathsep):
             if path and not Path(path).is_file():
                 raise KubeConfigError(f"KUBECONFIG names {path}, which is no file")
+        _check_kubeconfig(kubeconfig)
     elif not environ.get("KUBERNETES_SERVICE_HOST"):
         raise KubeConfigError(
             "no API server is known: KUBECONFIG is not set, nor KUBERNETES_SERVICE_HOST, which every pod has"
         )
+
+
+def _check_kubeconfig(kubeconfig: str) -> None:
+    """Load it as far as no plugin is run.
+
+    Raises:
+        KubeConfigError: if it names no context, cluster or server.
+    """
+    try:
+        _, current = _config.list_kube_config_contexts(kubeconfig)
+        cluster = _merger(kubeconfig).config["clusters"].get_with_name(current["context"]["cluster"])
+        if not cluster["cluster"].safe_get("server"):
+            raise KeyError("the current context's cluster has no server")
+    except _UNUSABLE as error:
+        # Of a file that is something else altogether the client says how it stumbled.
+        is_other = isinstance(error, TypeError | AttributeError)
+        why = "it is not a mapping of the known keys" if is_other else " ".join(str(error).split())
+        message = f"KUBECONFIG names {kubeconfig}, which is no kubeconfig: {why[:300]}"
+        raise KubeConfigError(f"{message}; give one that kubectl takes") from error
 
 
 class KubeApi:

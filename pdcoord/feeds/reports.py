@@ -15,6 +15,8 @@ from pdcoord.core.targets import TargetLists, changes
 from pdcoord.feeds.paths import probe_of
 from pdcoord.protocol.control import (
     HEARTBEAT_S,
+    REQUESTS_MAX,
+    ControlError,
     Events,
     LoadEvent,
     PathFacts,
@@ -47,7 +49,9 @@ class Session:
     Attributes:
         heard_s: when it last told something, a sign of life included.
         has_news: set when it is worth looking for targets to tell of.
+        is_replaced: another stream of the same address counts instead; this one is to be ended.
         own: its requests that this coordinator has planned; they are in the ledger already.
+        parts: of a snapshot whose last part has not come.
         facts: its last probes, for endpoints that are discovered later.
         told_ids: the endpoints whose paths they were told as.
     """
@@ -55,7 +59,9 @@ class Session:
     hello: SidecarHello
     heard_s: float
     has_news: asyncio.Event = field(default_factory=asyncio.Event)
+    is_replaced: bool = False
     own: set[int] = field(default_factory=set)
+    parts: list[RequestBegan] = field(default_factory=list)
     facts: dict[HostPort, tuple[PathReport, float]] = field(default_factory=dict)
     interval_s: float = 0.0
     told_ids: tuple[EndpointId, ...] = ()
@@ -148,13 +154,22 @@ class ReportsFeed:
     # Of one stream.
 
     def open(self, hello: SidecarHello) -> Session:
-        """A sidecar has proved itself; an older stream of the same one counts no more.
+        """A sidecar has proved itself; an older stream of its address counts no more, and is to be ended.
+
+        The newer one wins, since the older may be of a sidecar that is gone without a word.
 
         Raises:
             TooManyStreamsError: if there is no room for it.
         """
         if len(self._sessions) >= STREAMS_MAX and hello.address not in self._sessions:
             raise TooManyStreamsError(f"there are {STREAMS_MAX} control streams already")
+        old = self._sessions.get(hello.address)
+        if old is not None:
+            old.is_replaced = True
+            old.has_news.set()
+            self._log.warning(
+                "control.replaced", sidecar=hello.address, name=old.hello.name, replaced_by=hello.name
+            )
         session = self._sessions[hello.address] = Session(hello, self._clock())
         self._lost.pop(hello.address, None)
         self._log.info("control.connected", sidecar=hello.address, name=hello.name)
@@ -170,16 +185,23 @@ class ReportsFeed:
             self._log.info("control.lost", sidecar=session.address, name=session.hello.name)
 
     def hear(self, session: Session, message: Snapshot | Events | PathFacts) -> None:
-        """It told something."""
+        """It told something.
+
+        Raises:
+            ControlError: if that is more than a sidecar tells of, or part of a snapshot is missing.
+        """
         session.heard_s = self._clock()
-        if self._sessions.get(session.address) is not session:
-            return  # Of a stream that another one has replaced.
+        if session.is_replaced:
+            return
+        if session.parts and not isinstance(message, Snapshot):
+            raise ControlError("a snapshot has not ended")
         match message:
-            case Snapshot(requests):
-                self.reports["snapshot"] += 1
-                session.own = {each.ordinal for each in requests if each.load.replica == self._replica}
-                others = tuple(each for each in requests if each.ordinal not in session.own)
-                self._report(session, Snapshot(others))
+            case Snapshot(requests, has_more):
+                if len(session.parts) + len(requests) > REQUESTS_MAX:
+                    raise ControlError(f"a snapshot has more than {REQUESTS_MAX} requests")
+                session.parts.extend(requests)
+                if not has_more:
+                    self._take_snapshot(session)
             case Events(events):
                 self.reports["event"] += len(events)
                 others_events = tuple(event for event in events if not self._is_own(session, event))
@@ -189,12 +211,21 @@ class ReportsFeed:
                 self.reports["path"] += len(message.paths)
                 self._take_paths(session, message)
 
+    def _take_snapshot(self, session: Session) -> None:
+        requests, session.parts = session.parts, []
+        self.reports["snapshot"] += 1
+        session.own = {each.ordinal for each in requests if each.load.replica == self._replica}
+        others = tuple(each for each in requests if each.ordinal not in session.own)
+        self._report(session, Snapshot(others))
+
     def _report(self, session: Session, report: Snapshot | Events) -> None:
         self._handler.handle(SidecarReported(session.address, session.hello.epoch, report))
 
     def _is_own(self, session: Session, event: LoadEvent) -> bool:
         if isinstance(event, RequestBegan):
             if event.load.replica == self._replica:
+                if len(session.own) >= REQUESTS_MAX:
+                    raise ControlError(f"more than {REQUESTS_MAX} requests are under way")
                 session.own.add(event.ordinal)
         elif isinstance(event, RequestEnded) and event.ordinal in session.own:
             session.own.discard(event.ordinal)

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 from structlog.typing import FilteringBoundLogger
 
-from pdcoord.feeds.reports import NOTICE_S, ReportsFeed, Session, TooManyStreamsError
+from pdcoord.feeds.reports import NOTICE_S, STREAMS_MAX, ReportsFeed, Session, TooManyStreamsError
 from pdcoord.protocol.control import (
     CONTROL_VERSION,
     HEARTBEAT_S,
@@ -35,7 +35,9 @@ from pdcoord.protocol.headers import format_host_port, parse_host_port
 from transfer.errors import SettingError
 from transfer.settings import read_key_file
 
-REFUSALS = ("version", "key", "malformed", "silent", "full")
+REFUSALS = ("version", "key", "malformed", "silent", "full", "replaced")
+HANDSHAKES_MAX = 256
+"""Streams beside STREAMS_MAX that may be proving themselves; gRPC turns away more."""
 HANDSHAKE_S = 5.0
 WRITE_S = LOST_S
 _Context = Any
@@ -71,7 +73,7 @@ class _RefusedError(Exception):
     """Ends a stream with a status.
 
     Attributes:
-        why: version, key, silent, malformed or full; a label of metrics.
+        why: one of REFUSALS; a label of metrics.
     """
 
     def __init__(self, code: grpc.StatusCode, why: str, message: str) -> None:
@@ -109,7 +111,7 @@ class ControlServer:
         """
         settings = self._settings
         self._key = _read_key(settings.key_file)
-        server = grpc.aio.server(options=list(_OPTIONS))
+        server = grpc.aio.server(options=list(_OPTIONS), maximum_concurrent_rpcs=STREAMS_MAX + HANDSHAKES_MAX)
         service, _, method = METHOD.removeprefix("/").partition("/")
         handler: Any = grpc.stream_stream_rpc_method_handler(self._serve)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
@@ -208,11 +210,20 @@ class ControlServer:
                 return
             if isinstance(message, SidecarHello | SidecarProof):
                 raise _malformed("a second hello")
-            self._feed.hear(session, message)
+            try:
+                self._feed.hear(session, message)
+            except ControlError as error:
+                raise _malformed(str(error)) from error
 
     async def _tell(self, context: _Context, session: Session) -> None:
         while True:
             session.has_news.clear()
+            if session.is_replaced:
+                message = (
+                    f"another sidecar has come as {session.address}; give each its own --control-address, "
+                    "unless it is this one started again"
+                )
+                raise _RefusedError(grpc.StatusCode.ALREADY_EXISTS, "replaced", message)
             notice = self._feed.notice(session)
             if notice is not None:
                 try:
@@ -255,8 +266,9 @@ async def _read(context: _Context) -> SidecarMessage | None:
 
 async def _write(context: _Context, message: CoordinatorMessage) -> None:
     try:
-        async with asyncio.timeout(WRITE_S):
-            await context.write(encode_notice(message))
+        for part in encode_notice(message):
+            async with asyncio.timeout(WRITE_S):
+                await context.write(part)
     except grpc.aio.BaseError as error:
         raise _GoneError from error
 

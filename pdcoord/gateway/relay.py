@@ -3,22 +3,19 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pdcoord.core.events import (
     DecodeFailed,
-    Dispatch,
     Outcome,
-    Refuse,
     RequestArrived,
-    RequestEnded,
     ResponseBegan,
-    Wait,
 )
 from pdcoord.core.model import PrefixMode
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId
 from pdcoord.front import upstream as wires
+from pdcoord.front.account import Account
 from pdcoord.front.answers import body_too_large, body_too_slow, internal_error, outcome_of, too_many_calls
 from pdcoord.front.asked import asked_of
 from pdcoord.front.intake import build_request, check_reserved, client_request_id, model_unknown
@@ -125,6 +122,7 @@ class Relay:
                 receive=receive,
                 send=send,
                 record=record,
+                account=Account(self.coordination, record),
                 shown_id=shown_id,
                 trace=trace,
             ).run()
@@ -142,13 +140,11 @@ class _Exchange:
 
     Attributes:
         record: what is known of the call so far; its id is the core's.
+        account: what the core keeps of it.
         shown_id: the request id that the client is told.
         trace: the call's spans; None where nothing is traced.
         body: what goes upstream; let go of once an answer has begun.
-        is_live: the core keeps an account of this call and must hear of its end.
-        refusal: the core's, if it refused.
         outputs: counts the answer's tokens; None before an answer, and where it is compressed.
-        decided: set once the core has dispatched or refused a call that was told to wait.
         has_begun: the head of the answer has been sent, so nothing can be taken back.
     """
 
@@ -158,15 +154,13 @@ class _Exchange:
     receive: Receive
     send: Send
     record: CallRecord
+    account: Account
     shown_id: str
     trace: CallTrace | None = None
     body: bytes = b""
     is_stream: bool = False
-    is_live: bool = False
     has_begun: bool = False
-    refusal: Refusal | None = None
     outputs: OutputCounter | None = None
-    decided: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         """Serve the call; whatever happens, the client gets one answer and the core one end."""
@@ -212,7 +206,7 @@ class _Exchange:
             token_ids = await tokens.tokens(call, model)
         request = build_request(self.record.id, call, model, token_ids, asked)
         self.record.note_request(call, request, model)
-        return self._decide(RequestArrived(request))
+        return self.account.ask(RequestArrived(request))
 
     async def _read(self) -> bytes:
         limits = self.relay.limits
@@ -230,43 +224,9 @@ class _Exchange:
         except BodyTimeoutError as error:
             raise RefusedError(body_too_slow(limits.body_timeout_s)) from error
 
-    def _decide(self, event: RequestArrived | DecodeFailed) -> Plan | None:
-        """Ask the core; None if the call must wait.
-
-        Raises:
-            RefusedError: if it refuses, and then the call has ended for it.
-        """
-        (action,) = self.relay.coordination.handle(event)
-        if isinstance(action, Wait):
-            self.is_live = True
-            self.decided.clear()
-            self.relay.coordination.expect(self.record.id, self._take)
-            return None
-        self._take(action)
-        return self._plan()
-
-    def _take(self, action: Dispatch | Refuse) -> None:
-        """Note what the core decided, at that moment: the call may be cancelled before it runs again."""
-        match action:
-            case Dispatch(plan):
-                self.is_live = True
-                self.record.plan = plan
-            case Refuse(_, refusal):
-                self.is_live = False
-                self.refusal = refusal
-        self.decided.set()
-
-    def _plan(self) -> Plan:
-        if self.refusal is not None:
-            raise RefusedError(self.refusal)
-        assert self.record.plan is not None, "neither dispatched nor refused"
-        return self.record.plan
-
     async def _planned(self) -> Plan:
-        """The plan of a call that waits; the core bounds how long that is."""
         with nullcontext() if self.trace is None else self.trace.waiting():
-            await self.decided.wait()
-        return self._plan()
+            return await self.account.planned()
 
     async def _serve_watched(self, plan: Plan | None) -> None:
         """Forward the call unless the client goes, which cancels everything that is done for it."""
@@ -300,7 +260,7 @@ class _Exchange:
                 return
             held = failure.answer or held
             try:
-                other = self._decide(DecodeFailed(self.record.id, failure.reason, failure.served))
+                other = self.account.ask(DecodeFailed(self.record.id, failure.reason, failure.served))
                 plan = other if other is not None else await self._planned()
             except RefusedError:
                 if held is None:
@@ -466,7 +426,6 @@ class _Exchange:
             await self._refuse(internal_error())
 
     def _end(self) -> None:
-        if self.is_live:
-            self.is_live = False
+        if self.account.is_live:
             tokens = self.record.output_tokens = self.outputs.count() if self.outputs is not None else None
-            self.relay.coordination.handle(RequestEnded(self.record.id, self.record.outcome, tokens))
+            self.account.end(self.record.outcome, tokens)

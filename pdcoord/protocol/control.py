@@ -1,6 +1,7 @@
 """What travels on the control stream of a sidecar and a coordinator, and how each proves itself."""
 
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,6 +20,8 @@ REQUESTS_MAX = 8_192
 """Requests under way that one sidecar tells of."""
 TARGETS_MAX = 16_384
 """Prefill targets that one sidecar is told of."""
+PART_BYTES = 1 << 20
+"""A longer message is sent in parts, each of which is longer by one entry at most."""
 MESSAGE_BYTES_MAX = 4 << 20
 HEARTBEAT_S = 2.0
 """Longest silence of either side; three times as long, and the other takes the stream for lost."""
@@ -132,9 +135,14 @@ LoadEvent = RequestBegan | LegBegan | LegEnded | OutputBegan | RequestEnded
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All requests that the sidecar is serving, oldest first: whatever was told before is void."""
+    """All requests that the sidecar is serving, oldest first: whatever was told before is void.
+
+    Attributes:
+        has_more: this is not the last part; nothing counts before that has come.
+    """
 
     requests: tuple[RequestBegan, ...] = ()
+    has_more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +207,13 @@ class Targets:
 
     Attributes:
         is_whole: what was told before is void.
+        has_more: this is not the last part; nothing counts before that has come.
     """
 
     changed: tuple[Target, ...] = ()
     removed: tuple[HostPort, ...] = ()
     is_whole: bool = False
+    has_more: bool = False
 
 
 CoordinatorMessage = CoordinatorHello | Targets
@@ -222,6 +232,25 @@ class ControlVersionError(ControlError):
             "coordinators of one release"
         )
         self.version = version
+
+
+def joined(parts: Sequence[Targets]) -> Targets | None:
+    """What the parts of one message say together; None while the last has not come.
+
+    Raises:
+        ControlError: if they name more than one sidecar is told of.
+    """
+    last = parts[-1]
+    if len(parts) == 1 and not last.has_more:
+        return last
+    counts = sum(len(part.changed) for part in parts), sum(len(part.removed) for part in parts)
+    if max(counts) > TARGETS_MAX or len(parts) > TARGETS_MAX:
+        raise ControlError(f"a message has more than {TARGETS_MAX} targets")
+    if last.has_more:
+        return None
+    changed = tuple(target for part in parts for target in part.changed)
+    removed = tuple(address for part in parts for address in part.removed)
+    return Targets(changed, removed, is_whole=parts[0].is_whole)
 
 
 def sidecar_proof(key: bytes, hello: SidecarHello, answer: CoordinatorHello) -> bytes:

@@ -1,13 +1,17 @@
 """Messages of the control stream to and from protobuf; its types are named here and nowhere else."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from pdcoord.protocol import control_pb2 as pb
 from pdcoord.protocol.control import (
+    EVENTS_MAX,
+    PART_BYTES,
+    REQUESTS_MAX,
+    TARGETS_MAX,
     ControlError,
     ControlLegKind,
     CoordinatorHello,
@@ -29,20 +33,25 @@ from pdcoord.protocol.control import (
 )
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.paths import PathReport
+from pdcoord.protocol.paths import PATHS_MAX, PathReport
 from pdcoord.protocol.plans import Mode, PlannedLoad, RungKind, RungTaken, ServedHeader
 
 TEXT_MAX = 256
-"""Characters of any text that is taken in."""
+"""Characters of any text that is sent or taken in."""
+RUNGS_MAX = 64
+"""Rungs of one request that are sent or taken in."""
 WHOLE_MAX = 1 << 53
 _US = 1e6
 
 _Message = TypeVar("_Message", bound=Message)
 _Read = TypeVar("_Read")
+_Entry = TypeVar("_Entry")
+_ENTRY_BYTES = 5
+"""Of an entry's own key and length in a list."""
 
 
-def encode_report(message: SidecarMessage) -> bytes:
-    """A sidecar's message as it travels."""
+def encode_report(message: SidecarMessage) -> list[bytes]:
+    """A sidecar's message as it travels, in parts that follow each other."""
     match message:
         case SidecarHello():
             hello = pb.SidecarHello(
@@ -55,8 +64,9 @@ def encode_report(message: SidecarMessage) -> bytes:
             report = pb.SidecarReport(hello=hello)
         case SidecarProof(proof):
             report = pb.SidecarReport(proof=pb.SidecarProof(proof=proof))
-        case Snapshot(requests):
-            report = pb.SidecarReport(snapshot=pb.Snapshot(requests=map(_request, requests)))
+        case Snapshot(requests, has_more):
+            snapshot = pb.Snapshot(requests=map(_request, requests), has_more=has_more)
+            report = pb.SidecarReport(snapshot=snapshot)
         case Events(events):
             report = pb.SidecarReport(events=pb.Events(events=map(_event, events)))
         case PathFacts():
@@ -66,7 +76,8 @@ def encode_report(message: SidecarMessage) -> bytes:
                 paths=map(_path, message.paths),
             )
             report = pb.SidecarReport(paths=facts)
-    return report.SerializeToString()
+    raw = report.SerializeToString()
+    return [raw] if len(raw) <= PART_BYTES else [part.SerializeToString() for part in _report_parts(report)]
 
 
 def decode_report(raw: bytes) -> SidecarMessage:
@@ -79,18 +90,24 @@ def decode_report(raw: bytes) -> SidecarMessage:
     return _read(report, _REPORTS)
 
 
-def encode_notice(message: CoordinatorMessage) -> bytes:
-    """A coordinator's message as it travels."""
+def encode_notice(message: CoordinatorMessage) -> list[bytes]:
+    """A coordinator's message as it travels, in parts that follow each other."""
     match message:
         case CoordinatorHello():
             hello = pb.CoordinatorHello(
                 version=message.version, replica=message.replica, nonce=message.nonce, proof=message.proof
             )
             notice = pb.CoordinatorNotice(hello=hello)
-        case Targets(changed, removed, is_whole):
-            targets = pb.Targets(is_whole=is_whole, changed=map(_target, changed), removed=removed)
+        case Targets(changed, removed, is_whole, has_more):
+            targets = pb.Targets(
+                is_whole=is_whole,
+                changed=map(_target, changed),
+                removed=map(_text, removed),
+                has_more=has_more,
+            )
             notice = pb.CoordinatorNotice(targets=targets)
-    return notice.SerializeToString()
+    raw = notice.SerializeToString()
+    return [raw] if len(raw) <= PART_BYTES else [part.SerializeToString() for part in _notice_parts(notice)]
 
 
 def decode_notice(raw: bytes) -> CoordinatorMessage:
@@ -106,14 +123,63 @@ def decode_notice(raw: bytes) -> CoordinatorMessage:
 # Writing.
 
 
+def _report_parts(report: pb.SidecarReport) -> Iterator[pb.SidecarReport]:
+    """One message as several; what is not a list stays whole, its texts are short."""
+    match report.WhichOneof("body"):
+        case "snapshot":
+            groups = _grouped(report.snapshot.requests, pb.RequestBegan.ByteSize)
+            for number, requests in enumerate(groups, 1):
+                has_more = report.snapshot.has_more or number < len(groups)
+                yield pb.SidecarReport(snapshot=pb.Snapshot(requests=requests, has_more=has_more))
+        case "events":
+            for events in _grouped(report.events.events, pb.Event.ByteSize):
+                yield pb.SidecarReport(events=pb.Events(events=events))
+        case "paths":
+            told = report.paths
+            for paths in _grouped(told.paths, pb.PathFact.ByteSize):
+                facts = pb.PathFacts(interval_s=told.interval_s, is_agent_up=told.is_agent_up, paths=paths)
+                yield pb.SidecarReport(paths=facts)
+        case _:
+            yield report
+
+
+def _notice_parts(notice: pb.CoordinatorNotice) -> Iterator[pb.CoordinatorNotice]:
+    if notice.WhichOneof("body") != "targets":
+        yield notice
+        return
+    told = notice.targets
+    lists = [pb.Targets(changed=each) for each in _grouped(told.changed, pb.Target.ByteSize)]
+    lists += [
+        pb.Targets(removed=each) for each in _grouped(told.removed, lambda text: len(text.encode()) + 4)
+    ]
+    for number, part in enumerate(lists, 1):
+        part.is_whole = told.is_whole
+        part.has_more = told.has_more or number < len(lists)
+        yield pb.CoordinatorNotice(targets=part)
+
+
+def _grouped(entries: Iterable[_Entry], size: Callable[[_Entry], int]) -> list[Sequence[_Entry]]:
+    """As many lists as keep each shorter than PART_BYTES and one entry."""
+    groups: list[Sequence[_Entry]] = []
+    group: list[_Entry] = []
+    byte_count = 0
+    for entry in entries:
+        group.append(entry)
+        byte_count += size(entry) + _ENTRY_BYTES
+        if byte_count >= PART_BYTES:
+            groups.append(group)
+            group, byte_count = [], 0
+    return [*groups, group] if group else groups
+
+
 def _request(told: RequestBegan) -> pb.RequestBegan:
     load = told.load
     return pb.RequestBegan(
         ordinal=told.ordinal,
         age_us=round(told.age_s * _US),
-        replica=load.replica,
-        model=load.model,
-        prefill=told.prefill or "",
+        replica=_text(load.replica),
+        model=_text(load.model),
+        prefill=_text(told.prefill or ""),
         prefill_us=load.prefill_us,
         prompt_tokens=load.prompt_tokens,
         landing_tokens=load.landing_tokens,
@@ -129,15 +195,15 @@ def _event(told: LoadEvent) -> pb.Event:
         case RequestBegan():
             return pb.Event(request_began=_request(told))
         case LegBegan(ordinal, leg, kind, prefill):
-            began = pb.LegBegan(ordinal=ordinal, leg=leg, kind=kind, prefill=prefill or "")
+            began = pb.LegBegan(ordinal=ordinal, leg=leg, kind=kind, prefill=_text(prefill or ""))
             return pb.Event(leg_began=began)
         case LegEnded(ordinal, leg, kind, prefill, outcome, took_s):
             ended = pb.LegEnded(
                 ordinal=ordinal,
                 leg=leg,
                 kind=kind,
-                prefill=prefill or "",
-                outcome=outcome,
+                prefill=_text(prefill or ""),
+                outcome=_text(outcome),
                 took_us=round(took_s * _US),
             )
             return pb.Event(leg_ended=ended)
@@ -145,16 +211,19 @@ def _event(told: LoadEvent) -> pb.Event:
             return pb.Event(output_began=pb.OutputBegan(ordinal=ordinal, served=_served(served)))
         case RequestEnded(ordinal, outcome, served):
             over = pb.RequestEnded(
-                ordinal=ordinal, outcome=outcome, served=None if served is None else _served(served)
+                ordinal=ordinal, outcome=_text(outcome), served=None if served is None else _served(served)
             )
             return pb.Event(request_ended=over)
 
 
 def _served(told: ServedHeader) -> pb.Served:
-    rungs = [pb.Rung(rung=each.rung, reason=each.reason, target=each.target) for each in told.rungs]
+    rungs = [
+        pb.Rung(rung=each.rung, reason=each.reason, target=_text(each.target))
+        for each in told.rungs[:RUNGS_MAX]
+    ]
     return pb.Served(
         mode=told.mode,
-        prefill=told.prefill or "",
+        prefill=_text(told.prefill or ""),
         rungs=rungs,
         prefill_ms=told.prefill_ms,
         transfer_ms=told.transfer_ms,
@@ -164,16 +233,16 @@ def _served(told: ServedHeader) -> pb.Served:
 
 def _path(told: PathReport) -> pb.PathFact:
     return pb.PathFact(
-        target=told.target,
-        kv_address=told.kv_address,
+        target=_text(told.target),
+        kv_address=_text(told.kv_address),
         probe_count=told.probe_count,
         age_us=round(told.age_s * _US),
-        failure=told.failure,
-        detail=told.detail,
-        verdict=told.verdict,
-        verdict_reason=told.verdict_reason,
-        backend=told.backend,
-        transport=told.transport,
+        failure=_text(told.failure),
+        detail=_text(told.detail),
+        verdict=_text(told.verdict),
+        verdict_reason=_text(told.verdict_reason),
+        backend=_text(told.backend),
+        transport=_text(told.transport),
         is_degraded=told.is_degraded,
         latency_s=told.latency_s,
         bandwidth_bytes_per_s=told.bandwidth_bytes_per_s,
@@ -182,12 +251,12 @@ def _path(told: PathReport) -> pb.PathFact:
 
 def _target(told: Target) -> pb.Target:
     return pb.Target(
-        address=told.address,
+        address=_text(told.address),
         bootstrap_port=told.bootstrap_port,
         kv_port=told.kv_port,
-        verdict=told.verdict,
-        verdict_reason=told.verdict_reason,
-        breaker=told.breaker,
+        verdict=_text(told.verdict),
+        verdict_reason=_text(told.verdict_reason),
+        breaker=_text(told.breaker),
     )
 
 
@@ -259,7 +328,7 @@ def _read_served(told: pb.Served) -> ServedHeader:
         mode = Mode(told.mode)
     except ValueError as error:
         raise ControlError(f"mode is {_text(told.mode)!r}, expected one of {', '.join(Mode)}") from error
-    rungs = [_read_rung(each) for each in told.rungs]
+    rungs = [_read_rung(each) for each in told.rungs[:RUNGS_MAX]]
     return ServedHeader(
         mode=mode,
         prefill=_address(told.prefill),
@@ -303,7 +372,18 @@ def _read_paths(told: pb.PathFacts) -> PathFacts:
     interval_s = _figure(told.interval_s)
     if not interval_s:
         raise ControlError("interval_s is 0, expected more")
+    _bound("paths", told.paths, PATHS_MAX)
     return PathFacts(interval_s, told.is_agent_up, tuple(map(_read_path, told.paths)))
+
+
+def _read_snapshot(told: pb.Snapshot) -> Snapshot:
+    _bound("requests", told.requests, REQUESTS_MAX)
+    return Snapshot(tuple(map(_read_request, told.requests)), told.has_more)
+
+
+def _read_events(told: pb.Events) -> Events:
+    _bound("events", told.events, EVENTS_MAX)
+    return Events(tuple(map(_read_event, told.events)))
 
 
 def _read_event(told: pb.Event) -> LoadEvent:
@@ -326,8 +406,11 @@ def _read_target(told: pb.Target) -> Target:
 
 
 def _read_targets(told: pb.Targets) -> Targets:
+    _bound("changed", told.changed, TARGETS_MAX)
+    _bound("removed", told.removed, TARGETS_MAX)
     removed = tuple(HostPort(_text(each)) for each in told.removed)
-    return Targets(tuple(map(_read_target, told.changed)), removed, is_whole=told.is_whole)
+    changed = tuple(map(_read_target, told.changed))
+    return Targets(changed, removed, is_whole=told.is_whole, has_more=told.has_more)
 
 
 _EVENTS: dict[str, Callable[[Any], LoadEvent]] = {
@@ -340,8 +423,8 @@ _EVENTS: dict[str, Callable[[Any], LoadEvent]] = {
 _REPORTS: dict[str, Callable[[Any], SidecarMessage]] = {
     "hello": _read_hello,
     "proof": lambda told: SidecarProof(told.proof[:64]),
-    "snapshot": lambda told: Snapshot(tuple(map(_read_request, told.requests))),
-    "events": lambda told: Events(tuple(map(_read_event, told.events))),
+    "snapshot": _read_snapshot,
+    "events": _read_events,
     "paths": _read_paths,
 }
 _NOTICES: dict[str, Callable[[Any], CoordinatorMessage]] = {"hello": _read_answer, "targets": _read_targets}
@@ -349,6 +432,11 @@ _NOTICES: dict[str, Callable[[Any], CoordinatorMessage]] = {"hello": _read_answe
 
 def _text(told: str) -> str:
     return told[:TEXT_MAX]
+
+
+def _bound(name: str, told: Sized, count_max: int) -> None:
+    if len(told) > count_max:
+        raise ControlError(f"{name} are {len(told)}, expected at most {count_max}")
 
 
 def _address(told: str) -> HostPort | None:

@@ -41,10 +41,12 @@ class SidecarProof(_message.Message):
     def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("requests",)
+    __slots__ = ("requests", "has_more")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    HAS_MORE_FIELD_NUMBER: _ClassVar[int]
     requests: _containers.RepeatedCompositeFieldContainer[RequestBegan]
-    def __init__(self, requests: _Optional[_Iterable[_Union[RequestBegan, _Mapping]]] = ...) -> None: ...
+    has_more: bool
+    def __init__(self, requests: _Optional[_Iterable[_Union[RequestBegan, _Mapping]]] = ..., has_more: _Optional[bool] = ...) -> None: ...
 
 class Events(_message.Message):
     __slots__ = ("events",)
@@ -227,14 +229,16 @@ class CoordinatorHello(_message.Message):
     def __init__(self, version: _Optional[int] = ..., replica: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Targets(_message.Message):
-    __slots__ = ("is_whole", "changed", "removed")
+    __slots__ = ("is_whole", "changed", "removed", "has_more")
     IS_WHOLE_FIELD_NUMBER: _ClassVar[int]
     CHANGED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
+    HAS_MORE_FIELD_NUMBER: _ClassVar[int]
     is_whole: bool
     changed: _containers.RepeatedCompositeFieldContainer[Target]
     removed: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, is_whole: _Optional[bool] = ..., changed: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., removed: _Optional[_Iterable[str]] = ...) -> None: ...
+    has_more: bool
+    def __init__(self, is_whole: _Optional[bool] = ..., changed: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., removed: _Optional[_Iterable[str]] = ..., has_more: _Optional[bool] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("address", "bootstrap_port", "kv_port", "verdict", "verdict_reason", "breaker")

@@ -95,7 +95,11 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RungTaken(msgspec.Struct, frozen=True, kw_only=True):
-    """One fallback: which leg failed at which target, why, and what was done next."""
+    """One fallback: which leg failed at which target, why, and what was done next.
+
+    Attributes:
+        target: of a transfer that failed the prefill pod that the KV was to come from.
+    """
 
     rung: RungKind
     reason: RungReason

@@ -44,8 +44,9 @@ DURATION = MetricSpec(
 REFUSALS = MetricSpec(
     "pdcoord_gateway_refusals_total",
     MetricType.COUNTER,
-    ("reason",),
-    "Answers that pdcoord gave itself, by the closed list of reasons in `x-pdcoord-reason`.",
+    ("model", "reason"),
+    "Answers that pdcoord gave itself, by the closed list of reasons in `x-pdcoord-reason`; model none where "
+    "it was not known yet.",
     "saturated, queue-full, waited-too-long, deadline, shed: see `shed_total`. no-endpoints: see "
     "`endpoints`. internal: a defect, the log has it. The rest is the clients' own doing.",
 )
@@ -314,9 +315,9 @@ KUBERNETES_SILENT = MetricSpec(
     "pdcoord_gateway_kubernetes_silent_seconds",
     MetricType.GAUGE,
     ("resource",),
-    "Since the API server last said something about a resource; for that long what is in force may be out "
-    "of date.",
-    "Up to 70 is normal where nothing changes. Alert on 180: pods that start or end are not seen.",
+    "Since the API server last said something about a resource, or since the start if it never did; for that "
+    "long what is in force may be out of date.",
+    "Up to 70 is normal where nothing changes. Alert on 300: pods that start or end are not seen.",
 )
 PODS_LEFT_OUT = MetricSpec(
     "pdcoord_gateway_pods_left_out",

@@ -30,8 +30,11 @@ REFUSED = MetricSpec(
     "pdcoord_gateway_control_refused_total",
     MetricType.COUNTER,
     ("why",),
-    "Control streams that were turned away or cut: version, key, malformed, silent, full.",
-    "key: give both sides one key. version: run one release. The log line control.refused has the peer.",
+    "Control streams that were turned away or cut: version, key, malformed, silent, full, replaced (by "
+    "another stream of the same address).",
+    "key: give both sides one key. version: run one release. replaced rising steadily: two sidecars call "
+    "themselves by one address, see --control-address; one when a pod starts again is nothing. The log "
+    "lines control.refused and control.replaced have the peer and the names.",
 )
 REPORT_AGE = MetricSpec(
     "pdcoord_gateway_control_report_age_seconds",

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Annotated
 
 import grpc
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_settings import NoDecode
 
-from pdcoord.extproc.calls import Picker
+from pdcoord.extproc.calls import Picker, PickRules
 from pdcoord.extproc.health import Health
 from pdcoord.extproc.listener import Address, Certificates, GrpcListener, self_signed
+from pdcoord.extproc.paths import path_of
 from pdcoord.extproc.server import Processor
 from pdcoord.front.ports import Limits
 from pdcoord.protocol.errors import Refusal, RefuseReason
@@ -30,6 +32,21 @@ _HEALTH_MESSAGE_BYTES_MAX = 1 << 16
 _HEALTH_CALLS_MAX = 1_024
 
 
+def _paths(given: object) -> object:
+    """Paths with commas between, each as it is looked up.
+
+    Raises:
+        ValueError: naming one that no call could have.
+    """
+    if not isinstance(given, str):
+        return given
+    paths = [path.strip() for path in given.split(",") if path.strip()]
+    for path in paths:
+        if not path.startswith("/") or path_of(path.encode()) != path:
+            raise ValueError(f"{path!r} is no path; begin with /, leave out %, ? and a last /")
+    return frozenset(paths)
+
+
 class ExtprocSettings(CoordinatorSettings):
     """Everything that `pdcoord extproc` can be told.
 
@@ -42,7 +59,8 @@ class ExtprocSettings(CoordinatorSettings):
         cert_path: folder with tls.crt and tls.key, looked at again at each handshake; without it a
             certificate is made at each start.
         fallbacks_max: endpoints named behind the primary, for Envoy's retries.
-        conformance: obey the header test-epp-endpoint-selection.
+        conformance: obey the header test-epp-endpoint-selection, and let any path pass.
+        pass_paths: what any endpoint may be sent whatever the method, with commas between.
         drain_notice_s: longer than a health check's interval of what watches `grpc_health_port`.
     """
 
@@ -54,6 +72,7 @@ class ExtprocSettings(CoordinatorSettings):
     cert_path: Path | None = None
     fallbacks_max: Annotated[int, Field(ge=0, le=16)] = 2
     conformance: bool = False
+    pass_paths: Annotated[frozenset[str], NoDecode, BeforeValidator(_paths)] = frozenset()
 
     body_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 30)] = 32 << 20
     body_timeout_s: Seconds = 60.0
@@ -74,12 +93,19 @@ class ExtprocSettings(CoordinatorSettings):
         """TLS as asked for; None for plain text.
 
         Raises:
-            OSError: if the certificate or its key cannot be used.
+            SettingsError: if the certificate or its key cannot be used.
         """
         if not self.secure_serving:
             return None
         if self.cert_path is not None:
-            return Certificates(self.cert_path).credentials()
+            try:
+                return Certificates(self.cert_path).credentials()
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise SettingsError(
+                    f"--cert-path (PDCOORD_CERT_PATH) is {str(self.cert_path)!r}: {why}; give a folder with "
+                    "tls.crt and tls.key, or leave it out for a certificate of its own"
+                ) from error
         return grpc.ssl_server_credentials([self_signed()])
 
 
@@ -139,18 +165,19 @@ class ExtprocFront:
             clock=time.monotonic,
             new_id=lambda: uuid.uuid4().hex,
             tokens=stage.tokens,
-            fallbacks_max=settings.fallbacks_max,
-            is_conformance=settings.conformance,
+            rules=PickRules(settings.fallbacks_max, settings.conformance, settings.pass_paths),
         )
         picker.tracing = stage.tracing
         health = Health(stage.loop.unready).handler()
+        processor = Processor(picker, ExtprocMeter(stage.metrics))
         self._grpc = GrpcListener(
-            [Processor(picker, ExtprocMeter(stage.metrics)).handler(), health],
+            [processor.handler(), health],
             Address(settings.host, settings.grpc_port),
             credentials=self._credentials,
             body_bytes_max=settings.body_bytes_max,
             streams_max=2 * settings.streams_max,
             drain_s=settings.drain_s,
+            end_all=processor.end_all,
         )
         self._health = GrpcListener(
             [health],

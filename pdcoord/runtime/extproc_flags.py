@@ -59,6 +59,7 @@ _SETTINGS = {
     "fallbacks_max": "endpoints named behind the primary (2)",
     "drain_s": "how long calls may take to end when stopped (30)",
 }
+_PATHS = "a path that any endpoint may be sent whatever the method, beside the API's; once for each"
 _SWITCHES = {
     "secure_serving": "TLS on the port for Envoy (true)",
     "conformance": "obey the header test-epp-endpoint-selection (false)",
@@ -103,6 +104,7 @@ def read_flags(arguments: Sequence[str], environment: Mapping[str, str]) -> Flag
     pool, namespace = given.pop("pool_name"), given.pop("pool_namespace")
     settings: dict[str, str | bool | None] = dict(given)
     settings["inference_pool"] = pool
+    settings["pass_paths"] = ",".join(given["pass_paths"]) if given["pass_paths"] else None
     settings["kubernetes_namespace"] = namespace
     if pool is not None:
         if settings["endpoints"] is None and not environment.get("PDCOORD_ENDPOINTS"):
@@ -118,6 +120,7 @@ def _make_parser() -> _Parser:
     parser.add_argument("--help", "-h", action="store_true", help="print this")
     for name, meaning in _SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=meaning)
+    parser.add_argument("--pass-paths", action="append", metavar="PATH", help=_PATHS)
     for name, meaning in _SWITCHES.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(

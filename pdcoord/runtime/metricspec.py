@@ -102,7 +102,7 @@ METRIC_LABELS: Mapping[tuple[str, str], Bound] = {
     ("pdcoord_gateway_spans_total", "what"): closed(Fate),
     ("pdcoord_gateway_control_reports_total", "kind"): closed(("event", "snapshot", "path")),
     ("pdcoord_gateway_control_refused_total", "why"): closed(
-        ("version", "key", "malformed", "silent", "full")
+        ("version", "key", "malformed", "silent", "full", "replaced")
     ),
 }
 

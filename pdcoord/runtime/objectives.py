@@ -47,6 +47,14 @@ FALLBACK_SHARE_MAX = MetricSpec(
     "`fallback.budget.colocated_share_max` of the policy, 0..1.",
     "Where `fallback_share` reaches it the budget is spent and calls are refused.",
 )
+FALLBACK_REFUSED = MetricSpec(
+    "pdcoord_gateway_fallback_refused_total",
+    MetricType.COUNTER,
+    ("model",),
+    "Calls that found no prefill and were refused because the fallback budget is spent, or the KV of decode "
+    "endpoints is too full.",
+    "Any lasting rate: bring prefill back. `fallback_share` goes up and down at its limit meanwhile.",
+)
 READY = MetricSpec(
     "pdcoord_gateway_ready",
     MetricType.GAUGE,
@@ -58,11 +66,20 @@ SIGNAL_AGE = MetricSpec(
     "pdcoord_gateway_signal_age_seconds",
     MetricType.GAUGE,
     ("pool",),
-    "Age of the oldest load figures among a pool's ready endpoints.",
-    "Far above PDCOORD_SCRAPE_INTERVAL_S: an engine answers slowly, or the gateway is short of CPU; "
-    "GET /fleet names the endpoint.",
+    "Since the endpoint of a pool that was heard of least lately gave load figures; those that never did, "
+    "or are draining, are left out.",
+    "Far above PDCOORD_SCRAPE_INTERVAL_S: an engine is gone or stuck, or the gateway is short of CPU; "
+    "GET /fleet names the endpoint. It gets no requests after two scrapes that fail.",
 )
-OBJECTIVE_METRICS = (TPOT, OBJECTIVE_SECONDS, OBJECTIVES, FALLBACK_SHARE_MAX, READY, SIGNAL_AGE)
+OBJECTIVE_METRICS = (
+    TPOT,
+    OBJECTIVE_SECONDS,
+    OBJECTIVES,
+    FALLBACK_SHARE_MAX,
+    FALLBACK_REFUSED,
+    READY,
+    SIGNAL_AGE,
+)
 
 
 def tpot_s(record: CallRecord) -> float | None:
@@ -103,10 +120,12 @@ def objective_gauges(
     }
     yield OBJECTIVE_SECONDS, list(limits.items())
     yield FALLBACK_SHARE_MAX, [((model.name,), model.fallback.colocated_share_max) for model in models]
+    yield FALLBACK_REFUSED, [((name,), float(b.refused_count)) for name, b in coordinator.budgets.items()]
     yield READY, [((), float(is_ready))]
     ages: dict[tuple[str, ...], float] = {}
     for state in coordinator.fleet.states():
-        if state.health is Health.READY and state.sample is not None:
+        # One that fell silent counts on: its pool would look the fresher for it.
+        if state.health is not Health.DRAINING and state.sampled_s is not None:
             pool = (str(state.endpoint.pool.name),)
-            ages[pool] = max(ages.get(pool, 0.0), now_s - state.sample.at_s)
+            ages[pool] = max(ages.get(pool, 0.0), now_s - state.sampled_s)
     yield SIGNAL_AGE, list(ages.items())

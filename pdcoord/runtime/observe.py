@@ -82,7 +82,7 @@ class Metrics:
         self._gauge(catalog.INFO).labels(version("pdcoord")).set(1)
         # A counter that is not there cannot be told from one that is 0, and `rate` misses its first step.
         for reason in RefuseReason:
-            self.refusals.labels(reason)
+            self.refusals.labels(_NONE, reason)
             self.extproc_answers.labels(reason)
         for direction in ("request", "response"):
             self.extproc_body_bytes.labels(direction)
@@ -125,10 +125,12 @@ class Metrics:
         model, mode = record.model or _NONE, record.mode or _NONE
         why = record.plan.why if record.plan is not None else _NONE
         self.requests.labels(model, mode, why, record.outcome).inc()
+        # There from a model's first call on, so that its first refusal is a step that `rate` sees.
+        self.refusals.labels(model, RefuseReason.NO_ENDPOINTS)
         if record.has_unknown_objective:
             self.unknown_objectives.labels(model).inc()
         if record.reason is not None:
-            self.refusals.labels(record.reason).inc()
+            self.refusals.labels(model, record.reason).inc()
         if record.first_byte_s is not None and record.status < 400:
             self.ttft.labels(model, mode).observe(record.first_byte_s - record.began_s)
             if record.outcome is Outcome.OK:
@@ -188,7 +190,7 @@ class Telemetry:
         )
 
     def refused(self, reason: RefuseReason) -> None:
-        self._metrics.refusals.labels(reason).inc()
+        self._metrics.refusals.labels(_NONE, reason).inc()
 
     def crashed(self, error: Exception, request_id: str) -> None:
         self._log.error("request.crashed", id=request_id, exc_info=error)

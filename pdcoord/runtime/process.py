@@ -30,6 +30,7 @@ from pdcoord.runtime.observe import Metrics
 from pdcoord.runtime.prefix_state import kv_events_samples
 from pdcoord.runtime.settings import CoordinatorSettings
 from pdcoord.runtime.sources import Sources
+from pdcoord.runtime.startup import StartError, check_start, doubts
 from pdcoord.wire.client import Client
 from pdcoord.wire.server import Listener, run, stop_on_signals
 from pdcoord.wire.server import serve as serve_listeners
@@ -81,11 +82,14 @@ def run_process(settings: CoordinatorSettings, front: Front) -> int:
     """Run a process until SIGTERM or SIGINT; the exit status: 0 stopped as asked, 2 not started."""
     log = configure_logs(settings.log_level)
     try:
+        check_start(settings)
         process = Process(settings, front, log)
         process.files.load_first()
-    except PolicyError as error:
+    except (PolicyError, StartError) as error:
         sys.stderr.write(f"{front.command}: not started: {error}\n")
         return START_FAILED
+    for doubt in doubts(settings, process.files, os.environ):
+        log.warning("settings.doubtful", doubt=doubt)
     return run(process.run())
 
 

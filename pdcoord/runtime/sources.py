@@ -47,6 +47,7 @@ class Sources:
         self._api: KubeApi | None = None
         self._pods: PodsSource | None = None
         self._rng = random.Random()  # noqa: S311  # spreads retries
+        self._began_s = time.monotonic()
         self.pushed = asyncio.Event()
         self._changed: set[Source] = set()
         self.policies: PolicySource
@@ -173,8 +174,11 @@ class Sources:
         yield catalog.KUBERNETES_LISTS, lists
         watches = [((name,), float(f.machine.watch_count)) for name, f in followers.items()]
         yield catalog.KUBERNETES_WATCHES, watches
-        silent = [((name,), f.silent_s()) for name, f in followers.items()]
-        yield catalog.KUBERNETES_SILENT, [(labels, s) for labels, s in silent if s is not None]
+        since_start_s = time.monotonic() - self._began_s
+        silent = {name: f.silent_s() for name, f in followers.items()}
+        # A server that never answered is as silent as one that no longer does.
+        ages = [((name,), since_start_s if s is None else s) for name, s in silent.items()]
+        yield catalog.KUBERNETES_SILENT, ages
         if self._pods is not None:
             left_out = self._pods.left_out
             yield catalog.PODS_LEFT_OUT, [((reason,), float(left_out[reason])) for reason in SkipReason]

@@ -42,6 +42,8 @@ from transfer.errors import SettingError
 from transfer.settings import read_key_file
 
 _ADMIN_S_MAX = 5.0
+COMMAND = "pdcoord emulate"
+START_FAILED = 2
 
 
 class EmulatedEngine:
@@ -309,7 +311,7 @@ async def running(
 def run(
     fleet_path: Path, engine_names: list[str], placement: Placement | None = None, out: TextIO | None = None
 ) -> int:
-    """Run the engines of a fleet file, all or those named, until SIGTERM; the exit status.
+    """Run the engines of a fleet file, all or those named, until SIGTERM; the exit status, 2 if not started.
 
     Args:
         placement: where the one engine that is named runs, in place of what the file says.
@@ -319,23 +321,23 @@ def run(
         loaded = load_fleet(fleet_path)
         specs = (placement or Placement()).of(loaded.chosen(engine_names))
     except (PolicyError, PlacementError) as error:
-        stream.write(f"{error}\n")
-        return 1
+        return _not_started([error])
     return run_engines(loaded.fleet, specs, stream)
 
 
-def run_engines(fleet: EmulatedFleet, specs: Sequence[EngineSpec], stream: TextIO) -> int:
-    """Run engines until SIGTERM; the exit status."""
+def run_engines(
+    fleet: EmulatedFleet, specs: Sequence[EngineSpec], stream: TextIO, command: str = COMMAND
+) -> int:
+    """Run engines until SIGTERM; the exit status, 2 if they could not be started."""
     try:
         for path in {spec.kv_key_file for spec in specs} - {None, ""}:
             read_key_file(str(path))
     except SettingError as error:
-        stream.write(f"{error}\n")
-        return 1
-    return run_process(_main(fleet, specs, stream))
+        return _not_started([error], command)
+    return run_process(_main(fleet, specs, stream, command))
 
 
-async def _main(fleet: EmulatedFleet, specs: Sequence[EngineSpec], stream: TextIO) -> int:
+async def _main(fleet: EmulatedFleet, specs: Sequence[EngineSpec], stream: TextIO, command: str) -> int:
     stop = stop_on_signals()
     try:
         async with running(fleet, specs) as (engines, admin):
@@ -345,11 +347,16 @@ async def _main(fleet: EmulatedFleet, specs: Sequence[EngineSpec], stream: TextI
             stream.flush()
             await stop.wait()
     except* OSError as group:
-        stream.writelines(f"{error}\n" for error in _leaves(group))
-        return_code = 1
+        return_code = _not_started(_leaves(group), command)
     else:
         return_code = 0
     return return_code
+
+
+def _not_started(errors: Sequence[Exception], command: str = COMMAND) -> int:
+    for error in errors:
+        sys.stderr.write(f"{command}: not started: {error}\n")
+    return START_FAILED
 
 
 def _leaves(group: BaseExceptionGroup[OSError]) -> list[OSError]:

@@ -18,6 +18,7 @@ from pdcoord.sim.emulator import run_engines
 from pdcoord.sim.fleetfile import EmulatedFleet
 from pdcoord.sim.profiles import PROFILES
 
+COMMAND = "pdcoord emulate-vllm"
 PROFILE = "PDCOORD_EMULATED_PROFILE"
 """The variable that names the profile: what a real server would learn from its device."""
 _SEED = 7
@@ -74,14 +75,14 @@ def fleet_of(arguments: Sequence[str], environment: Mapping[str, str], host_name
 
 
 def main(arguments: Sequence[str], out: TextIO | None = None) -> int:
-    """Run the engine until SIGTERM; the exit status."""
+    """Run the engine until SIGTERM; the exit status, 2 if it could not be started."""
     stream = sys.stdout if out is None else out
     try:
         fleet = fleet_of(arguments, os.environ, socket.gethostname())
     except ServeError as error:
-        stream.write(f"vllm serve (emulated): {error}\n")
+        sys.stderr.write(f"{COMMAND}: not started: {error}\n")
         return 2
-    return run_engines(fleet, fleet.engines, stream)
+    return run_engines(fleet, fleet.engines, stream, COMMAND)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -28,6 +28,13 @@ SEND_STALL_MS_MAX = 60_000
 _ACCEPTED_S = 1e-9
 
 
+class ListenError(OSError):
+    """An address that cannot be listened on; the message names it."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 @dataclass(frozen=True, slots=True)
 class Listener:
     """One address with the ASGI app behind it; port 0 lets the kernel pick one."""
@@ -127,7 +134,7 @@ async def serve(
         on_started: called once all listeners accept, with their ports in order.
 
     Raises:
-        OSError: naming the address, if one cannot be listened on; none is served then.
+        ListenError: naming the address, if one cannot be listened on; none is served then.
     """
     services: list[_Service] = []
     sockets: list[socket.socket] = []
@@ -160,7 +167,7 @@ def _listen(listener: Listener) -> socket.socket:
     except OSError as error:
         listening.close()
         where = f"{listener.host}:{listener.port}"
-        raise OSError(
+        raise ListenError(
             error.errno or errno.EINVAL, f"cannot listen on {where}: {error.strerror or error}"
         ) from error
     return listening

@@ -27,6 +27,8 @@ _SAMPLERS = frozenset(
         "parentbased_traceidratio",
     }
 )
+_TIMEOUTS = ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT")
+_TIMEOUT_S_MAX = 3_600.0
 _EXPORTERS = frozenset({"", "otlp", "none"})
 FLUSH_S_MAX = 5.0
 
@@ -149,10 +151,23 @@ def _check(environment: Mapping[str, str]) -> None:
     if sampler and sampler not in _SAMPLERS:
         expected = ", ".join(sorted(_SAMPLERS))
         raise TracingError(f"OTEL_TRACES_SAMPLER is {sampler!r}, expected one of {expected}")
+    _check_number(environment, "OTEL_TRACES_SAMPLER_ARG", "a share from 0 to 1", 1.0)
+    for name in _TIMEOUTS:
+        _check_number(environment, name, f"seconds from 0 to {_TIMEOUT_S_MAX:g}", _TIMEOUT_S_MAX)
     for name in (TRACES_ENDPOINT, ENDPOINT):
         endpoint = environment.get(name, "")
         if endpoint and not endpoint.startswith(("http://", "https://")):
             raise TracingError(f"{name} is {endpoint!r}, expected a URL such as http://collector:4318")
+
+
+def _check_number(environment: Mapping[str, str], name: str, expected: str, highest: float) -> None:
+    text = environment.get(name, "").strip()
+    try:
+        value = float(text or "0")
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= highest:
+        raise TracingError(f"{name} is {text!r}, expected {expected}")
 
 
 def without_none(attributes: Attributes | None) -> dict[str, str | int | float | bool]:

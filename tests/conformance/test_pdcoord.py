@@ -62,6 +62,35 @@ async def test_a_clients_id_is_on_its_answer(envoy: Any, target: Any) -> None:
         assert told.headers(WHOLE)["x-request-id"] == "conformance-8"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/invocations", 404),
+        ("POST", "/v1/load_lora_adapter", 404),
+        ("DELETE", "/v1/models/x", 405),
+        ("GET", "/metrics", 404),
+        ("GET", "/v1/completions", 405),
+    ],
+)
+async def test_engines_own_pages_are_not_for_clients(
+    envoy: Any, target: Any, method: str, path: str, status: int
+) -> None:
+    """The answer comes at the headers, before a body."""
+    sent = [(":authority", "example"), (":path", path), (":method", method), (":scheme", "http")]
+    told = await envoy.ask(b"{}", headers=sent)
+    assert told.status == status
+    assert target.model not in told.refusal.body.decode()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "/v1/%63ompletions"])
+async def test_a_call_is_planned_however_its_path_is_written(envoy: Any, target: Any, path: str) -> None:
+    """A sidecar and its engine decode the path, so what they take for a call must have an account."""
+    sent = envoy.post_headers(path)
+    headers = (await envoy.ask(prompt(target), headers=sent)).headers(sent)
+    assert json.loads(headers[PLAN])["prefills"]
+    assert headers[":path"] == "/v1/completions"
+
+
 @pytest.mark.parametrize("field", ["kv_transfer_params", "bootstrap_room"])
 async def test_where_kv_comes_from_is_not_the_clients_choice(envoy: Any, target: Any, field: str) -> None:
     body = json.loads(prompt(target)) | {field: 7}

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(600)]
 # Modules by the image that runs them; what follows the bar belongs to other extras.
-CORE = "pdcoord.cli pdcoord.core pdcoord.policy pdcoord.protocol pdcoord.wire"
+CORE = "pdcoord.cli pdcoord.commands pdcoord.core pdcoord.policy pdcoord.protocol pdcoord.wire"
 NEEDS = {
     "gateway": (f"{CORE} pdcoord.feeds pdcoord.gateway pdcoord.runtime", "pdcoord.runtime.extproc"),
     "extproc": (f"{CORE} pdcoord.feeds pdcoord.extproc pdcoord.runtime", ""),

@@ -314,7 +314,7 @@ async def test_another_version_is_named_on_either_side_and_nothing_is_lost() -> 
     replica = Replica()
     async with replica.serving(), grpc.aio.insecure_channel(replica.address) as channel:
         call: Any = channel.stream_stream(METHOD)()
-        await call.write(encode_report(SidecarHello(CONTROL_VERSION + 1, "pod", SIDECAR, "e", b"n")))
+        await call.write(*encode_report(SidecarHello(CONTROL_VERSION + 1, "pod", SIDECAR, "e", b"n")))
         code, details = await ending(call)
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert "version is 2, expected 1" in details
@@ -322,7 +322,7 @@ async def test_another_version_is_named_on_either_side_and_nothing_is_lost() -> 
 
     async def answer_old(_requests: object, context: Any) -> None:
         await context.read()
-        await context.write(encode_notice(CoordinatorHello(0, "old", b"", b"")))
+        await context.write(*encode_notice(CoordinatorHello(0, "old", b"", b"")))
         await context.read()
 
     async with raw_server(answer_old) as address:
@@ -352,17 +352,17 @@ async def raw_server(serve: Callable[[object, Any], Any]) -> AsyncIterator[HostP
     ("messages", "code", "why"),
     [
         ([b"\xff\xff"], grpc.StatusCode.INVALID_ARGUMENT, "malformed"),
-        ([encode_report(Events())], grpc.StatusCode.INVALID_ARGUMENT, "malformed"),
+        (encode_report(Events()), grpc.StatusCode.INVALID_ARGUMENT, "malformed"),
         (
-            [encode_report(SidecarHello(CONTROL_VERSION, "pod", HostPort("no port"), "e", b"n"))],
+            encode_report(SidecarHello(CONTROL_VERSION, "pod", HostPort("no port"), "e", b"n")),
             grpc.StatusCode.INVALID_ARGUMENT,
             "malformed",
         ),
         (
             [
-                encode_report(SidecarHello(CONTROL_VERSION, "pod", SIDECAR, "e", b"n")),
-                encode_report(SidecarProof(b"")),
-                encode_report(SidecarProof(b"")),
+                *encode_report(SidecarHello(CONTROL_VERSION, "pod", SIDECAR, "e", b"n")),
+                *encode_report(SidecarProof(b"")),
+                *encode_report(SidecarProof(b"")),
             ],
             grpc.StatusCode.INVALID_ARGUMENT,
             "malformed",
@@ -389,9 +389,9 @@ async def test_a_coordinator_that_does_not_read_holds_up_nobody_and_gets_a_snaps
 
     async def serve_late(_requests: object, context: Any) -> None:
         await context.read()
-        await context.write(encode_notice(CoordinatorHello(CONTROL_VERSION, "late/1", b"m", b"")))
+        await context.write(*encode_notice(CoordinatorHello(CONTROL_VERSION, "late/1", b"m", b"")))
         await context.read()
-        await context.write(encode_notice(Targets(is_whole=True)))
+        await context.write(*encode_notice(Targets(is_whole=True)))
         await may_read.wait()
         while (raw := await context.read()) is not grpc.aio.EOF:
             heard.append(decode_report(raw))

@@ -332,6 +332,16 @@ def test_refusals_reach_the_client(site: Site) -> None:
     assert (broken.status, broken.json["error"]["code"]) == (400, "malformed-json")
 
 
+def test_a_path_that_is_written_otherwise_is_planned_and_goes_on_under_its_own(site: Site) -> None:
+    body = {"model": MODEL, "prompt": "word " * 2_000, "max_tokens": 4}
+    for path in ("/v1/%63ompletions", "/v1/completions/"):
+        answer = site.call("POST", path, body)
+        assert answer.status == 200, answer
+        assert answer.headers["x-pdcoord-decision"].startswith("split; ")
+    hidden = site.call("POST", "/sleep", {})
+    assert (hidden.status, hidden.headers["x-pdcoord-reason"]) == (404, "path-unknown")
+
+
 def test_clients_do_not_steer(site: Site) -> None:
     answer = site.call(
         "POST",

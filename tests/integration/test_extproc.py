@@ -32,7 +32,7 @@ from pdcoord.core.fleet import (
     SampleTaken,
 )
 from pdcoord.core.model import Model, PrefixMode
-from pdcoord.extproc.calls import Picker
+from pdcoord.extproc.calls import Picker, PickRules
 from pdcoord.extproc.health import Health
 from pdcoord.extproc.listener import Address, GrpcListener
 from pdcoord.extproc.server import Processor
@@ -187,7 +187,7 @@ class Stage:
         in_flight_max: int = 64,
         limits: Limits | None = None,
         tokens: Tokens | None = None,
-        is_conformance: bool = False,
+        rules: PickRules | None = None,
     ) -> None:
         self.coordinator = Coordinator()
         self.loop = CoordinatorLoop(
@@ -222,15 +222,17 @@ class Stage:
             clock=time.monotonic,
             new_id=lambda: f"id-{next(numbers)}",
             tokens=tokens,
-            is_conformance=is_conformance,
+            rules=rules if rules is not None else PickRules(),
         )
+        processor = Processor(picker, self.observer)
         self.listener = GrpcListener(
-            [Processor(picker, self.observer).handler(), Health(self.loop.unready).handler()],
+            [processor.handler(), Health(self.loop.unready).handler()],
             Address("127.0.0.1", 0),
             credentials=None,
             body_bytes_max=1 << 20,
             streams_max=64,
             drain_s=0.0,
+            end_all=processor.end_all,
         )
         self.channel: aio.Channel | None = None
 
@@ -365,6 +367,57 @@ async def test_a_call_without_a_body_goes_to_any_endpoint() -> None:
         await stage.quiet()
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("POST", "/invocations", (404, "path-unknown")),
+        ("POST", "/v1/load_lora_adapter?x=1", (404, "path-unknown")),
+        ("POST", "/v1//chat/completions", (404, "path-unknown")),
+        ("DELETE", "/v1/responses/resp_1", (404, "path-unknown")),
+        ("GET", "/metrics", (404, "path-unknown")),
+        ("PUT", "/v1/chat/completions", (405, "method-not-allowed")),
+        ("POST", "/health", (405, "method-not-allowed")),
+    ],
+)
+async def test_engines_have_more_than_clients_may_ask_for(
+    method: str, path: str, expected: tuple[int, str]
+) -> None:
+    async with staged(Stage(1)) as stage:
+        envoy = stage.open()
+        await envoy.head({":method": method, ":path": path})
+        assert refusal_of(await envoy.read()) == expected
+        assert (await stage.quiet()).status == expected[0]
+
+
+async def test_a_path_that_is_let_pass_goes_to_any_endpoint() -> None:
+    rules = PickRules(passed=frozenset({"/v1/audio/transcriptions"}))
+    async with staged(Stage(1, rules=rules)) as stage:
+        envoy = stage.open()
+        await envoy.head({":method": "POST", ":path": "/v1/audio/transcriptions?a"})
+        assert destination_of(await envoy.read()) == "10.0.0.1:8000"
+        assert stage.coordinator.live_count == 0
+        other = stage.open()
+        await other.head({":method": "POST", ":path": "/v1/audio/transcriptions/more"})
+        assert refusal_of(await other.read()) == (404, "path-unknown")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions/", "/v1/chat/%63ompletions", "/v1%2fchat/completions/"]
+)
+async def test_a_call_of_the_api_has_an_account_however_its_path_is_written(path: str) -> None:
+    async with staged(Stage(1, in_flight_max=1)) as stage:
+        envoy, second = stage.open(), stage.open()
+        await envoy.head({":method": "POST", ":path": f"{path}?a=%63"})
+        await envoy.body(BODY)
+        found = headers_of((await envoy.read()).request_headers)
+        assert found[":path"] == b"/v1/chat/completions?a=%63"
+        assert "x-pdcoord-plan" in found
+        assert stage.coordinator.live_count == 1
+        await second.head({":method": "POST", ":path": path})
+        await second.body(BODY)
+        await stage.until(lambda: stage.coordinator.admission.count == 1)
+
+
 async def test_a_call_waits_for_its_turn_while_its_stream_is_open() -> None:
     async with staged(Stage(1, in_flight_max=1)) as stage:
         first, second = stage.open(), stage.open()
@@ -403,6 +456,19 @@ async def test_whoever_leaves_the_line_is_forgotten(how: str) -> None:
             ).response_body.response.body_mutation.streamed_response.body == b"late"
         await stage.until(lambda: stage.coordinator.admission.count == 0)
         assert stage.coordinator.live_count == 1
+
+
+async def test_an_unreadable_message_while_a_call_waits_is_envoys_fault() -> None:
+    async with staged(Stage(1, in_flight_max=1)) as stage:
+        first, second = stage.open(), stage.open()
+        await first.routed()
+        await second.head(CHAT)
+        await second.body(BODY)
+        await stage.until(lambda: stage.coordinator.admission.count == 1)
+        await second.call.write(pb.ProcessingRequest())
+        assert await second.ended() is grpc.StatusCode.INVALID_ARGUMENT
+        await stage.until(lambda: stage.coordinator.admission.count == 0)
+        assert (stage.observer.violation_count, stage.observer.errors) == (1, [])
 
 
 async def test_tokens_are_awaited_and_a_client_that_leaves_meanwhile_is_noticed() -> None:
@@ -466,6 +532,25 @@ async def test_a_call_that_never_ends_is_given_up() -> None:
         assert stage.observer.violation_count == 1
 
 
+async def test_at_the_end_of_a_drain_streams_end_well_and_who_waits_is_told() -> None:
+    stage = Stage(1, in_flight_max=1)
+    async with asyncio.TaskGroup() as group, staged(stage):
+        first, second = stage.open(), stage.open()
+        await first.routed()
+        await second.head(CHAT)
+        await second.body(BODY)
+        await stage.until(lambda: stage.coordinator.admission.count == 1)
+        endings = [group.create_task(each.call.read()) for each in (first, second)]
+        codes = [group.create_task(each.call.code()) for each in (first, second)]
+        # The channel is closed behind the listener, so the listener is left first here.
+        await stage.listener.__aexit__(None, None, None)
+        assert await endings[0] is aio.EOF
+        assert refusal_of(await endings[1]) == (503, "draining")
+        assert [await code for code in codes] == [grpc.StatusCode.OK, grpc.StatusCode.OK]
+    assert stage.coordinator.live_count == 0
+    assert stage.observer.violation_count == 0
+
+
 async def test_more_calls_than_may_be_are_refused() -> None:
     async with staged(Stage(limits=Limits(live_max=1))) as stage:
         first, second = stage.open(), stage.open()
@@ -500,7 +585,7 @@ async def test_two_live_calls_of_one_id_are_two() -> None:
 
 
 async def test_conformance_tests_name_the_endpoint() -> None:
-    async with staged(Stage(is_conformance=True)) as stage:
+    async with staged(Stage(rules=PickRules(is_conformance=True))) as stage:
         envoy = stage.open()
         selection = {"test-epp-endpoint-selection": "10.0.0.3,10.0.0.1"}
         assert await envoy.routed(selection) == "10.0.0.3:8000,10.0.0.1:8000"

@@ -28,8 +28,8 @@ from sidecar import exchange
 from sidecar.guard import Allowlist
 from sidecar.handoff import Handoff
 from sidecar.health import Health
-from sidecar.main import make_proxy
 from sidecar.observe import Metrics
+from sidecar.process import make_proxy
 from sidecar.proxy import Backstage, Proxy
 from sidecar.settings import parse
 from sidecar.vocabulary import Order, State
@@ -496,7 +496,7 @@ async def test_a_failed_transfer_goes_to_the_other_target_unseen(script: Script,
     ):
         deadline_ms = 1_500.0 if reason == "transfer-timeout" else 20_000.0
         answer = await s.call(request(stream=True), plan(p1, p2, transfer_deadline_ms=deadline_ms))
-        assert answer.rungs == [f"other-prefill {reason} {d.address}"]
+        assert answer.rungs == [f"other-prefill {reason} {p1.address}"]
         assert answer.body == ROLE + TOKEN + USAGE.replace(b"317", b"64") + LAST
         assert answer.served.prefill == p2.address
         assert await s.metric("orphaned_leases_total") == 1

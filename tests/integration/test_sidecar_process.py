@@ -127,7 +127,11 @@ async def running(*flags: str, **variables: str) -> AsyncIterator[Process]:
         (("--port", "x"), 2, "--port is 'x': give a port"),
         (("--allow-file", "/no/such/file"), 2, "--allow-file is '/no/such/file': cannot be read"),
         (("--nonsense",), 2, "--nonsense"),
-        (("--host", "192.0.2.1", "--metrics-port", "0"), 1, "192.0.2.1"),
+        (
+            ("--host", "192.0.2.1", "--metrics-port", "0"),
+            2,
+            "--host (PDCOORD_SIDECAR_HOST) is '192.0.2.1'; give an address of this host",
+        ),
     ],
 )
 async def test_settings_that_cannot_be_used_end_it_with_one_line(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "deploy" / "policies" / "two-vendor.yaml"
 COMMANDS = {
     "gateway": ["pdcoord.cli", "serve", "--policy", str(POLICY), "--port", "0", "--admin-port", "0"],
-    "sidecar": ["sidecar.main", "--port", "1", "--metrics-port", "1"],
+    "sidecar": ["sidecar.main", "--port", "0", "--metrics-port", "0"],
 }
 
 

@@ -1,6 +1,7 @@
 """Two coordinators over one fleet, all as processes: they see each other's load, and either may be killed."""
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ KEY = "0123456789abcdef0123456789abcdef"
 SPEED = {"prefill_base_ms": 5, "prefill_ms_per_token": 0.05, "step_base_ms": 5}
 PROMPTS = 8
 RATE_PER_S = 50.0
+EVENTS = 7
+"""Of one request that is served split: it, its two legs and its output begin; it and its legs end."""
 COMMANDS = {"pdcoord": "pdcoord.cli", "pdcoord-sidecar": "sidecar.main"}
 
 Ask = Callable[[int], Awaitable[None]]
@@ -165,9 +168,18 @@ class Fleet:
             return False
 
     async def streams(self, index: int) -> int:
+        return await self.count(index, "control_streams")
+
+    async def count(self, index: int, series: str) -> int:
         text = (await self.get(self.gateways[index], "/metrics")).decode()
-        line = next(line for line in text.splitlines() if line.startswith("pdcoord_gateway_control_streams "))
-        return int(float(line.partition(" ")[2]))
+        start = f"pdcoord_gateway_{series} "
+        return int(float(next(line for line in text.splitlines() if line.startswith(start))[len(start) :]))
+
+    async def until_count(self, index: int, series: str, count: int) -> None:
+        async def is_there() -> bool:
+            return await self.count(index, series) == count
+
+        await until(is_there, self)
 
     async def ask(self, index: int, prompt: str, tokens: int) -> str:
         """One answer through a replica.
@@ -247,15 +259,27 @@ async def are_equal(fleet: Fleet) -> bool:
 @pytest.mark.timeout(240)
 async def test_two_replicas_see_each_others_load(tmp_path: Path) -> None:
     async with running(tmp_path) as fleet, asyncio.TaskGroup() as group:
+        told_before = [await fleet.count(index, 'control_reports_total{kind="event"}') for index in range(2)]
         asks = [group.create_task(fleet.ask(index % 2, f"prompt {index} " * 100, 400)) for index in range(6)]
+
+        async def is_planned() -> bool:
+            return await fleet.count(0, "remote_requests") + await fleet.count(1, "remote_requests") >= 1
+
+        await until(is_planned, fleet)
 
         async def is_seen() -> bool:
             loads = [await fleet.load(index) for index in range(2)]
             on_decode = [sum(n for id_, (n, _) in load.items() if "decode" in id_) for load in loads]
             return on_decode == [6, 6] and loads[0] == loads[1]
 
-        await until(is_seen, fleet)
+        seen_s = await until(is_seen, fleet)
+        said = f"two replicas agree on six requests {seen_s * 1e3:.0f} ms after the first was told of"
+        print(said)  # noqa: T201  # to be read; the machine decides it, so it decides nothing
         await asyncio.gather(*asks)
+        # Told as it happened, to both: no snapshot stands for what was too late, and nothing was said twice.
+        for index, before in enumerate(told_before):
+            await fleet.until_count(index, 'control_reports_total{kind="event"}', before + 6 * EVENTS)
+            assert await fleet.count(index, 'control_reports_total{kind="snapshot"}') == 3
 
         async def is_idle() -> bool:
             loads = [await fleet.load(index) for index in range(2)]
@@ -320,15 +344,24 @@ async def test_killing_either_replica_loses_no_request(tmp_path: Path, victim: i
             await until(others_go_on, fleet)
             await fleet.replicas[victim].start()
 
+            async def listens() -> bool:
+                with contextlib.suppress(WireError, TimeoutError):
+                    return bool(await fleet.get(fleet.gateways[victim], "/metrics"))
+                return False
+
+            await until(listens, fleet)
+
             async def is_back() -> bool:
                 return await fleet.is_up(victim)
 
-            await until(is_back, fleet)
+            back_s = await until(is_back, fleet)
 
             async def is_equal() -> bool:
                 return await are_equal(fleet)
 
-            await until(is_equal, fleet)
+            whole_s = await until(is_equal, fleet)
+            said = f"has every stream {back_s:.2f} s after it answers, counts right {whole_s:.2f} s later"
+            print(f"a killed replica {said}")  # noqa: T201  # as above
             stop.set()
             await loader
         assert sorted(done) == list(range(sent))

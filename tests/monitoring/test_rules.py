@@ -1,6 +1,5 @@
 """The alert rules through promtool: well formed, and each fires when it should."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,14 +7,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "monitoring"
-
-
-@pytest.fixture(scope="module")
-def promtool() -> str:
-    own = ROOT / ".venv-tools" / "bin" / "promtool"
-    path = str(own) if own.exists() else shutil.which("promtool")
-    assert path is not None, "promtool is not here: run `make tools`"
-    return path
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from pdcoord.cli import app
+from pdcoord.commands import app
 
 ROOT = Path(__file__).resolve().parents[3]
 SECTIONS = re.findall(r"^pdcoord (paths --layouts .*)$", (ROOT / "docs/policy.md").read_text(), re.MULTILINE)

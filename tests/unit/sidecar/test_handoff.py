@@ -214,7 +214,7 @@ def test_a_failed_transfer_tries_the_other_prefill_and_orphans_the_lease(
     t.give(PrefillAnswered(1, TICKET, 3))
     cut = [CancelLeg(2)] if is_cut else []
     assert t.give(event) == [*cut, OrphanLease(P1.address), SendPrefill(3, 2, P2)]
-    assert t.rungs() == [(RungKind.OTHER_PREFILL, reason, ENGINE)]
+    assert t.rungs() == [(RungKind.OTHER_PREFILL, reason, P1.address)]
     assert t.handoff.served().cached_tokens is None
 
 
@@ -433,7 +433,7 @@ def test_sglang_a_failed_decode_leg_cancels_the_prefill_leg(
 ) -> None:
     t = sglang(P1, P2)
     assert t.give(event) == [*cut, CancelLeg(1), SendPrefill(3, 2, P2), SendDecode(4, 2, peer=P2)]
-    assert t.rungs() == [(RungKind.OTHER_PREFILL, reason, ENGINE)]
+    assert t.rungs() == [(RungKind.OTHER_PREFILL, reason, P1.address)]
 
 
 def test_sglang_leaves_no_lease_to_orphan() -> None:
@@ -531,7 +531,7 @@ def test_pdcoord_a_prefill_4xx_is_passed_on_unless_there_is_output() -> None:
 def test_pdcoord_an_error_event_is_no_output() -> None:
     t = pdcoord(P1)
     assert t.give(DecodeOpened(2, is_error=True)) == [CancelLeg(2), CancelLeg(1), SendDecode(3, 2)]
-    assert t.rungs() == [(RungKind.COLOCATED, RungReason.TRANSFER_FAILED, ENGINE)]
+    assert t.rungs() == [(RungKind.COLOCATED, RungReason.TRANSFER_FAILED, P1.address)]
 
 
 def test_pdcoord_the_ladder_ends_colocated() -> None:
@@ -550,7 +550,7 @@ def test_pdcoord_a_ticket_that_nobody_came_for_orphans_its_lease() -> None:
     t = pdcoord(P1)
     t.give(PrefillAnswered(1, TICKET))
     assert t.give(DeadlinePassed()) == [CancelLeg(2), OrphanLease(P1.address), SendDecode(3, 2)]
-    assert t.rungs() == [(RungKind.COLOCATED, RungReason.TRANSFER_TIMEOUT, ENGINE)]
+    assert t.rungs() == [(RungKind.COLOCATED, RungReason.TRANSFER_TIMEOUT, P1.address)]
 
 
 # The table.

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pdcoord.core.alternatives import LOOKED_AT_MAX, alternatives, least_busy
+from pdcoord.core.alternatives import LOOKED_AT_MAX, alternatives, least_busy, moved
 from pdcoord.core.costs import SpeedFigures
 from pdcoord.core.fleet import (
     Endpoint,
@@ -20,10 +20,10 @@ from pdcoord.core.fleet import (
     SampleTaken,
 )
 from pdcoord.core.ledger import Entry, Ledger
-from pdcoord.core.plan import Candidate, Figures, Plan, Why
+from pdcoord.core.plan import Candidate, Figures, Plan, Rung, Why
 from pdcoord.core.request import RequestId
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.plans import DialectName
+from pdcoord.protocol.plans import DialectName, Mode, RungKind
 from transfer.verdict import Connector, Side
 
 M = ModelName("m")
@@ -45,6 +45,13 @@ def add(fleet: Fleet, of: Pool, name: str) -> Endpoint:
 def planned(endpoint: Endpoint) -> Plan:
     chosen = Candidate(endpoint, None, None, FIGURES)
     return Plan(RequestId("r"), chosen, Why.COLOCATED_FASTER, DialectName.NIXLV2)
+
+
+def split(decode: Endpoint, prefill: Endpoint, *others: Endpoint) -> Plan:
+    figures = replace(FIGURES, transfer_s=0.5, transfer_bytes=1_000)
+    chosen = Candidate(decode, prefill, None, figures)
+    rungs = (*(Rung(RungKind.OTHER_PREFILL, other) for other in others), Rung(RungKind.COLOCATED))
+    return Plan(RequestId("r"), chosen, Why.SPLIT_FASTER, DialectName.NIXLV2, rungs)
 
 
 def occupy(ledger: Ledger, endpoint: Endpoint, *names: str) -> None:
@@ -72,6 +79,28 @@ def test_who_is_at_its_limit_is_no_alternative() -> None:
     first, second = add(fleet, of, "e1"), add(fleet, of, "e2")
     occupy(ledger, second, "x")
     assert alternatives(fleet, ledger.accounts, planned(first), None, 3) == []
+
+
+def test_a_plans_own_prefill_endpoints_do_not_stand_in_for_its_decode() -> None:
+    fleet, of = Fleet(), pool("a")
+    made = [add(fleet, of, f"e{index}") for index in range(4)]
+    assert alternatives(fleet, {}, split(made[0], made[1], made[2]), None, 3) == [made[3]]
+    assert alternatives(fleet, {}, split(made[0], made[1]), None, 3) == [made[2], made[3]]
+
+
+def test_a_plan_that_is_moved_onto_its_prefill_is_colocated() -> None:
+    of = pool("a")
+    a, b, c, d = (Endpoint(EndpointId(name), of, HostPort(f"{name}:1")) for name in "abcd")
+    plan = split(a, b, c)
+    onto_another = moved(plan, d)
+    assert (onto_another.decode, onto_another.prefill, onto_another.rungs) == (d, b, plan.rungs)
+    assert (onto_another.attempt, onto_another.chosen.figures) == (1, plan.chosen.figures)
+    onto_a_rung = moved(plan, c)
+    assert (onto_a_rung.prefill, onto_a_rung.rungs) == (b, (Rung(RungKind.COLOCATED),))
+    onto_prefill = moved(plan, b)
+    assert (onto_prefill.mode, onto_prefill.decode, onto_prefill.rungs) == (Mode.COLOCATED, b, ())
+    assert (onto_prefill.chosen.figures.transfer_s, onto_prefill.chosen.figures.transfer_bytes) == (0.0, 0)
+    assert onto_prefill.chosen.figures.prefill_s == plan.chosen.figures.prefill_s
 
 
 def test_of_a_pool_that_is_gone_there_are_none() -> None:

@@ -1,5 +1,6 @@
 """The coordinator: a request's life as transcripts, and any interleaving of events by a state machine."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pdcoord.core.alternatives import moved
 from pdcoord.core.blocks import block_keys
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.costs import PathFigures, SpeedFigures
@@ -174,6 +176,25 @@ def test_a_request_that_was_moved_is_accounted_for_where_it_went() -> None:
     story.begin()
     story.end()
     assert ledger.open_count == story.coordinator.live_count == 0
+
+
+def test_a_request_that_was_moved_onto_its_own_prefill_is_colocated_there() -> None:
+    both = pool("b", Role.BOTH)
+    always = Disaggregation(mode=SplitMode.ALWAYS)
+    story = Story(replace(MODEL, pools=(both,), disaggregation=always), prefills=0, decodes=0)
+    for index in range(2):
+        story.ready(endpoint(both, index))
+    plan = story.plan()
+    assert plan.prefill is not None
+    assert plan.chosen.figures.transfer_bytes > 0
+    assert story.tell(DecodeMoved(RequestId("r"), plan.prefill.address)) == []
+    ledger = story.coordinator.ledger
+    load = ledger.load(plan.prefill.id)
+    assert (load.request_count, load.decode_count, load.bytes_in_flight) == (1, 1, 0)
+    assert ledger.load(plan.decode.id).is_empty
+    story.begin(served=split_by(plan.prefill.address))
+    story.end()
+    assert ledger.open_count == story.coordinator.live_count == story.coordinator.paths.breaker_count == 0
 
 
 def test_a_failure_that_is_final_ends_the_request_though_others_could_take_it() -> None:
@@ -727,6 +748,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         self.plans: dict[RequestId, Plan] = {}
         self.requests: dict[RequestId, Request] = {}
         self.failed: dict[RequestId, set[EndpointId]] = {}
+        self.attempts: Counter[RequestId] = Counter()
         self.begun: set[RequestId] = set()
         self.waiting: set[RequestId] = set()
 
@@ -802,7 +824,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         assert len(others) <= model.fallback.other_prefill_max
         assert {rung.kind for rung in plan.rungs} <= set(model.fallback.rungs)
         assert plan.attempt <= model.fallback.other_decode_max
-        assert plan.attempt == len(self.failed.get(plan.request_id, set()))
+        assert plan.attempt == self.attempts[plan.request_id]
 
     # Signals.
 
@@ -921,10 +943,26 @@ class CoordinatorMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(set(self.plans) - self.begun)))
         failed = self.plans[name].decode.id
         self.failed.setdefault(name, set()).add(failed)
+        self.attempts[name] += 1
         served = None if is_plain else self.served(data, name, rungs, Mode.COLOCATED)
         if reason is RungReason.DECODE_UNREACHABLE:
             self.unfit |= {failed} & set(self.addresses)
         self.keep(name, self.tell(DecodeFailed(name, reason, served), name))
+
+    @precondition(lambda self: len(self.plans) > len(self.begun))
+    @rule(data=st.data(), anywhere=addresses, is_onto_prefill=st.booleans())
+    def move(self, data: st.DataObject, anywhere: HostPort, *, is_onto_prefill: bool) -> None:
+        """A proxy took another endpoint, whichever it found."""
+        name = data.draw(st.sampled_from(sorted(set(self.plans) - self.begun)))
+        plan = self.plans[name]
+        onto = plan.prefill.address if is_onto_prefill and plan.prefill is not None else anywhere
+        model = self.requests[name].model
+        served = [each.endpoint for each in self.coordinator.fleet.at(onto)]
+        found = next((each for each in served if each.pool.model == model), None)
+        if found is not None and found.id != plan.decode.id and self.coordinator.model(model) is not None:
+            self.plans[name] = moved(plan, found)
+            self.attempts[name] += 1
+        assert self.tell(DecodeMoved(name, onto)) == []
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())

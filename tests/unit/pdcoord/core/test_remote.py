@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import msgspec
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -258,6 +259,44 @@ def test_what_others_legs_met_opens_and_closes_paths() -> None:
     assert not paths.lets_pass(P0.id, D0.id, told.now_s)  # It is being tried.
     told.events(OutputBegan(5, SERVED))
     assert paths.state(P0.id, D0.id, told.now_s) is BreakerState.CLOSED
+
+
+def failed_over(plan: Plan, reason: RungReason) -> ServedHeader:
+    """The prefill of a plan failed, and the decode endpoint served alone."""
+    assert plan.prefill is not None
+    rung = RungTaken(rung=RungKind.COLOCATED, reason=reason, target=plan.prefill.address)
+    return ServedHeader(mode=Mode.COLOCATED, rungs=(rung,))
+
+
+def opened_by(reason: RungReason, *, is_own: bool) -> list[BreakerState]:
+    """The states of a path after each of three requests that failed over it."""
+    told, states = Told((P0, D0)), []
+    for index in range(3):
+        plan = Told((P0, D0)).plan("elsewhere") if not is_own else told.plan(f"r{index}")
+        served = failed_over(plan, reason)
+        if is_own:
+            told.tell(ResponseBegan(RequestId(f"r{index}"), served))
+            told.tell(RequestEnded(RequestId(f"r{index}"), Outcome.OK))
+        else:
+            leg = LegEnded(index, 2, ControlLegKind.DECODE, P0.address, reason, 0.1)
+            told.events(replace(SPLIT, ordinal=index), leg, OutputBegan(index, served))
+        states.append(told.coordinator.paths.state(P0.id, D0.id, told.now_s))
+    return states
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+@pytest.mark.parametrize("reason", [RungReason.TRANSFER_FAILED, RungReason.TRANSFER_TIMEOUT])
+def test_a_transfer_that_failed_speaks_of_its_path_once_whoever_planned_it(
+    reason: RungReason, *, is_own: bool
+) -> None:
+    closed, open_ = BreakerState.CLOSED, BreakerState.OPEN
+    assert opened_by(reason, is_own=is_own) == [closed, closed, open_]
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_target_that_a_sidecar_does_not_know_yet_is_no_failure_of_its_path(*, is_own: bool) -> None:
+    states = opened_by(RungReason.TARGET_NOT_ALLOWED, is_own=is_own)
+    assert states == [BreakerState.CLOSED] * 3
 
 
 def test_a_request_that_ends_without_a_word_leaves_its_path_to_be_tried() -> None:

@@ -23,6 +23,8 @@ from pdcoord.feeds import reports
 from pdcoord.feeds.reports import GRACE_S, ReportsFeed, Session, TooManyStreamsError
 from pdcoord.protocol.control import (
     HEARTBEAT_S,
+    REQUESTS_MAX,
+    ControlError,
     Events,
     OutputBegan,
     PathFacts,
@@ -151,6 +153,43 @@ def test_a_stream_that_was_replaced_counts_no_more() -> None:
     assert bench.feed.stream_count == 1
     bench.feed.hear(new, Snapshot(()))
     assert bench.told() == [SidecarReported(AT, "f", Snapshot(()))]
+    assert (old.is_replaced, old.has_news.is_set()) == (True, True)
+    assert not new.is_replaced
+
+
+def test_a_snapshot_in_parts_counts_from_the_last_on() -> None:
+    bench = Bench(D)
+    session = bench.open()
+    bench.feed.hear(session, Snapshot((RequestBegan(1, OWN), RequestBegan(2, OTHER)), has_more=True))
+    assert bench.told() == []
+    assert bench.feed.reports["snapshot"] == 0
+    bench.feed.hear(session, Snapshot((RequestBegan(3, OTHER),)))
+    whole = Snapshot((RequestBegan(2, OTHER), RequestBegan(3, OTHER)))
+    assert bench.told() == [SidecarReported(AT, "e", whole)]
+    assert session.own == {1}
+    bench.feed.hear(session, Events((RequestBegan(4, OTHER),)))
+    assert len(bench.told()) == 1
+
+
+def test_a_snapshot_is_not_left_in_the_middle() -> None:
+    bench = Bench(D)
+    session = bench.open()
+    bench.feed.hear(session, Snapshot((RequestBegan(1, OTHER),), has_more=True))
+    with pytest.raises(ControlError, match="has not ended"):
+        bench.feed.hear(session, Events())
+
+
+def test_what_one_sidecar_tells_of_is_bounded() -> None:
+    bench = Bench(D)
+    session = bench.open()
+    half = tuple(RequestBegan(ordinal, OWN) for ordinal in range(REQUESTS_MAX))
+    bench.feed.hear(session, Snapshot(half))
+    with pytest.raises(ControlError, match="more than 8192 requests are under way"):
+        bench.feed.hear(session, Events((RequestBegan(REQUESTS_MAX, OWN),)))
+    assert len(session.own) == REQUESTS_MAX
+    bench.feed.hear(session, Snapshot(half, has_more=True))
+    with pytest.raises(ControlError, match="a snapshot has more than 8192"):
+        bench.feed.hear(session, Snapshot((RequestBegan(1, OTHER),)))
 
 
 def test_probes_are_told_of_each_endpoint_there_also_of_one_that_is_found_later() -> None:

@@ -8,75 +8,14 @@ from typing import Any, Self
 
 import pytest
 
-from pdcoord.core.costs import SpeedFigures
 from pdcoord.core.events import Action, DecodeFailed, Dispatch, Event, Refuse, RequestArrived, Wait
-from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, ModelName, Pool, PoolName, Role
 from pdcoord.core.model import Model
-from pdcoord.core.plan import Candidate, Figures, Plan, Rung, Why
+from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId
 from pdcoord.front.ports import CallRecord, Decided, Limits, Tokens
 from pdcoord.gateway.app import GatewayApp
 from pdcoord.gateway.relay import Relay
 from pdcoord.protocol.errors import Refusal, RefuseReason
-from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.plans import DialectName, RungKind
-from transfer.verdict import Connector, Side, Verdict, VerdictKind
-
-FIGURES = Figures(
-    queue_s=0.001,
-    prefill_s=0.1,
-    transfer_s=0.01,
-    step_s=0.008,
-    stall_s=0.0,
-    slo_excess=0.0,
-    cost=0.5,
-    uncached_tokens=1_000,
-    cached_tokens=0,
-    transfer_bytes=1_000_000,
-)
-
-
-def make_pool(name: str, role: Role) -> Pool:
-    return Pool(
-        name=PoolName(name),
-        model=ModelName("org/model"),
-        role=role,
-        vendor="vendor",
-        engine=EngineKind.VLLM,
-        side=Side(Connector.NIXL, None),
-        speed=SpeedFigures(0.008, 0.0001, 0.008),
-        kv_bytes_per_token=1_024,
-        link_bytes_per_s=1e10,
-    )
-
-
-PREFILL, DECODE = make_pool("p", Role.PREFILL), make_pool("d", Role.DECODE)
-MODEL = Model(name=ModelName("org/model"), pools=(PREFILL, DECODE), aliases=("alias",))
-
-
-def endpoint(pool: Pool, name: str, address: str) -> Endpoint:
-    return Endpoint(EndpointId(f"{pool.name}/{name}"), pool, HostPort(address))
-
-
-def make_plan(
-    request_id: str, *, decode: str = "10.0.0.2:8000", is_split: bool = False, attempt: int = 0
-) -> Plan:
-    prefill = endpoint(PREFILL, "p0", "10.0.0.1:8000") if is_split else None
-    other = endpoint(PREFILL, "p1", "10.0.0.3:8000")
-    return Plan(
-        request_id=RequestId(request_id),
-        chosen=Candidate(
-            decode=endpoint(DECODE, decode.split(":", maxsplit=1)[0], decode),
-            prefill=prefill,
-            verdict=Verdict(VerdictKind.NATIVE, "layouts are equal") if is_split else None,
-            figures=FIGURES,
-        ),
-        why=Why.SPLIT_FASTER if is_split else Why.COLOCATED_FASTER,
-        dialect=DialectName.NIXLV2,
-        rungs=(Rung(RungKind.OTHER_PREFILL, other), Rung(RungKind.COLOCATED)) if is_split else (),
-        attempt=attempt,
-    )
-
 
 WAIT = "wait"
 
@@ -85,9 +24,10 @@ WAIT = "wait"
 class ScriptedCoordination:
     """Answers each arrival and failure with the next of `script`: an address, WAIT, a Refusal or an error."""
 
+    make_plan: Callable[..., Plan]
+    served: Model
     script: list[str | Refusal | Exception] = field(default_factory=lambda: ["10.0.0.2:8000"])
     is_split: bool = False
-    served: Model = MODEL
     unready_refusal: Refusal | None = None
     events: list[Event] = field(default_factory=list)
     expected: dict[RequestId, Decided] = field(default_factory=dict)
@@ -110,7 +50,7 @@ class ScriptedCoordination:
             return Refuse(request_id, step)
         if step == WAIT:
             return Wait(request_id)
-        return Dispatch(make_plan(request_id, decode=step, is_split=self.is_split))
+        return Dispatch(self.make_plan(request_id, decode=step, is_split=self.is_split))
 
     def expect(self, request_id: RequestId, decided: Decided) -> None:
         assert request_id not in self.expected, "expected twice"
@@ -126,7 +66,7 @@ class ScriptedCoordination:
         return self.served if name in {self.served.name, *self.served.aliases} else None
 
     def models(self) -> tuple[Model, ...]:
-        return (MODEL,)
+        return (self.served,)
 
     def unready(self) -> Refusal | None:
         return self.unready_refusal
@@ -243,8 +183,8 @@ class Answer:
 class Stage:
     """A gateway app with everything around it scripted."""
 
-    def __init__(self) -> None:
-        self.coordination = ScriptedCoordination()
+    def __init__(self, make_plan: Callable[..., Plan], model: Model) -> None:
+        self.coordination = ScriptedCoordination(make_plan, model)
         self.upstream = ScriptedUpstream()
         self.observer = RecordingObserver()
         self.limits = Limits(body_bytes_max=10_000, body_timeout_s=2.0, request_deadline_s=5.0)
@@ -318,23 +258,13 @@ class Stage:
 
 
 @pytest.fixture
-async def stage() -> Stage:
-    return Stage()
+async def stage(plan: Callable[..., Plan], model: Model) -> Stage:
+    return Stage(plan, model)
 
 
 @pytest.fixture
 def reply() -> type[Reply]:
     return Reply
-
-
-@pytest.fixture
-def plan() -> Callable[..., Plan]:
-    return make_plan
-
-
-@pytest.fixture
-def model() -> Model:
-    return MODEL
 
 
 @pytest.fixture

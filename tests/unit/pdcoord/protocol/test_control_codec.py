@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 
 from pdcoord.protocol import control_pb2 as pb
 from pdcoord.protocol.control import (
+    EVENTS_MAX,
+    MESSAGE_BYTES_MAX,
+    REQUESTS_MAX,
+    TARGETS_MAX,
     ControlError,
     ControlLegKind,
     CoordinatorHello,
@@ -29,8 +33,10 @@ from pdcoord.protocol.control import (
     Snapshot,
     Target,
     Targets,
+    joined,
 )
 from pdcoord.protocol.control_codec import (
+    RUNGS_MAX,
     TEXT_MAX,
     decode_notice,
     decode_report,
@@ -39,7 +45,7 @@ from pdcoord.protocol.control_codec import (
 )
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.paths import PathReport
+from pdcoord.protocol.paths import PATHS_MAX, PathReport
 from pdcoord.protocol.plans import Mode, PlannedLoad, RungKind, RungTaken, ServedHeader
 
 PROTOCOL = Path(__file__).resolve().parents[4] / "pdcoord" / "protocol"
@@ -102,7 +108,7 @@ paths = st.builds(
 reports: st.SearchStrategy[SidecarMessage] = st.one_of(
     st.builds(SidecarHello, st.integers(0, 99), texts, addresses, texts, st.binary(max_size=64)),
     st.builds(SidecarProof, st.binary(max_size=64)),
-    st.builds(Snapshot, st.lists(requests, max_size=4).map(tuple)),
+    st.builds(Snapshot, st.lists(requests, max_size=4).map(tuple), st.booleans()),
     st.builds(Events, st.lists(events, max_size=4).map(tuple)),
     st.builds(PathFacts, st.floats(0.1, 1e6), st.booleans(), st.lists(paths, max_size=3).map(tuple)),
 )
@@ -111,19 +117,114 @@ targets = st.builds(Target, addresses, texts, texts, texts, ports, ports)
 notices: st.SearchStrategy[CoordinatorMessage] = st.one_of(
     st.builds(CoordinatorHello, st.integers(0, 99), texts, st.binary(max_size=64), st.binary(max_size=64)),
     st.builds(
-        Targets, st.lists(targets, max_size=3).map(tuple), st.lists(addresses).map(tuple), st.booleans()
+        Targets,
+        st.lists(targets, max_size=3).map(tuple),
+        st.lists(addresses).map(tuple),
+        st.booleans(),
+        st.booleans(),
     ),
 )
 
 
 @given(reports)
 def test_a_report_is_read_as_it_was_written(message: SidecarMessage) -> None:
-    assert decode_report(encode_report(message)) == message
+    (raw,) = encode_report(message)
+    assert decode_report(raw) == message
 
 
 @given(notices)
 def test_a_notice_is_read_as_it_was_written(message: CoordinatorMessage) -> None:
-    assert decode_notice(encode_notice(message)) == message
+    (raw,) = encode_notice(message)
+    assert decode_notice(raw) == message
+
+
+WIDE = "\N{GRINNING FACE}" * (2 * TEXT_MAX)  # Four bytes each.
+MOST = 1 << 50
+
+
+def test_the_longest_snapshot_fits_in_parts_that_count_from_the_last_on() -> None:
+    load = PlannedLoad(
+        replica=WIDE,
+        model=WIDE,
+        prefill_us=MOST,
+        prompt_tokens=MOST,
+        landing_tokens=MOST,
+        transfer_bytes=MOST,
+    )
+    request = RequestBegan(MOST, load, HostPort(WIDE), age_s=1e6, has_output=True)
+    raw = encode_report(Snapshot((request,) * REQUESTS_MAX))
+    assert len(raw) > 1
+    assert max(map(len, raw)) < MESSAGE_BYTES_MAX
+    parts = [decode_report(each) for each in raw]
+    assert [isinstance(part, Snapshot) and part.has_more for part in parts] == [True] * (len(raw) - 1) + [
+        False
+    ]
+    assert sum(len(part.requests) for part in parts if isinstance(part, Snapshot)) == REQUESTS_MAX
+
+
+def test_the_longest_events_fit() -> None:
+    rung = RungTaken(
+        rung=RungKind.OTHER_PREFILL, reason=RungReason.PREFILL_UNREACHABLE, target=HostPort(WIDE)
+    )
+    served = ServedHeader(mode=Mode.SPLIT, prefill=HostPort(WIDE), rungs=(rung,) * (2 * RUNGS_MAX))
+    told = Events(tuple(OutputBegan(number, served) for number in range(EVENTS_MAX)))
+    raw = encode_report(told)
+    assert max(map(len, raw)) < MESSAGE_BYTES_MAX
+    parts = [decode_report(each) for each in raw]
+    ordinals = [event.ordinal for part in parts if isinstance(part, Events) for event in part.events]
+    assert ordinals == list(range(EVENTS_MAX))
+
+
+def test_the_longest_list_of_probes_fits() -> None:
+    at, wide = HostPort(WIDE), WIDE
+    path = PathReport(
+        target=at,
+        kv_address=at,
+        probe_count=1,
+        failure=wide,
+        detail=wide,
+        verdict=wide,
+        verdict_reason=wide,
+        backend=wide,
+        transport=wide,
+        latency_s=1.0,
+    )
+    raw = encode_report(PathFacts(30.0, True, (path,) * PATHS_MAX))
+    assert max(map(len, raw)) < MESSAGE_BYTES_MAX
+    parts = [decode_report(each) for each in raw]
+    assert sum(len(part.paths) for part in parts if isinstance(part, PathFacts)) == PATHS_MAX
+
+
+def test_the_longest_list_of_targets_fits_in_parts_that_count_from_the_last_on() -> None:
+    at = HostPort(WIDE)
+    told = Targets(
+        (Target(at, WIDE, WIDE, WIDE, 65_535, 65_535),) * TARGETS_MAX, (at,) * TARGETS_MAX, is_whole=True
+    )
+    raw = encode_notice(told)
+    assert max(map(len, raw)) < MESSAGE_BYTES_MAX
+    parts = [decode_notice(each) for each in raw]
+    assert all(isinstance(part, Targets) and part.is_whole for part in parts)
+    lists = [part for part in parts if isinstance(part, Targets)]
+    assert joined(lists[:-1]) is None
+    whole = joined(lists)
+    assert whole is not None
+    assert (len(whole.changed), len(whole.removed)) == (TARGETS_MAX, TARGETS_MAX)
+    assert (whole.is_whole, whole.has_more) == (True, False)
+    with pytest.raises(ControlError, match="more than 16384 targets"):
+        joined([*lists[:-1], *lists])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pb.SidecarReport(events=pb.Events(events=[pb.Event()] * (EVENTS_MAX + 1))),
+        pb.SidecarReport(snapshot=pb.Snapshot(requests=[pb.RequestBegan()] * (REQUESTS_MAX + 1))),
+        pb.SidecarReport(paths=pb.PathFacts(interval_s=1.0, paths=[pb.PathFact()] * (PATHS_MAX + 1))),
+    ],
+)
+def test_a_list_is_bounded(message: pb.SidecarReport) -> None:
+    with pytest.raises(ControlError, match="expected at most"):
+        decode_report(message.SerializeToString())
 
 
 @given(st.binary(max_size=200))
@@ -173,7 +274,7 @@ def test_a_rung_of_a_later_release_is_left_out_and_fields_of_one_are_ignored() -
 
 def test_texts_are_cut() -> None:
     hello = SidecarHello(1, "n" * 10_000, HostPort("a:1"), "e", b"")
-    read = decode_report(encode_report(hello))
+    read = decode_report(*encode_report(hello))
     assert isinstance(read, SidecarHello)
     assert len(read.name) == TEXT_MAX
 

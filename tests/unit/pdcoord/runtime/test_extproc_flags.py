@@ -4,6 +4,7 @@ import pytest
 
 from pdcoord.runtime.extproc import ExtprocSettings
 from pdcoord.runtime.extproc_flags import IGNORED, FlagError, read_flags
+from pdcoord.runtime.settings import SettingsError, load
 
 
 def test_flags_are_written_as_go_takes_them() -> None:
@@ -46,6 +47,24 @@ def test_a_pool_means_kubernetes_unless_files_are_named(
     assert settings.get("kubernetes_pods") is pods
     assert settings.get("kubernetes_policies") is policies
     assert settings["kubernetes_namespace"] == "n"
+
+
+def test_paths_to_let_pass_are_named_one_by_one() -> None:
+    flags = read_flags(["--pass-paths", "/a", "--pass-paths=/v1/b"], {})
+    settings = load(ExtprocSettings, {**flags.settings, "policy": "p"})
+    assert settings.pass_paths == {"/a", "/v1/b"}
+    assert load(ExtprocSettings, {"policy": "p"}).pass_paths == frozenset()
+
+
+def test_paths_may_be_named_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDCOORD_PASS_PATHS", "/a, /b")
+    assert load(ExtprocSettings, {"policy": "p"}).pass_paths == {"/a", "/b"}
+
+
+@pytest.mark.parametrize("path", ["a", "/a/", "/%61", "/a?b=c"])
+def test_a_path_that_no_call_can_have_stops_the_start(path: str) -> None:
+    with pytest.raises(SettingsError, match=r"PDCOORD_PASS_PATHS.*is no path"):
+        load(ExtprocSettings, {"policy": "p", "pass_paths": path})
 
 
 def test_flags_of_other_pickers_are_taken_and_named() -> None:

@@ -81,11 +81,26 @@ def test_a_refused_call_counts_its_reason_and_no_times(
     record = CallRecord(RequestId("r"), "/v1/completions", 1.0, ended_s=1.5)
     record.status, record.outcome, record.reason = 400, Outcome.CLIENT_ERROR, RefuseReason.MALFORMED_JSON
     telemetry.call_ended(record)
-    assert bench.metric('pdcoord_gateway_refusals_total{reason="malformed-json"}') == 1.0
+    assert bench.metric('pdcoord_gateway_refusals_total{model="none",reason="malformed-json"}') == 1.0
     labels = 'mode="none",model="none",outcome="client-error",why="none"'
     assert bench.metric(f"pdcoord_gateway_requests_total{{{labels}}}") == 1.0
     assert "ttft_seconds_sum" not in bench.metrics.render().decode()
     assert lines.entries[0]["prefill"] is None
+
+
+def test_a_refusal_is_counted_for_its_model_which_has_the_series_before(
+    bench: Any, telemetry: Telemetry
+) -> None:
+    served = CallRecord(RequestId("r"), "/v1/completions", 1.0, model="m", outcome=Outcome.OK, status=200)
+    telemetry.call_began()
+    telemetry.call_ended(served)
+    series = 'pdcoord_gateway_refusals_total{model="m",reason="no-endpoints"}'
+    assert bench.metric(series) == 0.0
+    refused = CallRecord(RequestId("s"), "/v1/completions", 1.0, model="m", outcome=Outcome.REFUSED)
+    refused.status, refused.reason = 503, RefuseReason.NO_ENDPOINTS
+    telemetry.call_began()
+    telemetry.call_ended(refused)
+    assert bench.metric(series) == 1.0
 
 
 def test_an_errors_time_is_no_time_to_first_token(bench: Any, telemetry: Telemetry) -> None:
@@ -108,7 +123,7 @@ def test_the_prefill_of_the_line_is_the_one_that_was_used(bench: Any) -> None:
 
 def test_refusals_of_pages_defects_and_reloads(bench: Any, telemetry: Telemetry, lines: LogCapture) -> None:
     telemetry.refused(RefuseReason.PATH_UNKNOWN)
-    assert bench.metric('pdcoord_gateway_refusals_total{reason="path-unknown"}') == 1.0
+    assert bench.metric('pdcoord_gateway_refusals_total{model="none",reason="path-unknown"}') == 1.0
     telemetry.crashed(RuntimeError("x"), "r-9")
     assert (lines.entries[0]["event"], lines.entries[0]["id"]) == ("request.crashed", "r-9")
     bench.metrics.count_reload(Reload(Source.POLICY))

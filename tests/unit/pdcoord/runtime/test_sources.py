@@ -71,7 +71,7 @@ def test_a_namespace_is_needed_and_may_be_the_contexts(
     assert follower.collection.labels == "llm-d.ai/inference-serving=true"
     for text in ("no: config", "- 3", "{", ""):
         path.write_text(text)
-        with pytest.raises(PolicyError, match="set PDCOORD_KUBERNETES_NAMESPACE"):
+        with pytest.raises(PolicyError, match=f"KUBECONFIG names {path}, which is no kubeconfig"):
             make(policy=Path("p"), kubernetes_pods=True)
 
 
@@ -108,4 +108,11 @@ def test_everything_can_come_from_the_api_server(
     assert 'pdcoord_gateway_kubernetes_lists_total{resource="pods"} 1.0' in shown
     assert 'pdcoord_gateway_kubernetes_troubles_total{resource="pods",why="denied"} 1.0' in shown
     assert 'pdcoord_gateway_pods_left_out{reason="unpicked"} 0.0' in shown
-    assert 'kubernetes_silent_seconds{resource="poolpolicies"}' not in shown
+    # Nothing was ever heard of these: silent since the start, not without a series.
+    sources._began_s -= 400.0
+    silent = dict(
+        line.split() for line in metrics.render().decode().splitlines() if "silent_seconds{" in line
+    )
+    name = "pdcoord_gateway_kubernetes_silent_seconds"
+    assert float(silent[f'{name}{{resource="poolpolicies"}}']) >= 400.0
+    assert float(silent[f'{name}{{resource="pods"}}']) < 400.0

@@ -104,16 +104,22 @@ def test_what_cannot_be_is_named(flags: list[str], environment: dict[str, str], 
     assert message in str(refused.value)
 
 
-def test_without_a_profile_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_profile_nothing_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("PDCOORD_EMULATED_PROFILE", raising=False)
-    out = StringIO()
-    assert main(["serve", "acme/model"], out) == 2
-    assert out.getvalue().startswith("vllm serve (emulated): PDCOORD_EMULATED_PROFILE is ")
+    assert main(["serve", "acme/model"], StringIO()) == 2
+    said = "pdcoord emulate-vllm: not started: PDCOORD_EMULATED_PROFILE is "
+    assert capsys.readouterr().err.startswith(said)
 
 
-def test_a_key_that_cannot_be_read_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_cannot_be_read_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, value in (IN_POD | {"PDCOORD_KV_KEY_FILE": "/nowhere/key"}).items():
         monkeypatch.setenv(name, value)
-    out = StringIO()
-    assert main(["serve", "acme/model", f"--kv-transfer-config={json.dumps(OURS)}"], out) == 1
-    assert "/nowhere/key" in out.getvalue()
+    arguments = ["serve", "acme/model", f"--kv-transfer-config={json.dumps(OURS)}"]
+    assert main(arguments, StringIO()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pdcoord emulate-vllm: not started: ")
+    assert "/nowhere/key" in line

@@ -47,6 +47,10 @@ def test_the_library_is_not_even_imported_where_it_is_off() -> None:
         ({"OTEL_TRACES_SAMPLER": "sometimes"}, "OTEL_TRACES_SAMPLER is 'sometimes'"),
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is 'zipkin'"),
         ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "collector:4317"}, "'collector:4317'"),
+        ({"OTEL_TRACES_SAMPLER_ARG": "zz"}, "OTEL_TRACES_SAMPLER_ARG is 'zz', expected a share from 0 to 1"),
+        ({"OTEL_TRACES_SAMPLER_ARG": "1.5"}, "OTEL_TRACES_SAMPLER_ARG is '1.5'"),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "abc"}, "OTEL_EXPORTER_OTLP_TIMEOUT is 'abc', expected seconds"),
+        ({"OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "nan"}, "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT is 'nan'"),
         ({"OTEL_BSP_MAX_QUEUE_SIZE": "many"}, "OTEL_BSP_MAX_QUEUE_SIZE is 'many'"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pdcoord.cli import app
+from pdcoord.commands import app
 
 FLEET = """\
 apiVersion: pdcoord.io/v1alpha1

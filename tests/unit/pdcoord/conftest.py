@@ -1,4 +1,4 @@
-"""A model of two pools and plans for it."""
+"""A model of two pools and plans for it, for whatever takes calls."""
 
 from collections.abc import Callable
 
@@ -49,7 +49,9 @@ def endpoint(pool: Pool, name: str, address: str) -> Endpoint:
     return Endpoint(EndpointId(f"{pool.name}/{name}"), pool, HostPort(address))
 
 
-def make_plan(request_id: str, *, decode: str = "10.0.0.2:8000", is_split: bool = False) -> Plan:
+def make_plan(
+    request_id: str, *, decode: str = "10.0.0.2:8000", is_split: bool = False, attempt: int = 0
+) -> Plan:
     other = endpoint(PREFILL, "p1", "10.0.0.3:8000")
     return Plan(
         request_id=RequestId(request_id),
@@ -62,6 +64,7 @@ def make_plan(request_id: str, *, decode: str = "10.0.0.2:8000", is_split: bool 
         why=Why.SPLIT_FASTER if is_split else Why.COLOCATED_FASTER,
         dialect=DialectName.NIXLV2,
         rungs=(Rung(RungKind.OTHER_PREFILL, other), Rung(RungKind.COLOCATED)) if is_split else (),
+        attempt=attempt,
     )
 
 
