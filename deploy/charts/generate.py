@@ -4,13 +4,17 @@
 python deploy/charts/generate.py [--check]
 """
 
+import copy
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from transfer.settings import RANGES, AgentSettings
 
 CHARTS = Path(__file__).resolve().parent
 ROOT = CHARTS.parent.parent
@@ -23,9 +27,13 @@ BEGIN, END = "<!-- drawn: values -->", "<!-- end -->"
 
 QUANTITY = {"type": "string", "pattern": "^[0-9]+(\\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$"}
 IMAGE: dict[str, dict[str, Any]] = {
-    "repository": {"type": "string", "about": "Repository; see global.imageRegistry."},
+    "repository": {
+        "type": "string",
+        "about": "Repository; see global.imageRegistry and engineImageRegistry.",
+    },
     "tag": {
         "type": "string",
+        "pattern": "^([A-Za-z0-9_][A-Za-z0-9._-]{0,127}|sha256:[0-9a-f]{64})?$",
         "about": "Tag, or a digest that begins with sha256:; the chart's appVersion if empty.",
     },
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"], "about": "As in a pod."},
@@ -60,6 +68,8 @@ class Schema:
         about = {"description": node["about"]} if "about" in node else {}
         if node.get("quantity"):
             return about | QUANTITY
+        if node.get("agent"):
+            return about | {"type": "object", "properties": dict(agent_properties())}
         if "properties" in node:
             drawn = about | self.closed(node["properties"], node.get("required"))
             return {k: v for k, v in drawn.items() if k != "additionalProperties" or not node.get("open")}
@@ -97,6 +107,21 @@ class Schema:
                 self._define_all(value)
 
 
+def agent_properties() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Types and ranges of the transfer agent's settings; which of them the chart takes, its templates say."""
+    for setting in fields(AgentSettings):
+        if setting.name in RANGES:
+            low, high = RANGES[setting.name]
+            kind_of = "number" if isinstance(setting.default, float) else "integer"
+            yield setting.name, {"type": kind_of, "minimum": low, "maximum": high}
+        elif isinstance(setting.default, tuple):
+            yield setting.name, {"type": "array", "items": {"type": "string", "minLength": 1}}
+        elif isinstance(setting.default, str):
+            yield setting.name, {"type": "string"}
+        elif setting.name != "key":
+            yield setting.name, {"type": "object", "additionalProperties": {"type": "object"}}
+
+
 def schema_text() -> str:
     """values.schema.json."""
     source = yaml.safe_load(SOURCE.read_text())
@@ -106,7 +131,10 @@ def schema_text() -> str:
         "title": "Values of the pdcoord chart",
         **schema.closed(source),
     }
-    whole["$defs"] = dict(sorted(schema.definitions.items()))
+    # The coordinator refuses a rung that comes twice; the policy's own schema cannot say so.
+    fallback = copy.deepcopy(schema.definitions["FallbackSpec"])
+    fallback["properties"]["ladder"]["uniqueItems"] = True
+    whole["$defs"] = dict(sorted((schema.definitions | {"FallbackSpec": fallback}).items()))
     return json.dumps(whole, indent=1) + "\n"
 
 
@@ -138,6 +166,8 @@ def kind(node: Mapping[str, Any]) -> str:
     """What a value of a key is, in words."""
     if node.get("quantity"):
         return "a quantity"
+    if node.get("agent"):
+        return "a mapping"
     if "enum" in node:
         return "one of " + ", ".join(str(value) for value in node["enum"])
     names = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false"}

@@ -20,6 +20,15 @@ PATCH = "Patched"
 
 Object = dict[str, Any]
 
+POOLS = [
+    {"name": "prefill", "role": "prefill", "vendor": "nvidia", "linkGbitPerSecond": 100},
+    {"name": "decode", "role": "decode", "vendor": "amd", "linkGbitPerSecond": 100},
+]
+BASE: dict[str, Any] = {
+    "pd": {"enabled": True},
+    "models": [{"name": "ibm/granite", "aliases": ["g"], "kvBytesPerToken": 1024, "pools": POOLS}],
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Release:
@@ -144,3 +153,23 @@ def render() -> Callable[[Mapping[str, Any]], Release]:
 @pytest.fixture(scope="session")
 def chart_folder() -> Path:
     return CHART
+
+
+def altered(changes: Mapping[str, Any]) -> dict[str, Any]:
+    values = copy.deepcopy(BASE)
+    for path, value in changes.items():
+        node: Any = values
+        *way, last = path.split(".")
+        for step in way:
+            node = node[int(step)] if isinstance(node, list) else node.setdefault(step, {})
+        if value is None:
+            del node[last]
+        else:
+            node[last] = copy.deepcopy(value)
+    return values
+
+
+@pytest.fixture(scope="session")
+def changed() -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Values of two vendors, split, with what a case changes by path; None takes a key out."""
+    return altered

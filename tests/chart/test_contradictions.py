@@ -1,20 +1,11 @@
 """Values that contradict each other render nothing, and the message names value, content and remedy."""
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from helm_python import HelmError
 
-POOLS = [
-    {"name": "prefill", "role": "prefill", "vendor": "nvidia", "linkGbitPerSecond": 100},
-    {"name": "decode", "role": "decode", "vendor": "amd", "linkGbitPerSecond": 100},
-]
-BASE: dict[str, Any] = {
-    "pd": {"enabled": True},
-    "models": [{"name": "ibm/granite", "aliases": ["g"], "kvBytesPerToken": 1024, "pools": POOLS}],
-}
 EXISTING = {"matchLabels": {"app": "a"}}
 # (what differs, by path; what the message says)
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
@@ -170,7 +161,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"autoscaling.mode": "hpa", "models.0.pools.0.autoscaling": {"min": 0, "max": 2}},
-        "models[0].pools[0].autoscaling.min is 0 with autoscaling.mode hpa",
+        "models[0].pools[0].autoscaling.min is 0: calls for a pool without servers are refused at once",
     ),
     (
         {"autoscaling.mode": "keda"},
@@ -201,42 +192,30 @@ NOT_OF_THE_SCHEMA: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def changed(changes: Mapping[str, Any]) -> dict[str, Any]:
-    values = copy.deepcopy(BASE)
-    for path, value in changes.items():
-        node: Any = values
-        *way, last = path.split(".")
-        for step in way:
-            node = node[int(step)] if isinstance(node, list) else node.setdefault(step, {})
-        if value is None:
-            del node[last]
-        else:
-            node[last] = copy.deepcopy(value)
-    return values
-
-
-def test_what_the_cases_change_renders(render: Any) -> None:
-    assert render(BASE).of("Deployment")
+def test_what_the_cases_change_renders(render: Any, changed: Any) -> None:
+    assert render(changed({})).of("Deployment")
 
 
 @pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS, ids=lambda given: str(given)[:60])
-def test_a_contradiction_is_named(render: Any, changes: dict[str, Any], message: str) -> None:
+def test_a_contradiction_is_named(render: Any, changed: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(HelmError) as caught:
         render(changed(changes))
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(("changes", "place"), NOT_OF_THE_SCHEMA, ids=lambda given: str(given)[:60])
-def test_what_the_schema_does_not_know_is_named(render: Any, changes: dict[str, Any], place: str) -> None:
+def test_what_the_schema_does_not_know_is_named(
+    render: Any, changed: Any, changes: dict[str, Any], place: str
+) -> None:
     with pytest.raises(HelmError) as caught:
         render(changed(changes))
     assert place in str(caught.value)
 
 
-def test_two_models_may_not_share_a_name_in_objects(render: Any) -> None:
-    values = copy.deepcopy(BASE)
+def test_two_models_may_not_share_a_name_in_objects(render: Any, changed: Any) -> None:
+    values = changed({})
     other = {**copy.deepcopy(values["models"][0]), "name": "another/granite", "aliases": []}
-    other["pools"] = [{**pool, "name": f"{pool['name']}-2"} for pool in POOLS]
+    other["pools"] = [{**pool, "name": f"{pool['name']}-2"} for pool in other["pools"]]
     values["models"].append(other)
     with pytest.raises(HelmError, match=r'models\[1\].id is "granite", as of models\[0\]'):
         render(values)
@@ -244,11 +223,12 @@ def test_two_models_may_not_share_a_name_in_objects(render: Any) -> None:
     assert render(values).of("Deployment")
 
 
-def test_a_gateway_asks_all_pods_at_one_port(render: Any) -> None:
+def test_a_gateway_asks_all_pods_at_one_port(render: Any, changed: Any) -> None:
+    decode = changed({})["models"][0]["pools"][1]
     pools = [
-        {**POOLS[1], "name": "a", "role": "both", "existing": {**EXISTING, "deployment": "a"}},
+        {**decode, "name": "a", "role": "both", "existing": {**EXISTING, "deployment": "a"}},
         {
-            **POOLS[1],
+            **decode,
             "name": "b",
             "role": "both",
             "existing": {**EXISTING, "deployment": "b", "sidecarPort": 8002},

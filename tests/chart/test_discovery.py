@@ -12,6 +12,7 @@ import pytest
 import structlog
 from kmock import KubernetesEmulator, Server
 
+from pdcoord.extproc.listener import self_signed
 from pdcoord.protocol.headers import HostPort
 from pdcoord.runtime.extproc import ExtprocFront, ExtprocSettings
 from pdcoord.runtime.extproc_flags import read_flags
@@ -121,6 +122,12 @@ def coordinator_of(
     key.chmod(0o440)
     if release.values["pd"]["enabled"]:
         monkeypatch.setenv("PDCOORD_CONTROL_KEY_FILE", str(key))
+    if release.values["auth"]["controlTls"]["secretName"]:
+        private, chain = self_signed()
+        files = {"CERT_KEY_FILE": ("tls.key", private), "CERT_FILE": ("tls.crt", chain)}
+        for name, (file, content) in {**files, "CA_FILE": ("ca.crt", chain)}.items():
+            (folder / file).write_bytes(content)
+            monkeypatch.setenv(f"PDCOORD_CONTROL_{name}", str(folder / file))
     if container["command"][1] == "serve":
         settings = load(GatewaySettings, {})
         return settings, GatewayFront(settings)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-ENVOY = Path(sys.executable).with_name("envoy")
+ENVOY = str(Path(sys.executable).with_name("envoy"))
 
 
 @pytest.mark.parametrize("name", ["envoy", "adopted-envoy"])
@@ -16,6 +16,22 @@ def test_envoy_takes_it(release_named: Any, name: str, tmp_path: Path) -> None:
     text = release_named(name).one("ConfigMap", "demo-pdcoord-envoy")["data"]["envoy.yaml"]
     path = tmp_path / "envoy.yaml"
     path.write_text(text)
+    command = [ENVOY, "--mode", "validate", "-c", str(path), "--log-level", "error"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_envoy_takes_the_example_of_tls_to_the_picker(chart_folder: Path, tmp_path: Path) -> None:
+    text = (chart_folder.parents[1] / "envoy" / "envoy.yaml").read_text()
+    before, mark, after = text.partition("      # transport_socket:\n")
+    example, end, rest = after.partition("      # Several replicas")
+    assert mark
+    assert end
+    path = tmp_path / "envoy.yaml"
+    path.write_text(before + (mark + example).replace("      # ", "      ") + end + rest)
+    picker = yaml.safe_load(path.read_text())["static_resources"]["clusters"][0]
+    (health,) = picker["health_checks"]
+    assert picker["transport_socket_matches"][0]["match"] == health["transport_socket_match_criteria"]
     command = [ENVOY, "--mode", "validate", "-c", str(path), "--log-level", "error"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

@@ -103,6 +103,51 @@ def test_sidecars_take_their_flags_and_dial_every_coordinator(release: Any) -> N
         assert settings.metrics_host == "0.0.0.0"
 
 
+def files_of(template: Mapping[str, Any], container: Mapping[str, Any]) -> dict[str, str]:
+    """Files in a container by path, each with its Secret; those alone that are named."""
+    volumes = {given["name"]: given for given in template["spec"]["volumes"]}
+    return {
+        f"{mount['mountPath']}/{item['path']}": volumes[mount["name"]]["secret"]["secretName"]
+        for mount in container["volumeMounts"]
+        for item in volumes[mount["name"]].get("secret", {}).get("items", [])
+    }
+
+
+@pytest.mark.parametrize("name", ["envoy", "adopted"])
+def test_certificates_of_the_control_stream_are_where_both_sides_look(
+    release_named: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides show one and ask for one, as they read their own flags and variables."""
+    release = release_named(name)
+    sidecars_seen = 0
+    for _, template, container in ours(release):
+        files = files_of(template, container)
+        if container["name"] == "pdcoord-sidecar":
+            sidecar = parse(container["args"], environment(container))
+            looked_at = (sidecar.control_cert_file, sidecar.control_cert_key_file, sidecar.control_ca_file)
+            sidecars_seen += 1
+        elif container["name"] == "coordinator":
+            for variable, value in environment(container).items():
+                monkeypatch.setenv(variable, value)
+            settings = load(CoordinatorSettings, {})
+            looked_at = (
+                settings.control_cert_file,
+                settings.control_cert_key_file,
+                settings.control_ca_file,
+            )
+        else:
+            continue
+        assert [path and path.name for path in looked_at] == ["tls.crt", "tls.key", "ca.crt"]
+        assert {files[str(path)] for path in looked_at} == {"control-tls"}
+    assert sidecars_seen
+
+
+def test_without_certificates_the_key_alone_is_given(release_named: Any) -> None:
+    release = release_named("two-vendors")
+    assert not [name for name in environment(coordinator(release)) if "CERT" in name or "CA_FILE" in name]
+    assert not [settings for settings in sidecars(release) if settings.control_ca_file]
+
+
 def test_an_engine_is_where_its_sidecar_looks_for_it(release: Any) -> None:
     for owner, template in release.templates():
         by_name = {container["name"]: container for container in containers(template)}
@@ -244,6 +289,7 @@ def references(node: Any) -> Iterator[tuple[str, str]]:
 def test_everything_that_is_named_is_there_or_was_named_by_the_values(release: Any) -> None:
     there = {(given["kind"], given["metadata"]["name"]) for given in release.objects}
     there |= {("Secret", release.values["auth"]["existingSecret"])}
+    there |= {("Secret", release.values["auth"]["controlTls"]["secretName"])}
     there |= {("ServiceAccount", release.values["serviceAccount"]["name"])}
     for model in release.values["models"]:
         there |= {("Secret", model.get("huggingFaceToken", {}).get("secret"))}
@@ -396,5 +442,19 @@ def test_images_come_from_the_registry_that_is_named(release_named: Any) -> None
     release = release_named("nvidia-nixl")
     for _, template in release.templates():
         for container in containers(template):
-            assert container["image"].startswith("registry.example/mirror/")
+            folder = "engines/vllm" if container["name"] == "engine" else "mirror/pdcoord"
+            assert container["image"].startswith(f"registry.example/{folder}/")
         assert template["spec"]["imagePullSecrets"] == [{"name": "pull"}]
+
+
+def test_only_our_own_images_come_from_our_registry(render: Any, changed: Any) -> None:
+    engine = {"models.0.pools.0.image": {"repository": "team/vllm-gaudi", "tag": "1"}}
+    release = render(changed({"gateway.mode": "envoy", "global.imageRegistry": "team", **engine}))
+    images = {container["image"] for _, template in release.templates() for container in containers(template)}
+    ours = {image for image in images if image.startswith("team/pdcoord/")}
+    assert {image.split("/")[-1].split(":")[0] for image in ours} == {"extproc", "sidecar", "transfer"}
+    assert images - ours == {
+        "team/vllm-gaudi:1",
+        "vllm/vllm-openai-rocm:v0.32.0",
+        "envoyproxy/envoy:distroless-v1.40.0",
+    }

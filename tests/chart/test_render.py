@@ -24,6 +24,7 @@ FOREIGN = {
     "InferencePool",
     "LeaderWorkerSet",
     "PodMonitor",
+    "PrometheusRule",
     "ScaledObject",
     "ServiceMonitor",
 }

@@ -374,6 +374,7 @@ def test_without_a_picker_nobody_is_served(site: Site) -> None:
     site.kill("picker")
     answer = site.complete()
     assert answer.status == 503, answer
+    assert (answer.json["error"]["code"], answer.headers["retry-after"]) == ("gateway-failed", "1")
     site.until("envoy", lambda: site.call("GET", "/readyz").status == 503)
     site.start("picker")
     site.until("envoy", lambda: site.call("GET", "/readyz").status == 200)

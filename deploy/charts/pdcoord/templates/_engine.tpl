@@ -3,10 +3,10 @@
 {{/* Labels of a server's pods, which the coordinator and routers of llm-d's kind read. */}}
 {{- define "pdcoord.engineLabels" -}}
 llm-d.ai/inference-serving: "true"
-llm-d.ai/role: {{ .pool.role }}
-llm-d.ai/model: {{ include "pdcoord.slug" .pool.model }}
-llm-d.ai/engine-type: {{ .pool.engine }}
-llm-d.ai/accelerator-vendor: {{ .pool.vendorName }}
+llm-d.ai/role: {{ .pool.role | quote }}
+llm-d.ai/model: {{ include "pdcoord.slug" .pool.model | quote }}
+llm-d.ai/engine-type: {{ .pool.engine | quote }}
+llm-d.ai/accelerator-vendor: {{ .pool.vendorName | quote }}
 {{- if ne .pool.role "prefill" }}
 # Takes whole requests: what a Gateway may send to.
 pdcoord.io/entry: "true"
@@ -52,9 +52,8 @@ pdcoord.io/kv-events-replay-port: "5558"
 
 {{/* The transfer agent's settings; its address and key come by the environment. */}}
 {{- define "pdcoord.agentSettings" -}}
-{{- $given := deepCopy .root.Values.transfer.settings -}}
 {{- $own := dict "backends" .root.Values.transfer.backends "staging_bytes" (int64 .root.Values.pd.stagingBytes) "lease_s" (float64 .root.Values.pd.leaseSeconds) -}}
-{{- merge $given $own | toJson -}}
+{{- merge $own .root.Values.transfer.settings | toJson -}}
 {{- end -}}
 
 {{- define "pdcoord.engineArgs" -}}
@@ -130,10 +129,10 @@ pdcoord.io/kv-events-replay-port: "5558"
 {{- end }}
 {{- with $pool.model.huggingFaceToken }}
 - name: HF_TOKEN
-  valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ default "HF_TOKEN" .key }}}}
+  valueFrom: {secretKeyRef: {name: {{ .secret | quote }}, key: {{ default "HF_TOKEN" .key | quote }}}}
 {{- end }}
 {{- range $name, $value := $env }}
-- {name: {{ $name }}, value: {{ $value | quote }}}
+- {name: {{ $name | quote }}, value: {{ $value | quote }}}
 {{- end }}
 {{- end -}}
 
@@ -154,7 +153,7 @@ pdcoord.io/kv-events-replay-port: "5558"
 {{- $root := .root -}}{{- $pool := .pool -}}
 {{- $hasRdma := gt (dig "rdma" "count" 0 $pool.pool | int) 0 -}}
 name: engine
-image: {{ include "pdcoord.image" (dict "root" $root "image" $pool.image) }}
+image: {{ include "pdcoord.image" (dict "root" $root "image" $pool.image "registry" $root.Values.global.engineImageRegistry) }}
 imagePullPolicy: {{ default "IfNotPresent" $pool.image.pullPolicy }}
 {{- if $pool.pool.command }}
 command: {{ toJson $pool.pool.command }}
@@ -238,7 +237,7 @@ volumeMounts:
 {{- define "pdcoord.sidecarContainer" -}}
 {{- $root := .root -}}{{- $pool := .pool -}}
 name: pdcoord-sidecar
-image: {{ include "pdcoord.image" (dict "root" $root "image" $root.Values.sidecar.image) }}
+image: {{ include "pdcoord.image" (dict "root" $root "image" $root.Values.sidecar.image "registry" $root.Values.global.imageRegistry) }}
 imagePullPolicy: {{ $root.Values.sidecar.image.pullPolicy }}
 restartPolicy: Always
 command: [pdcoord-sidecar]
@@ -250,6 +249,11 @@ args:
   - --metrics-port=9400
   - --control={{ include "pdcoord.controlName" $root }}.{{ $root.Release.Namespace }}.svc:9010
   - --control-key-file=/etc/pdcoord/keys/control
+  {{- if $root.Values.auth.controlTls.secretName }}
+  - --control-ca-file=/etc/pdcoord/control-tls/ca.crt
+  - --control-cert-file=/etc/pdcoord/control-tls/tls.crt
+  - --control-cert-key-file=/etc/pdcoord/control-tls/tls.key
+  {{- end }}
   - --allow-from-control
   {{- if eq $pool.connector "pdcoord" }}
   - --kv-agent=127.0.0.1:14579
@@ -291,6 +295,9 @@ securityContext:
   {{- end }}
 volumeMounts:
   - {name: {{ ternary "pdcoord-keys" "keys" $pool.isAdopted }}, mountPath: /etc/pdcoord/keys, readOnly: true}
+  {{- if $root.Values.auth.controlTls.secretName }}
+  - {name: pdcoord-control-tls, mountPath: /etc/pdcoord/control-tls, readOnly: true}
+  {{- end }}
 {{- end -}}
 
 {{- define "pdcoord.enginePodSpec" -}}
@@ -309,7 +316,7 @@ securityContext:
 initContainers:
   {{- if eq $pool.connector "pdcoord" }}
   - name: connector
-    image: {{ include "pdcoord.image" (dict "root" $root "image" $root.Values.transfer.image) }}
+    image: {{ include "pdcoord.image" (dict "root" $root "image" $root.Values.transfer.image "registry" $root.Values.global.imageRegistry) }}
     imagePullPolicy: {{ $root.Values.transfer.image.pullPolicy }}
     command: [cp, -r, /opt/pdcoord/., /pdcoord/]
     resources:
@@ -335,7 +342,7 @@ volumes:
     emptyDir: {}
   - name: models
     {{- with dig "cache" "persistentVolumeClaim" "" $pool.model }}
-    persistentVolumeClaim: {claimName: {{ . }}}
+    persistentVolumeClaim: {claimName: {{ . | quote }}}
     {{- else }}
     emptyDir: {}
     {{- end }}
@@ -346,8 +353,11 @@ volumes:
   {{- if or $hasSidecar (eq $pool.connector "pdcoord") }}
   - name: keys
     secret:
-      secretName: {{ include "pdcoord.secretName" $root }}
+      secretName: {{ include "pdcoord.secretName" $root | quote }}
       defaultMode: 0440
+  {{- end }}
+  {{- with and $hasSidecar (include "pdcoord.controlTlsVolume" $root) }}
+  {{- . | nindent 2 }}
   {{- end }}
   {{- with $pool.pool.extraVolumes }}
   {{- toYaml . | nindent 2 }}
@@ -373,7 +383,7 @@ spec:
   template:
     metadata:
       labels:
-        pdcoord.io/pool: {{ $pool.name }}
+        pdcoord.io/pool: {{ $pool.name | quote }}
         {{- include "pdcoord.engineLabels" . | nindent 8 }}
       annotations:
         {{- include "pdcoord.engineAnnotations" . | nindent 8 }}
@@ -386,9 +396,12 @@ spec:
       volumes:
         - name: pdcoord-keys
           secret:
-            secretName: {{ include "pdcoord.secretName" $root }}
+            secretName: {{ include "pdcoord.secretName" $root | quote }}
             defaultMode: 0440
             items: [{key: control, path: control}]
+        {{- with include "pdcoord.controlTlsVolume" $root }}
+        {{- . | nindent 8 }}
+        {{- end }}
       {{- end }}
     {{- end }}
 {{- end -}}

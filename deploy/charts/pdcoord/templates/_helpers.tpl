@@ -22,13 +22,24 @@
 {{- default (printf "%s-keys" (include "pdcoord.fullname" .)) .Values.auth.existingSecret -}}
 {{- end -}}
 
+{{/* Certificates of the control stream, where the values name them; an entry of a pod's volumes. */}}
+{{- define "pdcoord.controlTlsVolume" -}}
+{{- with .Values.auth.controlTls.secretName -}}
+- name: pdcoord-control-tls
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 0440
+    items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}, {key: ca.crt, path: ca.crt}]
+{{- end }}
+{{- end -}}
+
 {{- define "pdcoord.serviceAccountName" -}}
 {{- default (include "pdcoord.fullname" .) .Values.serviceAccount.name -}}
 {{- end -}}
 
 {{- define "pdcoord.selectorLabels" -}}
-app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "pdcoord.labels" -}}
@@ -38,9 +49,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 {{- end -}}
 
-{{/* Reference of an image; takes the root and an image's values, and a tag for where these have none. */}}
+{{/*
+Reference of an image; takes the root, an image's values and the registry for repositories that name no host. The
+images of this repository go with global.imageRegistry, engines' with global.engineImageRegistry, Envoy's with none.
+*/}}
 {{- define "pdcoord.image" -}}
-{{- $registry := .root.Values.global.imageRegistry | trimSuffix "/" -}}
+{{- $registry := default "" .registry | trimSuffix "/" -}}
 {{- $repository := .image.repository -}}
 {{- $first := first (splitList "/" $repository) -}}
 {{- $isHosted := and (contains "/" $repository) (or (contains "." $first) (contains ":" $first) (eq $first "localhost")) -}}
@@ -98,4 +112,13 @@ topologySpreadConstraints:
         {{- include "pdcoord.selectorLabels" $.root | nindent 8 }}
         app.kubernetes.io/component: {{ $.component }}
   {{- end }}
+{{- end -}}
+
+{{/* How an HPA, or the one that KEDA makes, grows and shrinks a pool. */}}
+{{- define "pdcoord.scalingBehavior" -}}
+# An engine takes minutes to load: grow at once, shrink late.
+scaleUp: {stabilizationWindowSeconds: 0}
+scaleDown:
+  stabilizationWindowSeconds: 600
+  policies: [{type: Pods, value: 1, periodSeconds: 300}]
 {{- end -}}

@@ -109,7 +109,7 @@ what its vendor gives and it does not say itself. Everything else in this chart 
 {{- define "pdcoord.poolSelector" -}}
 {{ include "pdcoord.selectorLabels" .root }}
 app.kubernetes.io/component: engine
-pdcoord.io/pool: {{ .pool.name }}
+pdcoord.io/pool: {{ .pool.name | quote }}
 {{- end -}}
 
 {{/* The policy document of one model, as the file and the custom resource have it. */}}

@@ -7,9 +7,10 @@ value, and what to give instead. Renders nothing.
 {{- if not $v.models -}}
   {{- fail "models is empty: name at least one model with its pools, as in docs/chart.md" -}}
 {{- end -}}
+{{- include "pdcoord.validateFullname" . -}}
 {{- include "pdcoord.validateCoordinator" . -}}
 {{- include "pdcoord.validateGateway" . -}}
-{{- $names := dict -}}{{- $slugs := dict -}}{{- $served := dict -}}
+{{- $names := dict -}}{{- $slugs := dict -}}{{- $served := dict -}}{{- $splits := list -}}
 {{- range $m, $model := $v.models -}}
   {{- $at := printf "models[%d]" $m -}}
   {{- $slug := include "pdcoord.slug" $model -}}
@@ -33,12 +34,22 @@ value, and what to give instead. Renders nothing.
       {{- fail (printf "%s.name is %q, which %s has too: pool names are unique over all models" $where $pool.name (index $names $pool.name)) -}}
     {{- end -}}
     {{- $_ := set $names $pool.name $where -}}
+    {{- include "pdcoord.validatePoolName" (dict "pool" $pool "at" $where) -}}
     {{- include "pdcoord.validatePool" (dict "root" $ "model" $model "pool" $pool "at" $where) -}}
   {{- end -}}
-  {{- include "pdcoord.validateRoles" (dict "root" $ "model" $model "at" $at "slug" $slug) -}}
+  {{- $splits = append $splits (include "pdcoord.validateRoles" (dict "root" $ "model" $model "at" $at "slug" $slug)) -}}
+{{- end -}}
+{{- if and .Values.pd.enabled (not (has "true" $splits)) -}}
+  {{- fail "pd.enabled is true but every pool of every model has connector none: nothing could be split; leave connector out of pools that prefill and decode, or set pd.enabled: false" -}}
 {{- end -}}
 {{- include "pdcoord.validateAdoption" . -}}
+{{- include "pdcoord.validateSelectors" . -}}
+{{- include "pdcoord.validateEngines" . -}}
 {{- include "pdcoord.validateScaling" . -}}
+{{- include "pdcoord.validateArguments" . -}}
+{{- include "pdcoord.validateVariables" . -}}
+{{- include "pdcoord.validateTransfer" . -}}
+{{- include "pdcoord.validateReach" . -}}
 {{- end -}}
 
 {{- define "pdcoord.validateCoordinator" -}}
@@ -49,11 +60,6 @@ value, and what to give instead. Renders nothing.
 {{- $sum := add (int $c.drainNoticeSeconds) (int $c.drainSeconds) -}}
 {{- if lt (int (include "pdcoord.terminationGrace" .)) (int $sum) -}}
   {{- fail (printf "coordinator.terminationGracePeriodSeconds is %d, below coordinator.drainNoticeSeconds + coordinator.drainSeconds (%d): calls under way would be cut; give at least %d" (int $c.terminationGracePeriodSeconds) $sum $sum) -}}
-{{- end -}}
-{{- range $name, $value := $c.env -}}
-  {{- if has $name (list "PDCOORD_POLICY" "PDCOORD_ENDPOINTS" "PDCOORD_HOST" "PDCOORD_PORT" "PDCOORD_KUBERNETES_POLICIES" "PDCOORD_KUBERNETES_PODS" "PDCOORD_KUBERNETES_NAMESPACE" "PDCOORD_KUBERNETES_SELECTOR" "PDCOORD_CONTROL_HOST" "PDCOORD_CONTROL_PORT" "PDCOORD_CONTROL_KEY_FILE" "PDCOORD_REPLICA" "PDCOORD_DRAIN_NOTICE_S" "PDCOORD_DRAIN_S") -}}
-    {{- fail (printf "coordinator.env.%s is %q, but the chart sets it: use the value that it comes from (docs/chart.md)" $name $value) -}}
-  {{- end -}}
 {{- end -}}
 {{- if and (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) -}}
   {{- fail "serviceAccount.create is false and serviceAccount.name is empty: name an account bound to the Role of docs/kubernetes.md" -}}
@@ -129,6 +135,10 @@ value, and what to give instead. Renders nothing.
   {{- if and (hasKey $pool "terminationGracePeriodSeconds") (ne $pool.role "decode") (lt (int $pool.terminationGracePeriodSeconds) $lease) -}}
     {{- fail (printf "%s.terminationGracePeriodSeconds is %d, below pd.leaseSeconds (%d): KV that is waited for would go away with the pod; give at least %d" $at (int $pool.terminationGracePeriodSeconds) $lease $lease) -}}
   {{- end -}}
+  {{- $drain := int $v.sidecar.drainSeconds -}}
+  {{- if and (hasKey $pool "terminationGracePeriodSeconds") (ne $pool.role "prefill") (lt (int $pool.terminationGracePeriodSeconds) $drain) -}}
+    {{- fail (printf "%s.terminationGracePeriodSeconds is %d, below sidecar.drainSeconds (%d): answers under way would be cut; give at least %d" $at (int $pool.terminationGracePeriodSeconds) $drain $drain) -}}
+  {{- end -}}
 {{- end -}}
 {{- if not (hasKey $pool "existing") -}}
   {{- $image := merge (deepCopy (default dict $pool.image)) (deepCopy $vendor.image) -}}
@@ -162,12 +172,8 @@ value, and what to give instead. Renders nothing.
   {{- if not (or (has "decode" $roles) (has "both" $roles)) -}}
     {{- fail (printf "pd.enabled is true but no pool of %s (%s) decodes: set role: decode or both on one of %s.pools" .at .slug .at) -}}
   {{- end -}}
-  {{- $connected := list -}}
   {{- $v := .root.Values -}}
-  {{- range .model.pools -}}
-    {{- $connected = append $connected (default $v.pd.connector .connector) -}}
-  {{- end -}}
-  {{- if not (or (has "prefill" $roles) (and (has "both" $roles) (gt (len $roles) 1)) (eq (len $roles) 1)) -}}
+  {{- if not (or (has "prefill" $roles) (has "both" $roles)) -}}
     {{- fail (printf "pd.enabled is true but no pool of %s (%s) prefills: set role: prefill or both on one of %s.pools" .at .slug .at) -}}
   {{- end -}}
   {{- $lease := mul (int $v.pd.leaseSeconds) 1000 -}}
@@ -175,6 +181,7 @@ value, and what to give instead. Renders nothing.
   {{- if ge $deadline (int $lease) -}}
     {{- fail (printf "%s.policy.disaggregation.transfer_deadline_ms is %d, not below pd.leaseSeconds (%d ms): KV would be gone while it is waited for" .at $deadline $lease) -}}
   {{- end -}}
+  {{- include "pdcoord.validatePairs" . -}}
 {{- end -}}
 {{- if dig "policy" "disaggregation" "lease_ms" nil .model -}}
   {{- fail (printf "%s.policy.disaggregation.lease_ms is set: set pd.leaseSeconds, which the engines are told too" .at) -}}
@@ -237,8 +244,8 @@ value, and what to give instead. Renders nothing.
       {{- if lt (int $pool.autoscaling.max) (int $pool.autoscaling.min) -}}
         {{- fail (printf "%s.max is %d, below %s.min (%d): give at least that" $at (int $pool.autoscaling.max) $at (int $pool.autoscaling.min)) -}}
       {{- end -}}
-      {{- if and (eq $a.mode "hpa") (lt (int $pool.autoscaling.min) 1) -}}
-        {{- fail (printf "%s.min is 0 with autoscaling.mode hpa: give at least 1, or use keda" $at) -}}
+      {{- if lt (int $pool.autoscaling.min) 1 -}}
+        {{- fail (printf "%s.min is 0: calls for a pool without servers are refused at once, so none would wait for it to grow from 0; give at least 1" $at) -}}
       {{- end -}}
       {{- if and (eq $a.mode "hpa") $isMany (not (regexMatch "^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$" $model.name)) -}}
         {{- fail (printf "models[%d].name is %q, which a label selector cannot hold, with several models and autoscaling.mode hpa: use keda" $m $model.name) -}}
