@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGURATION = ROOT / "deploy" / "envoy" / "envoy.yaml"
 ENVOY = Path(sys.executable).with_name("envoy")
 MODEL, ALIAS = "demo/llama-8b", "demo"
+EJECTED = "cluster.model_servers.outlier_detection.ejections_active"
 WAIT_S = 40.0
 DECODES = ("decode-0", "decode-1")
 MAIN = "import sys; from {} import main; sys.exit(main())"
@@ -94,7 +95,9 @@ class Site:
         names = ["prefill", *(f"engine-{each}" for each in DECODES)] if name == "engines" else [name]
         path = "/readyz" if name.startswith("envoy") else "/health"
         with suppress(OSError, http.client.HTTPException):
-            return all(self.call("GET", path, at=each).status == 200 for each in names)
+            is_up = all(self.call("GET", path, at=each).status == 200 for each in names)
+            # Whom Envoy found dead it leaves out for some seconds after it is back.
+            return is_up and (name != "envoy" or self.stat(EJECTED) == 0)
         return False
 
     def until(self, name: str, is_so: Callable[[], bool]) -> None:
