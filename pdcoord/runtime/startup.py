@@ -34,7 +34,7 @@ PICKER_ONLY = (
 )
 """Settings of the endpoint picker alone: its module needs an extra, and its variables may be in a gateway's
 environment too."""
-_ELSEWHERE = tuple(ENV_PREFIX + name for name in ("SIDECAR_", "KV_", "EMULATED_"))
+_ELSEWHERE = tuple(ENV_PREFIX + name for name in ("SIDECAR_", "KV_", "EMULATED_", "E2E_"))
 _OF_COMMANDS = frozenset({f"{ENV_PREFIX}ADMIN_URL"})
 
 

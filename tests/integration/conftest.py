@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ class RankProcess:
     def ask(self, do: str, **fields: Any) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
-        self.process.stdin.flush()
+        # Of a process that was killed just now the pipe is broken before its output ends.
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
+            self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("ANSWER "):
                 answer = json.loads(line.removeprefix("ANSWER "))
@@ -91,7 +94,8 @@ class RankProcess:
     def end(self) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(WAIT_S)
         finally:
