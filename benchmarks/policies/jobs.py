@@ -75,6 +75,7 @@ def run(job: Job) -> Done:
     summary = summary_data(summarize(counted))
     tokens = sum(_tokens_within(each, from_s, job.seconds) for each in results)
     summary["steady_tokens_per_s"] = tokens / (job.seconds - from_s)
+    summary["last_at_s"] = max((each.at_s for each in results), default=0.0)
     return Done(job, summary, perf_counter() - started_s)
 
 
