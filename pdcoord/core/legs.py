@@ -27,6 +27,7 @@ class Leg:
     Attributes:
         queue_s: wait before its prefill could start here.
         room_s: wait for room in the KV pool here, beside that wait; 0.0 on a prefill endpoint.
+        wait_s: the longer of the two: before that nothing of it begins here.
         pace_s: time per output token, with the prefills that are lately sent here between; likewise.
         others_s: what its prefill here costs others, as it counts beside the request's own time.
         harm: requests of others that its prefill here is expected to push past their objectives.
@@ -49,6 +50,7 @@ class Leg:
     prefill_price: float
     output_price: float
     room_s: float = 0.0
+    wait_s: float = 0.0
     pace_s: float = 0.0
     harm: float = 0.0
     others_s: float = 0.0
@@ -225,6 +227,7 @@ class _PoolLegMaker:
             prefill_s * self._price_per_s,
             output_price,
             room_s,
+            room_s if room_s > queue_s else queue_s,  # noqa: FURB136  # the call costs more than the rest
             pace_s,
             harmed,
             lost_s,

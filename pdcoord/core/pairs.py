@@ -142,7 +142,7 @@ class Pairs:
         rows: list[Row[Leg]] = []
         for index, leg in enumerate(pool_legs.legs):
             load = leg.load
-            ready_s, price = max(leg.queue_s, leg.room_s) + leg.prefill_s, leg.prefill_price
+            ready_s, price = leg.wait_s + leg.prefill_s, leg.prefill_price
             turn, owner = load.begun_ordinal, leg.endpoint.id
             figures = ready_s, leg.others_s, load.bytes_in_flight, leg.harm, 0.0
             rows.append((figures, price, turn, index, owner, leg))
@@ -164,7 +164,7 @@ class Pairs:
         for index, leg in enumerate(legs):
             tokens, load, owner = leg.uncached_tokens, leg.load, leg.endpoint.id
             moving, price, turn = load.bytes_in_flight, leg.output_price, load.begun_ordinal
-            figures = leg.step_s, tokens, moving, max(leg.room_s, leg.queue_s), leg.pace_s
+            figures = leg.step_s, tokens, moving, leg.wait_s, leg.pace_s
             rows.append((figures, price, turn, index, owner, leg))
         return ShortList(DECODE_ROOM, self._troubled).kept(rows)
 
@@ -238,12 +238,9 @@ class Pairs:
         ahead, other = worker.load.bytes_in_flight, decode.load.bytes_in_flight
         moved += ahead if ahead > other else other  # noqa: FURB136  # the call costs more than the rest
         # The prompt is computed into its own pool: where that is full, a prefill waits there as well.
-        queue_s, room_s = worker.queue_s, worker.room_s
-        start_s = room_s if room_s > queue_s else queue_s  # noqa: FURB136  # likewise
-        ready_s = start_s + worker.prefill_s + (link.latency_s + moved / link.bandwidth_bytes_per_s)
+        ready_s = worker.wait_s + worker.prefill_s + (link.latency_s + moved / link.bandwidth_bytes_per_s)
         # Its KV is there, but it is taken into the batch behind the prompts that wait on the same endpoint.
-        room_s, queue_s = decode.room_s, decode.queue_s
-        behind_s = room_s if room_s > queue_s else queue_s  # noqa: FURB136  # likewise
+        behind_s = decode.wait_s
         ttft_s = ready_s if ready_s > behind_s else behind_s  # noqa: FURB136  # likewise
         ttft_s += decode.step_s
         objective = self._objective
@@ -263,11 +260,10 @@ class Pairs:
     def candidate(self, worker: Leg, decode: Leg, link: PathFigures) -> Candidate:
         transfer_bytes = _transfer_bytes(worker, decode)
         transfer_s = link.transfer_s(transfer_bytes, _bytes_ahead(worker, decode))
-        queue_s = max(worker.queue_s, worker.room_s)
-        ready_s = queue_s + worker.prefill_s + transfer_s
-        ttft_s = max(ready_s, decode.room_s, decode.queue_s) + decode.step_s
+        ready_s = worker.wait_s + worker.prefill_s + transfer_s
+        ttft_s = max(ready_s, decode.wait_s) + decode.step_s
         figures = Figures(
-            queue_s=queue_s,
+            queue_s=worker.wait_s,
             prefill_s=worker.prefill_s,
             transfer_s=transfer_s,
             step_s=decode.step_s,
@@ -277,7 +273,7 @@ class Pairs:
             uncached_tokens=worker.uncached_tokens,
             cached_tokens=worker.cached_tokens,
             transfer_bytes=transfer_bytes,
-            room_s=max(0.0, max(decode.room_s, decode.queue_s) - ready_s),
+            room_s=max(0.0, decode.wait_s - ready_s),
             landing_tokens=decode.uncached_tokens,
             pace_s=decode.pace_s,
             harm=worker.harm,
@@ -326,7 +322,8 @@ def _least_worker(legs: list[Leg]) -> Leg:
         load=IDLE,
         cached_tokens=0,
         uncached_tokens=0,
-        queue_s=min([max(leg.queue_s, leg.room_s) + leg.prefill_s for leg in legs]),
+        queue_s=0.0,
+        wait_s=min([leg.wait_s + leg.prefill_s for leg in legs]),
         prefill_s=0.0,
         stall_s=0.0,
         others_s=min([leg.others_s for leg in legs]),
@@ -350,7 +347,7 @@ def _least_decode(legs: list[Leg]) -> Leg:
         step_s=min([leg.step_s for leg in legs]),
         prefill_price=0.0,
         output_price=min([leg.output_price for leg in legs]),
-        room_s=min([max(leg.room_s, leg.queue_s) for leg in legs]),
+        wait_s=min([leg.wait_s for leg in legs]),
         pace_s=min([leg.pace_s for leg in legs]),
     )
 

@@ -141,7 +141,7 @@ def best_alone(
             drops[DropReason.CANNOT_SERVE_ALONE] += pool_legs.endpoint_count
             continue
         for leg in pool_legs.legs:
-            ttft_s = max(leg.queue_s, leg.room_s) + leg.prefill_s + leg.step_s
+            ttft_s = leg.wait_s + leg.prefill_s + leg.step_s
             cost = leg.prefill_price + leg.output_price
             unfit = objective.unfit(ttft_s, pool_legs.pool) if objective.has_unfit else 0
             turn = leg.load.begun_ordinal
@@ -152,7 +152,7 @@ def best_alone(
 
 
 def _alone(leg: Leg, objective: Objective, speed: SpeedModel) -> Candidate:
-    ttft_s = max(leg.queue_s, leg.room_s) + leg.prefill_s + leg.step_s
+    ttft_s = leg.wait_s + leg.prefill_s + leg.step_s
     figures = Figures(
         queue_s=leg.queue_s,
         prefill_s=leg.prefill_s,

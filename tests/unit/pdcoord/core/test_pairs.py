@@ -54,6 +54,7 @@ def leg(of: Pool, index: int, *, own_s: float = 0.1, uncached: int = 1_000, movi
         step_s=0.0 if is_prefill else own_s,
         prefill_price=0.0,
         output_price=0.0,
+        wait_s=own_s if is_prefill else 0.0,
     )
 
 
