@@ -68,6 +68,7 @@ class CoordinatorLoop:
 
     Attributes:
         is_draining: set when the process is about to stop; readiness says so from then on.
+        is_starting: set until every listener is open; whoever asks one of them must not be sent to another.
         alarm: wakes the core when it wants to be; to be run beside.
         files: where the policy comes from, for GET /policy; set once, before serving.
     """
@@ -87,6 +88,7 @@ class CoordinatorLoop:
         self._waits = Waits(decisions, metrics)
         self.alarm = Alarm(self.handle, coordinator.next_event_s, clock)
         self.is_draining = False
+        self.is_starting = False
         self.files: DeclaredFeed | None = None
         metrics.read_state_from(self._gauges)
 
@@ -193,6 +195,8 @@ class CoordinatorLoop:
         """Why no traffic should be sent here; None when ready."""
         if self.is_draining:
             return Refusal(RefuseReason.DRAINING, "This gateway is shutting down; use another one.")
+        if self.is_starting:
+            return _not_ready("Not all listeners are open yet.")
         models = self._coordinator.models()
         if not models:
             return _not_ready("No policy is loaded.")

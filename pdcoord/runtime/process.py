@@ -116,6 +116,7 @@ class Process:
             decisions=DecisionLog(settings.decisions_max),
             metrics=self._metrics,
         )
+        self.loop.is_starting = True
         self._sources = Sources(settings, self._metrics, log)
         self.files = DeclaredFeed(self.loop, self._sources.policies, self._sources.endpoints)
         self.loop.files = self.files
@@ -169,6 +170,7 @@ class Process:
 
         def started(ports: list[int]) -> None:
             self.ports = ports
+            self.loop.is_starting = False
             self._log.info(
                 "process.started",
                 **self._front.addresses(ports[:-1]),

@@ -105,6 +105,15 @@ def test_no_policy_and_draining_are_not_ready(make_bench: Any, bench: Any) -> No
     assert bench.loop.unready().reason is RefuseReason.DRAINING
 
 
+def test_nothing_is_ready_before_every_listener_is_open(bench: Any) -> None:
+    bench.load()
+    bench.ready("fast/p0", "wide/d0")
+    bench.loop.is_starting = True
+    assert "listeners" in bench.loop.unready().message
+    bench.loop.is_starting = False
+    assert bench.loop.unready() is None
+
+
 def test_the_fleet_is_shown_with_signals_and_account(bench: Any) -> None:
     plan = bench.arrive()
     bench.loop.handle(EndpointDraining(EndpointId("wide/d1")))
