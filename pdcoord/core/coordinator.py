@@ -24,13 +24,10 @@ from pdcoord.core.events import (
     Dispatch,
     Event,
     ModelsReplaced,
-    PathProbed,
     Refuse,
     RequestArrived,
     RequestEnded,
     ResponseBegan,
-    SidecarLost,
-    SidecarReported,
     TimePassed,
 )
 from pdcoord.core.fleet import (
@@ -41,12 +38,11 @@ from pdcoord.core.fleet import (
     EndpointSeen,
     EndpointState,
     Fleet,
-    Sample,
     SampleFailed,
     SampleTaken,
-    Signal,
 )
-from pdcoord.core.kvcache import KvCleared, KvLost, KvRemoved, KvSignal, KvStored
+from pdcoord.core.intake import Intake
+from pdcoord.core.kvcache import KvSignal
 from pdcoord.core.ladder import FallbackBudget, rungs
 from pdcoord.core.learned import LearnedSpeed
 from pdcoord.core.ledger import Entry, Ledger
@@ -93,6 +89,7 @@ class Coordinator:
         self._replica = replica
         accounts = Accounts(self.fleet, self.ledger, self.paths, self._silent, self.lessons, self._speed)
         self.remote = RemoteLoad(accounts, self.model)
+        self._intake = Intake(accounts, self.prefixes, self.remote, self.model)
         self._models: dict[str, Model] = {}
         self.budgets: dict[str, FallbackBudget] = {}
         self._live: dict[RequestId, _Live] = {}
@@ -132,9 +129,9 @@ class Coordinator:
             case TimePassed():
                 pass
             case EndpointSeen() | EndpointGone() | EndpointDraining() | SampleTaken() | SampleFailed():
-                self._take_signal(event, now_s)
+                self._intake.take_signal(event, now_s)
             case _:
-                self._take_report(event, now_s)
+                self._intake.take_report(event, now_s)
         return []
 
     def model(self, name: str) -> Model | None:
@@ -206,74 +203,6 @@ class Coordinator:
             )
         self.paths.forget_verdicts()
         self.prefixes.replace_models(models)
-
-    def _judge_paths(self, decode: EndpointId, sample: Sample, now_s: float) -> None:
-        """Hold what sidecars told against the counters of the engine behind them."""
-        if self.fleet.get(decode) is None:
-            return
-        judged = self._silent.sampled(decode, sample)
-        for path in judged.bad:
-            self.paths.fail_silently(path, now_s)
-        for path in judged.good:
-            self.paths.work_silently(path)
-
-    def _take_signal(self, signal: Signal, now_s: float) -> None:
-        before = None
-        if isinstance(signal, EndpointSeen):
-            before = self.fleet.get(signal.endpoint.id)
-        elif isinstance(signal, EndpointGone):
-            before = self.fleet.get(signal.id)
-        elif isinstance(signal, SampleTaken):
-            self.ledger.note_sample(signal.id, now_s)
-            self._judge_paths(signal.id, signal.sample, now_s)
-        self.fleet.handle(signal)
-        if isinstance(signal, EndpointSeen):
-            self.remote.endpoints_changed(now_s)
-        if before is None:
-            return
-        after = self.fleet.get(before.endpoint.id)
-        if after is None or after.endpoint.address != before.endpoint.address:
-            # Another process, or none: what it had cached and how its paths fared is gone with it.
-            self.prefixes.forget(before.ordinal)
-            self.paths.forget(before.endpoint.id)
-            self._silent.forget(before.endpoint.id)
-            self._speed.forget(before.endpoint.id)
-            self.ledger.forget(before.endpoint.id)
-
-    def _take_kv_signal(self, signal: KvSignal) -> None:
-        state = self.fleet.get(signal.id)
-        if state is not None:
-            self.prefixes.take(state, signal)
-
-    def _take_report(
-        self, event: PathProbed | SidecarReported | SidecarLost | KvSignal, now_s: float
-    ) -> None:
-        """Take in what a sidecar or an engine told."""
-        match event:
-            case PathProbed():
-                self._take_probe(event, now_s)
-            case SidecarReported(sidecar, epoch, report):
-                self.remote.take(sidecar, epoch, report, now_s)
-            case SidecarLost(sidecar):
-                self.remote.lose(sidecar, now_s)
-            case KvStored() | KvRemoved() | KvCleared() | KvLost():
-                self._take_kv_signal(event)
-
-    def _take_probe(self, event: PathProbed, now_s: float) -> None:
-        """Note a probe of every path that it was of: an address may serve several models."""
-        decode = self.fleet.get(event.decode)
-        if decode is None:
-            return
-        model = self._models.get(decode.endpoint.pool.model)
-        for prefill in self.fleet.at(event.prefill):
-            endpoint = prefill.endpoint
-            is_path = endpoint.pool.can_prefill and endpoint.id != event.decode
-            if model is None or not is_path or endpoint.pool.model != model.name:
-                continue
-            seeded = self._speed.path(endpoint, decode.endpoint).bandwidth_bytes_per_s
-            bandwidth_min = model.disaggregation.bandwidth_bytes_per_s_min
-            is_slow = event.probe.is_slow(seeded, bandwidth_min)
-            self.paths.note_probe((endpoint.id, event.decode), event.probe, is_slow=is_slow, now_s=now_s)
 
     def _arrive(self, request: Request, now_s: float) -> list[Action]:
         is_new = request.id not in self._live and request.id not in self.admission

@@ -65,6 +65,6 @@ def rungs(
                 can_serve = decode.endpoint.pool.can_serve_alone
                 if can_serve and budget.allows(model.fallback, decode):
                     steps.append(Rung(kind))
-            case RungKind.OTHER_DECODE | RungKind.REFUSE:
+            case RungKind.OTHER_DECODE | RungKind.RESUME | RungKind.REFUSE:
                 pass
     return tuple(steps)

@@ -29,6 +29,12 @@ class RefuseReason(StrEnum):
     LADDER_EXHAUSTED = "ladder-exhausted"
     UPSTREAM_TIMEOUT = "upstream-timeout"
     UPSTREAM_FAILED = "upstream-failed"
+    STREAM_LOST = "stream-lost"
+    """A stream broke off and could not be continued faithfully; the message says why."""
+    UNAUTHORIZED = "unauthorized"
+    MODEL_FORBIDDEN = "model-forbidden"
+    RATE_LIMITED = "rate-limited"
+    PLAN_UNSIGNED = "plan-unsigned"
     INTERNAL = "internal"
 
 
@@ -46,6 +52,9 @@ class RungReason(StrEnum):
     DECODE_TIMEOUT = "decode-timeout"
     DECODE_ERROR = "decode-error"
     DECODE_OVERLOADED = "decode-overloaded"
+    DECODE_STALLED = "decode-stalled"
+    """A stream made no progress though the engine accepts and answers probes."""
+    DECODE_DRAINING = "decode-draining"
     TARGET_NOT_ALLOWED = "target-not-allowed"
     PATH_SHUT = "path-shut"
     """Nothing was sent: every coordinator called the path open or impossible by then."""
@@ -83,6 +92,11 @@ _KINDS: dict[RefuseReason, _Kind] = {
     RefuseReason.LADDER_EXHAUSTED: _Kind(503, "service_unavailable"),
     RefuseReason.UPSTREAM_TIMEOUT: _Kind(504, "upstream_error"),
     RefuseReason.UPSTREAM_FAILED: _Kind(502, "upstream_error"),
+    RefuseReason.STREAM_LOST: _Kind(502, "upstream_error"),
+    RefuseReason.UNAUTHORIZED: _Kind(401, "authentication_error"),
+    RefuseReason.MODEL_FORBIDDEN: _Kind(403, "permission_error"),
+    RefuseReason.RATE_LIMITED: _Kind(429, "rate_limit_error"),
+    RefuseReason.PLAN_UNSIGNED: _Kind(403, "permission_error"),
     RefuseReason.INTERNAL: _Kind(500, "internal_error"),
 }
 

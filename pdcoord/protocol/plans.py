@@ -33,11 +33,15 @@ class DialectName(StrEnum):
 
 
 class RungKind(StrEnum):
-    """Steps of the fallback ladder, in the order they are taken; refuse is always the last."""
+    """Steps of the fallback ladder, in the order they are taken; refuse is always the last.
+
+    resume: a stream that broke off in its middle goes on at another decode endpoint.
+    """
 
     OTHER_PREFILL = "other-prefill"
     OTHER_DECODE = "other-decode"
     COLOCATED = "colocated"
+    RESUME = "resume"
     REFUSE = "refuse"
 
 
@@ -83,6 +87,12 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         transfer_deadline_ms: longest wait from sending the decode leg to its first byte; shorter
             than the producer's lease.
         load: for the control stream; None where the coordinator has none.
+        is_resumed_above: whoever sent this continues a stream that breaks off, so the sidecar breaks off
+            without an error event, and before its grace period ends.
+        resumes: decode endpoints at which the sidecar may continue a stream that its engine lost, in the
+            order to try; empty where it is resumed above, or not at all.
+        resume_tries_max: continuations of one stream.
+        resume_age_ms_max: a stream that is older is not continued.
     """
 
     prefills: tuple[PrefillTarget, ...] = ()
@@ -92,6 +102,10 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     transfer_deadline_ms: float = 20_000.0
     version: int = PLAN_VERSION
     load: PlannedLoad | None = None
+    is_resumed_above: bool = False
+    resumes: tuple[HostPort, ...] = ()
+    resume_tries_max: int = 0
+    resume_age_ms_max: float = 600_000.0
 
 
 class RungTaken(msgspec.Struct, frozen=True, kw_only=True):

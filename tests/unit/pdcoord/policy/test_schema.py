@@ -127,7 +127,10 @@ def problems_of(text: str) -> list[str]:
         (
             "ladder: [other-prefill, colocated]",
             "ladder: [local]",
-            'p:31: fallback.ladder[0]: is "local", expected one of other-prefill, other-decode, colocated',
+            (
+                'p:31: fallback.ladder[0]: is "local", '
+                "expected one of other-prefill, other-decode, colocated, resume"
+            ),
         ),
         (
             "ladder: [other-prefill, colocated]",

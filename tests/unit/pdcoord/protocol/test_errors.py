@@ -27,6 +27,11 @@ STATUSES = {
     "ladder-exhausted": 503,
     "upstream-timeout": 504,
     "upstream-failed": 502,
+    "stream-lost": 502,
+    "unauthorized": 401,
+    "model-forbidden": 403,
+    "rate-limited": 429,
+    "plan-unsigned": 403,
     "internal": 500,
 }
 
