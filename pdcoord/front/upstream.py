@@ -37,7 +37,9 @@ _SIDECAR_FAILURES: dict[str, RungReason] = {
     RefuseReason.LADDER_EXHAUSTED: RungReason.DECODE_ERROR,
     RefuseReason.UPSTREAM_FAILED: RungReason.DECODE_ERROR,
     RefuseReason.UPSTREAM_TIMEOUT: RungReason.DECODE_TIMEOUT,
+    RefuseReason.STREAM_LOST: RungReason.DECODE_ERROR,
     RefuseReason.TARGET_NOT_ALLOWED: RungReason.TARGET_NOT_ALLOWED,
+    RefuseReason.PLAN_UNSIGNED: RungReason.DECODE_ERROR,
     RefuseReason.INTERNAL: RungReason.DECODE_ERROR,
 }
 

@@ -184,7 +184,7 @@ def test_a_refusal_is_an_openai_error_with_its_status(reason: RefuseReason) -> N
     assert found["retry-after"] == b"3"
     assert found["x-pdcoord-reason"] == reason.value.encode()
     assert found.get("x-llm-d-request-dropped-reason") == dropped_reason(reason)
-    is_for_capacity = refusal.status == 429 or reason in {
+    is_for_capacity = (refusal.status == 429 and reason is not RefuseReason.RATE_LIMITED) or reason in {
         RefuseReason.NO_ENDPOINTS,
         RefuseReason.LADDER_EXHAUSTED,
         RefuseReason.DRAINING,

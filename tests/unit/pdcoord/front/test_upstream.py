@@ -109,6 +109,9 @@ def test_every_reason_of_a_sidecar_is_either_a_failure_or_relayed(reason: Refuse
         RefuseReason.METHOD_NOT_ALLOWED,
         RefuseReason.NOT_SERVED,
         RefuseReason.BODY_TOO_SLOW,
+        RefuseReason.UNAUTHORIZED,
+        RefuseReason.MODEL_FORBIDDEN,
+        RefuseReason.RATE_LIMITED,
     }
     assert (failure_of_answer(400, reason.value.encode()) is None) == (reason in relayed)
 
