@@ -16,6 +16,7 @@ from pdcoord.core.plan import Candidate
 from pdcoord.core.ports import SpeedModel
 from pdcoord.core.queues import WORK_S_MIN, ClassQueue, ModelQueue, Waiting
 from pdcoord.core.request import Request, RequestId
+from pdcoord.core.turnover import Turnover
 from pdcoord.protocol.errors import Refusal
 
 TRIES_MAX = 8
@@ -62,6 +63,7 @@ class Admission:
         self._retry_s: dict[ModelName, float] = {}
         self._tried_s: dict[ModelName, float] = {}
         self._trial_s: dict[ModelName, float] = {}
+        self._turnover = Turnover()
         self._order = 0
 
     def __contains__(self, request_id: object) -> bool:
@@ -102,7 +104,9 @@ class Admission:
     def drain_s(self, model: ModelName, engine_wait_s: float = 0.0) -> float:
         """How long what waits for a model is predicted to keep its endpoints busy."""
         queue = self._queues.get(model)
-        return engine_wait_s + (queue.work_s / self._worker_count(model) if queue is not None else 0.0)
+        if queue is None:
+            return engine_wait_s
+        return engine_wait_s + self._turnover.factor(model) * queue.work_s / self._worker_count(model)
 
     def is_behind(self, request: Request) -> bool:
         """Whether others wait whose class is before this one's.
@@ -200,7 +204,8 @@ class Admission:
         work_s = self.work_s(request, request.prompt_tokens if tokens is None else tokens)
         if request.is_sheddable:
             return [Refuse(request.id, refusals.shed(self.drain_s(model.name)))]
-        evicted = self._make_place(request, model, work_s)
+        predicted_s = self._wait_s(request)
+        evicted = self._make_place(request, model, work_s, predicted_s)
         if evicted is None:
             return [Refuse(request.id, refusals.queue_full(self.drain_s(model.name)))]
         self._order += 1
@@ -216,6 +221,7 @@ class Admission:
             is_deadline=own_end_s < give_up_s,
             order=self._order,
             work_s=work_s,
+            predicted_s=predicted_s,
         )
         self._waiting[request.id] = waiting
         queue = self._queues.setdefault(model.name, ModelQueue())
@@ -255,6 +261,7 @@ class Admission:
     def keep_only(self, models: dict[str, Model]) -> list[Action]:
         """There are other models by now: refuse those who wait for one that is gone."""
         self._trial_s = {name: at_s for name, at_s in self._trial_s.items() if name in models}
+        self._turnover.keep_only(models)
         gone = [waiting for waiting in self._waiting.values() if waiting.request.model not in models]
         for waiting in gone:
             self._remove(waiting)
@@ -262,6 +269,7 @@ class Admission:
 
     def validate(self) -> None:
         """Assert that the queues hold what waits, and that each who waits will be looked at."""
+        self._turnover.validate()
         queued = [waiting for queue in self._queues.values() for waiting in queue.items()]
         assert len(queued) == len(self._waiting), "the queues and those who wait disagree"
         assert all(self._waiting.get(each.id) is each for each in queued), "another of the same id waits"
@@ -295,6 +303,7 @@ class Admission:
             if isinstance(decided, Dispatch):
                 tokens = decided.plan.chosen.figures.uncached_tokens
                 queue.take(waiting, self.work_s(waiting.request, tokens), passed)
+                self._turnover.note(name, waiting.predicted_s, now_s - waiting.arrived_s)
                 self._forget(waiting)
             else:
                 self._remove(waiting)
@@ -312,7 +321,9 @@ class Admission:
             if waiting is None:
                 continue
             self._remove(waiting)
-            waited_s, drain_s = now_s - waiting.arrived_s, self.drain_s(waiting.request.model)
+            waited_s = now_s - waiting.arrived_s
+            self._turnover.note(waiting.request.model, waiting.predicted_s, waited_s)
+            drain_s = self.drain_s(waiting.request.model)
             own_s = waiting.request.slo.ttft_s
             if waiting.is_deadline and own_s is not None:
                 refusal = refusals.deadline(waited_s, own_s, drain_s)
@@ -321,7 +332,9 @@ class Admission:
             actions.append(Refuse(request_id, refusal))
         return actions
 
-    def _make_place(self, request: Request, model: Model, work_s: float) -> list[Waiting] | None:
+    def _make_place(
+        self, request: Request, model: Model, work_s: float, predicted_s: float
+    ) -> list[Waiting] | None:
         """Whom to turn out so that one more may wait: nobody, one, or None if the newcomer may not.
 
         The lowest class goes first, and in the newcomer's own class whoever has most of the places: a
@@ -330,7 +343,7 @@ class Admission:
         queue = self._queues.get(model.name)
         if queue is None:
             return []
-        if self._wait_s(request, queue) > model.admission.wait_s_max:
+        if self._turnover.factor(model.name) * predicted_s > model.admission.wait_s_max:
             return None
         if queue.count < model.admission.requests_max:
             return []
@@ -345,8 +358,11 @@ class Admission:
         self._remove(evicted)
         return [evicted]
 
-    def _wait_s(self, request: Request, queue: ModelQueue) -> float:
+    def _wait_s(self, request: Request) -> float:
         """Predicted wait of a newcomer: behind higher classes, and its tenant's share of its own class."""
+        queue = self._queues.get(request.model)
+        if queue is None:
+            return 0.0
         ahead_s = 0.0
         for priority, waiting in queue.classes():
             if priority > request.priority:

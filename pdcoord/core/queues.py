@@ -23,6 +23,7 @@ class Waiting:
         is_deadline: whether that is its own deadline, not the longest wait that the policy allows.
         order: grows with each request; breaks ties.
         work_s: predicted seconds of an endpoint's time that it takes.
+        predicted_s: its wait as it was predicted when it came, before anything learned.
     """
 
     request: Request
@@ -32,6 +33,7 @@ class Waiting:
     is_deadline: bool
     order: int
     work_s: float
+    predicted_s: float = 0.0
 
     @property
     def id(self) -> RequestId:
