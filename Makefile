@@ -11,7 +11,7 @@ ENGINE_TESTS := tests/contract $(wildcard tests/unit/transfer/repack/test_torch_
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools demo test test-images unit check format e2e-vllm bench-relay bench-extproc bench-transfer bench-repack bench-handover bench-decide bench-control bench-prefixes bench-policies plots docs constraints clean
+.PHONY: help venv tools demo test test-images unit check format e2e-vllm bench-relay bench-extproc bench-transfer bench-repack bench-handover bench-decide bench-control bench-overload bench-prefixes bench-policies plots docs constraints clean
 
 help: ## List the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -76,6 +76,9 @@ bench-decide: $(VENV)/.installed ## Cost of one routing decision, by part
 
 bench-control: $(VENV)/.installed ## Cost of telling coordinators of a request, and how soon two of them agree
 	$(BIN)/python -m benchmarks.control $(BENCH_ARGS)
+
+bench-overload: $(VENV)/.installed ## Ten times the capacity and clients that misbehave: goodput, refusals, memory; BENCH_ARGS
+	$(BIN)/python -m benchmarks.overload $(BENCH_ARGS)
 
 bench-prefixes: $(VENV)/.installed ## Memory, events a second and match time of the exact prefix index
 	$(BIN)/python -m benchmarks.prefixes $(BENCH_ARGS)

@@ -9,6 +9,7 @@ from pdcoord.wire.asgi import (
     BodyTimeoutError,
     ClientGoneError,
     Message,
+    NoRoomError,
     Receive,
     read_body,
     send_head,
@@ -16,6 +17,7 @@ from pdcoord.wire.asgi import (
     watch_disconnect,
 )
 from pdcoord.wire.errors import BodyTooLargeError
+from pdcoord.wire.room import ByteRoom
 
 DISCONNECT = {"type": "http.disconnect"}
 
@@ -73,6 +75,27 @@ async def test_a_client_that_leaves_inside_its_body_is_noticed() -> None:
 async def test_a_body_that_never_ends_times_out() -> None:
     with pytest.raises(BodyTimeoutError, match=r"0\.01 s"):
         await read_body(source([part(b"ab", more=True)]), bytes_max=9, timeout_s=0.01)
+
+
+async def test_a_body_holds_room_until_its_reader_gives_it_back() -> None:
+    room = ByteRoom(4)
+    messages = [part(b"ab", more=True), part(b"c")]
+    body = await read_body(source(messages), bytes_max=9, timeout_s=5.0, room=room)
+    assert room.held_bytes == 3
+    with pytest.raises(NoRoomError):
+        await read_body(source(messages), bytes_max=9, timeout_s=5.0, room=room)
+    assert room.held_bytes == 3
+    room.give(len(body))
+    assert room.held_bytes == 0
+
+
+@pytest.mark.parametrize("end", ["left", "large", "slow"])
+async def test_a_body_that_did_not_come_whole_holds_no_room(end: str) -> None:
+    room = ByteRoom(100)
+    more = {"left": [DISCONNECT], "large": [part(b"x" * 9)], "slow": []}[end]
+    with pytest.raises((ClientGoneError, BodyTooLargeError)):
+        await read_body(source([part(b"ab", more=True), *more]), bytes_max=9, timeout_s=0.01, room=room)
+    assert room.held_bytes == 0
 
 
 async def test_watching_ends_with_the_disconnect_only() -> None:
