@@ -1,0 +1,168 @@
+"""Keeps the raw bytes of an event stream that were passed on, within bounds, in case it must be continued."""
+
+import msgspec
+
+from pdcoord.resume.errors import TornError
+from pdcoord.resume.sse import data_of, end_of_last, whole_events
+
+__all__ = ["Shelf", "Tape", "TornError"]
+
+_ERROR = b'"error"'
+_ABORT = b'"abort"'
+_FAILED_TYPES = frozenset({"error", "response.failed"})
+
+
+class Shelf:
+    """What the tapes of a process keep together.
+
+    Args:
+        bytes_max: of all tapes.
+        tape_bytes_max: of one tape: its client's request, and what it passed on or holds back.
+
+    Attributes:
+        bytes_held: of all tapes that are not closed.
+    """
+
+    __slots__ = ("bytes_held", "bytes_max", "tape_bytes_max")
+
+    def __init__(self, bytes_max: int, tape_bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        self.tape_bytes_max = tape_bytes_max
+        self.bytes_held = 0
+
+
+class Tape:
+    """One relayed event stream: a relay's Change, called once for each part that arrives.
+
+    Only whole events are passed on; an unfinished one is held back until the rest of it comes, so that what
+    the client has always ends where another engine's stream can begin. Nothing is parsed but an event that
+    may say that the engine failed.
+
+    After a break the same tape goes on with the continuing stream: call `begin_again`, then feed it what the
+    Splice makes of that stream; what it keeps is what the client has seen of all of them.
+
+    Args:
+        body: the client's own request as it went upstream.
+
+    Attributes:
+        pending: an unfinished event, not passed on; after a TornError what came before the error in the same
+            part, which must still be passed on. A stream that ends well ends with none.
+        is_whole: False once a bound made it let go. It then passes everything on and keeps nothing, and the
+            stream cannot be continued (Unresumable.TAPE_FULL).
+    """
+
+    __slots__ = ("_held_bytes", "_is_torn", "_parts", "_shelf", "body", "is_whole", "pending")
+
+    def __init__(self, shelf: Shelf, body: bytes) -> None:
+        self._shelf = shelf
+        self._parts: list[bytes] = []
+        self._held_bytes = 0
+        self._is_torn = False
+        self.body = body
+        self.pending = b""
+        self.is_whole = True
+        self._give_back(-len(body))
+        if self._held_bytes > shelf.tape_bytes_max or shelf.bytes_held > shelf.bytes_max:
+            self._let_go()
+
+    @property
+    def passed(self) -> bytes:
+        """Everything that was passed on, from all streams, as the client has it; b"" once it let go."""
+        return b"".join(self._parts)
+
+    def __call__(self, part: bytes) -> bytes:
+        """What may be passed on of a part and of what was held back before it.
+
+        Raises:
+            TornError: if the part has an event in which the engine says that it failed.
+        """
+        if not self.is_whole:
+            return part
+        shelf = self._shelf
+        self._held_bytes = held = self._held_bytes + len(part)
+        shelf.bytes_held = held_by_all = shelf.bytes_held + len(part)
+        if held > shelf.tape_bytes_max or held_by_all > shelf.bytes_max:
+            part = self.pending + part
+            self._let_go()
+            return part
+        if self.pending:
+            part = self.pending + part
+            self.pending = b""
+        if not part.endswith(b"\n\n"):
+            end = end_of_last(part)
+            self.pending = part[end:]
+            part = part[:end]
+        # rfind takes half the time of `in`.
+        if part.rfind(_ERROR) >= 0 or part.rfind(_ABORT) >= 0:
+            self._look_for_failure(part)
+        if part:
+            self._parts.append(part)
+        return part
+
+    def begin_again(self) -> None:
+        """Forget the unfinished event of a stream that broke off, before another stream goes on."""
+        if not self._is_torn:
+            self._give_back(len(self.pending))
+        self._is_torn = False
+        self.pending = b""
+
+    def close(self) -> None:
+        """Give the bytes back; idempotent. A closed tape keeps nothing more."""
+        self._let_go()
+
+    def _look_for_failure(self, data: bytes) -> None:
+        start = _failure(data)
+        if start < 0:
+            return
+        self._give_back(len(data) - start + len(self.pending))
+        self.pending = data[:start]
+        self._parts.append(self.pending)
+        self._is_torn = True
+        raise TornError(whole_events(data[start:])[0][0])
+
+    def _give_back(self, byte_count: int) -> None:
+        self._held_bytes -= byte_count
+        self._shelf.bytes_held -= byte_count
+
+    def _let_go(self) -> None:
+        self._give_back(self._held_bytes)
+        self._parts = []
+        self.pending = b""
+        self.is_whole = False
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Event(msgspec.Struct):
+    error: msgspec.Raw = msgspec.Raw(b"null")
+    type: str | None = None
+    choices: list[_Choice] | None = None
+
+
+_event_decoder = msgspec.json.Decoder(_Event)
+
+
+def _failure(data: bytes) -> int:
+    """Where the first event begins in which an engine says that it failed; -1 if there is none."""
+    start = 0
+    for event in whole_events(data)[0]:
+        if (_ERROR in event or _ABORT in event) and _says_failed(event):
+            return start
+        start += len(event)
+    return -1
+
+
+def _says_failed(event: bytes) -> bool:
+    """Whether an event that has one of the words means it, rather than generated the word.
+
+    vLLM 0.32 writes `{"error": {...}}` when its engine dies, finish_reason "abort" when it shuts down without
+    a grace period; SGLang 0.5.23 both; Anthropic's API `event: error` with `{"type": "error", ...}`.
+    """
+    try:
+        said = _event_decoder.decode(data_of(event) or b"{}")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    is_aborted = any(choice.finish_reason in {"abort", "error"} for choice in said.choices or ())
+    return is_aborted or bytes(said.error) != b"null" or said.type in _FAILED_TYPES

@@ -1,0 +1,45 @@
+"""The closed list of why a stream that broke off cannot go on elsewhere."""
+
+from enum import StrEnum
+
+
+class Unresumable(StrEnum):
+    """Why a stream cannot be continued faithfully; a label of a metric, and part of the client's message."""
+
+    API = "api"
+    """Neither /v1/completions nor /v1/chat/completions, or not streamed."""
+    UNREADABLE = "unreadable"
+    """The request or what was passed on is not what the API says."""
+    TAPE_FULL = "tape-full"
+    """More was passed on than may be kept; for the edge to say, of a tape that is not whole."""
+    MANY_CHOICES = "many-choices"
+    """n, best_of or several prompts: more than one answer in one stream."""
+    BEAM_SEARCH = "beam-search"
+    ECHO = "echo"
+    """The prompt is part of the answer: echo, prompt_logprobs."""
+    SUFFIX = "suffix"
+    GUIDED_DECODING = "guided-decoding"
+    """The grammar's state is where the engine was, and another's would begin at its start."""
+    TOOL_CALLS = "tool-calls"
+    REASONING = "reasoning"
+    """What was reasoned is not in the prompt that a chat template makes of the partial answer."""
+    PENALTIES = "penalties"
+    """frequency_penalty and presence_penalty count output tokens, and what was output becomes prompt.
+
+    repetition_penalty counts both (vLLM 0.32, SGLang 0.5.23), so that it does not mind.
+    """
+    OUTPUT_HISTORY = "output-history"
+    """Something else that looks at the output so far: bad_words, repetition_detection, stop_regex."""
+    LOGITS_PROCESSORS = "logits-processors"
+    TRUNCATED_PROMPT = "truncated-prompt"
+    PROMPT_EMBEDS = "prompt-embeds"
+    TOKEN_PROMPT = "token-prompt"  # noqa: S105  # a reason, no password
+    """The prompt is token ids, and the engine returned none to append."""
+    LOSSY_TEXT = "lossy-text"
+    """The text has bytes that are no character and there are no ids: other tokens would be made of it."""
+    HELD_BACK = "held-back"
+    """The client has tokens past the last point at which an engine could take over, and they are drawn."""
+    TEMPLATE = "template"
+    """The chat is rendered in a way in which a partial answer cannot be appended."""
+    UNKNOWN_FIELD = "unknown-field"
+    """The request or the stream has a member of which it is not known that it may be continued."""
