@@ -13,11 +13,19 @@ from pdcoord.sim.messages import (
     AskHandshake,
     AskPull,
     ClosePull,
+    ConsumerEvent,
     EngineRequest,
     FailReason,
+    HandshakeAnswered,
+    HandshakeFailed,
     PeerInfo,
     PullAsk,
+    PullBroken,
+    PullCancelled,
+    PullDenied,
     PullGrant,
+    PullGranted,
+    PullShareChanged,
     SendHeartbeat,
     SendRelease,
     TransferDone,
@@ -143,6 +151,26 @@ class Consumer:
         return ticket is None or ticket.engine_id in {"", info.engine_id}
 
     # Greeting.
+
+    def on_event(self, event: ConsumerEvent) -> None:
+        """A producer, or the way to it, answered."""
+        match event:
+            case HandshakeAnswered():
+                self.on_handshake(event.address, event.info)
+            case HandshakeFailed():
+                self.on_handshake(event.address, None)
+            case PullGranted():
+                self.on_granted(event.pull_id, event.grant)
+            case PullShareChanged():
+                self.on_share(event.pull_id, event.share_bytes_per_s)
+            case PullDenied():
+                detail = f"the producer refuses the ticket: {event.reason}"
+                self.on_refused(event.pull_id, FailReason.PULL_DENIED, detail)
+            case PullBroken():
+                detail = "the producer's connection is gone"
+                self.on_refused(event.pull_id, FailReason.PULL_BROKEN, detail)
+            case PullCancelled():
+                self.on_cancelled(event.pull_id)
 
     def on_handshake(self, address: HostPort, info: PeerInfo | None) -> None:
         """The producer told of itself, or (None) did not answer."""

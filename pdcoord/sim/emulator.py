@@ -31,7 +31,7 @@ from pdcoord.sim.fleetfile import (
     PlacementError,
     load_fleet,
 )
-from pdcoord.sim.messages import LinkSlowed
+from pdcoord.sim.messages import LinkSlowed, ShutDown, StepsSlowed
 from pdcoord.wire.asgi import ClientGoneError, Receive, Scope, Send, read_body, send_json
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import BodyTooLargeError
@@ -42,6 +42,7 @@ from transfer.errors import SettingError
 from transfer.settings import read_key_file
 
 _ADMIN_S_MAX = 5.0
+_LAST_WORDS_S_MAX = 0.5
 COMMAND = "pdcoord emulate"
 START_FAILED = 2
 
@@ -194,6 +195,21 @@ class EmulatedEngine:
         await kv.start()
         return kv
 
+    async def drain(self) -> None:
+        """What vLLM 0.32 does on SIGTERM before it drops everything: wait for what runs, up to its timeout.
+
+        Meanwhile the API goes on: it is healthy, and answers new calls with finish reason abort.
+        """
+        drain_s = self.spec.shutdown_timeout_s
+        if not drain_s or not self.is_alive:
+            return
+        self.host.post(ShutDown())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await self.host.drained.wait()
+                # What the engine said last has yet to reach its clients.
+                await self.api.wait_until_idle(_LAST_WORDS_S_MAX)
+
     # Failures.
 
     def set_faults(self, body: FaultsBody) -> None:
@@ -213,14 +229,17 @@ class EmulatedEngine:
         self._crashed.set()
 
     def _apply_lasting(self) -> None:
-        """Bring the listener and the NIC to what the failures say now; again when the next one ends."""
+        """Bring what lasts to what the failures say now; again when the next one ends."""
         now_s = self.host.now_s
         if self.faults.active(FaultKind.REFUSE, now_s) is None:
             self.api.open()
         else:
             self.api.shut()
-        slow = self.faults.active(FaultKind.SLOW_LINK, now_s)
-        self.host.post(LinkSlowed(1.0 if slow is None or slow.factor is None else slow.factor))
+        self.host.post(LinkSlowed(self.faults.factor(FaultKind.SLOW_LINK, now_s)))
+        self.host.post(StepsSlowed(self.faults.factor(FaultKind.SLOW, now_s)))
+        metrics = self.host.metrics
+        metrics.shows_idle = self.faults.active(FaultKind.LYING_METRICS, now_s) is not None
+        metrics.freeze(is_frozen=self.faults.active(FaultKind.STALE_METRICS, now_s) is not None)
         self._set_fault_timer(self.faults.next_end_s(now_s))
 
     def _set_fault_timer(self, at_s: float | None) -> None:
@@ -346,8 +365,11 @@ async def _main(fleet: EmulatedFleet, specs: Sequence[EngineSpec], stream: TextI
                 stream.write(f"admin ready http://{format_host_port(admin.host, admin.port)}/emulator\n")
             stream.flush()
             await stop.wait()
-    except* OSError as group:
-        return_code = _not_started(_leaves(group), command)
+            async with asyncio.TaskGroup() as group:
+                for engine in engines:
+                    group.create_task(engine.drain())
+    except* OSError as errors:
+        return_code = _not_started(_leaves(errors), command)
     else:
         return_code = 0
     return return_code

@@ -18,6 +18,8 @@ from pdcoord.sim.settings import EngineSettings
 from transfer.verdict import Connector
 
 STOP_STRINGS_MAX = 16
+COMPLETION_TOKENS = 16
+"""What a completion ends after that names no limit (vLLM 0.32)."""
 REAL_KV = "emulated_kv"
 """A body field of the emulator's own: move real KV. It takes the time of this machine, not the vendor's."""
 _HEX_ID = re.compile("[0-9a-f]{32}")
@@ -135,7 +137,7 @@ def read_generation(
         is_prefill_leg=settings.engine is EngineKind.VLLM and params.get("do_remote_decode") is True,
         ticket=read_ticket(params) if settings.engine is EngineKind.VLLM else None,
         kv=read_kv(params),
-        wants_bytes=body.get(REAL_KV) is True,
+        wants_bytes=settings.moves_bytes_always or body.get(REAL_KV) is True,
         wants_ids=body.get("return_token_ids") is True,
         wants_usage=options.get("include_usage") is True,
         wants_usage_always=options.get("continuous_usage_stats") is True,
@@ -165,7 +167,11 @@ def _completion_prompts(prompt: Any) -> list[list[int]]:
 
 
 def render(call: Call) -> str:
-    """A chat as the model's template writes it."""
+    """A chat as the model's template writes it, with the beginning of the answer if it is to be continued.
+
+    Raises:
+        CallError: 400 if it is said to be continued and begun at once, as vLLM's default is to begin one.
+    """
     body = call.body
     heads = [name for name in ("tools", "system", "instructions") if body.get(name) is not None]
     parts = [f"<|{name}|>\n{_content(body[name])}\n" for name in heads]
@@ -174,7 +180,12 @@ def render(call: Call) -> str:
         parts.extend(_message(message) for message in messages)
     else:
         parts.append(f"<|user|>\n{_content(messages)}\n")
-    return "".join(parts) + "<|assistant|>\n"
+    begins = body.get("add_generation_prompt", True) is True
+    if body.get("continue_final_message") is not True:
+        return "".join(parts) + ("<|assistant|>\n" if begins else "")
+    if begins:
+        raise bad_request("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+    return "".join(parts).removesuffix("\n")
 
 
 def _message(message: Any) -> str:
@@ -203,6 +214,8 @@ def _content(content: Any) -> str:
 
 def _limit(call: Call) -> int | None:
     limit = call.output_tokens_max
+    if limit is None and call.api.path == "/v1/completions":
+        return COMPLETION_TOKENS
     if limit is not None and limit < 1:
         raise bad_request(f"max_tokens must be at least 1, got {limit}.", "max_tokens")
     return limit

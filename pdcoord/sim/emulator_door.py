@@ -68,16 +68,16 @@ class Door:
             finally:
                 self.opened.clear()
                 self.drop_all()
-                await self._wait_until_idle()
+                await self.wait_until_idle(_DROPPED_S_MAX)
                 for task in serving:
                     task.cancel()
 
-    async def _wait_until_idle(self) -> None:
-        """Let requests whose connection was dropped come to their own end."""
+    async def wait_until_idle(self, wait_s: float) -> None:
+        """Let requests come to their own end, for wait_s at most."""
         self._idle.clear()
         if self._sends:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_DROPPED_S_MAX):
+                async with asyncio.timeout(wait_s):
                     await self._idle.wait()
 
     async def _serve(self, stop: asyncio.Event) -> None:

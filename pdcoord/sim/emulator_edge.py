@@ -8,6 +8,8 @@ from pdcoord.wire.asgi import Receive, Send, watch_disconnect
 
 # vLLM 0.32 leaves uvicorn's default: an idle connection is closed after 5 s.
 KEEP_ALIVE_S = 5
+SILENCE_S_MAX = 3_600.0
+"""Longest silence inside an answer; the model's own deadlines are shorter."""
 _GONE_S_MAX = 1.0
 
 
@@ -34,6 +36,12 @@ async def reset(receive: Receive, send: Send) -> None:
     """Drop the connection and wait until the server has noticed, so that it does not answer by itself."""
     abort_connection(send)
     async with asyncio.timeout(_GONE_S_MAX):
+        await watch_disconnect(receive)
+
+
+async def stall(receive: Receive) -> None:
+    """Send nothing until the client leaves."""
+    async with asyncio.timeout(SILENCE_S_MAX):
         await watch_disconnect(receive)
 
 

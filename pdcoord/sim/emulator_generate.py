@@ -1,6 +1,7 @@
 """A generating call from its prompts to its last event: what runs between the API and the engine."""
 
 import secrets
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from pdcoord.core.fleet import EngineKind
 from pdcoord.protocol.headers import parse_host_port
 from pdcoord.sim import text
 from pdcoord.sim.emulator_call import CallError, Generation
-from pdcoord.sim.emulator_edge import reset
+from pdcoord.sim.emulator_edge import SILENCE_S_MAX, reset, stall
 from pdcoord.sim.emulator_host import Answer, EngineHost, Mailbox
 from pdcoord.sim.emulator_shapes import (
     DONE_EVENT,
@@ -19,9 +20,11 @@ from pdcoord.sim.emulator_shapes import (
     Usage,
     error_body,
 )
+from pdcoord.sim.faults import FaultKind
 from pdcoord.sim.messages import (
     EngineRequest,
     FailReason,
+    FinishReason,
     IssuedTicket,
     Rejected,
     RejectReason,
@@ -32,11 +35,14 @@ from pdcoord.sim.messages import (
 )
 from pdcoord.wire.asgi import Receive, Send, send_head, send_json
 
-ANSWER_S_MAX = 3_600.0
-"""Longest silence inside an answer; the model's own deadlines are shorter."""
 SERVED_BY = b"x-emulated-engine"
 FAILURE = b"x-emulated-failure"
 KV = b"x-emulated-kv"
+_SILENT: dict[FaultKind | None, Callable[[Receive, Send], Coroutine[Any, Any, None]]] = {
+    FaultKind.RESET: reset,
+    FaultKind.STALL: lambda receive, _send: stall(receive),
+}
+"""How an answer breaks off without a word."""
 _SSE = (b"content-type", b"text/event-stream; charset=utf-8")
 
 _REJECTED: dict[RejectReason, tuple[int, str]] = {
@@ -58,8 +64,9 @@ def refusal(refused: Rejected) -> CallError:
 class AnswerFailedError(Exception):
     """The engine gave up on a request that it had taken."""
 
-    def __init__(self, reason: FailReason) -> None:
-        super().__init__(f"the engine failed the request: {reason}")
+    def __init__(self, reason: FailReason | None) -> None:
+        """None for a failure that was switched on."""
+        super().__init__(f"the engine failed the request: {reason or 'it was told to'}")
         self.reason = reason
 
 
@@ -84,10 +91,11 @@ class Mishaps:
     """Failures that befall this call.
 
     Attributes:
-        reset_after_tokens: None lets the answer end.
+        break_kind: one of BREAKS, which befalls the answer after `break_tokens`; None lets it end.
     """
 
-    reset_after_tokens: int | None = None
+    break_kind: FaultKind | None = None
+    break_tokens: int = 0
     loses_ticket: bool = False
     expires_lease: bool = False
 
@@ -158,9 +166,9 @@ class Run:
         Raises:
             AnswerFailedError: if the engine gave up.
         """
-        item = await self._mailbox.get(timeout_s=ANSWER_S_MAX)
+        item = await self._mailbox.get(timeout_s=SILENCE_S_MAX)
         while item.request_id not in self._open:  # A stop string has ended it meanwhile.
-            item = await self._mailbox.get(timeout_s=ANSWER_S_MAX)
+            item = await self._mailbox.get(timeout_s=SILENCE_S_MAX)
         part = self._parts[item.request_id]
         ids: list[int] = []
         if isinstance(item, TokenOut):
@@ -171,7 +179,7 @@ class Run:
             follows = self._mailbox.peek()
             if not isinstance(follows, RequestDone) or follows.request_id != item.request_id:
                 return part, ids
-            item = await self._mailbox.get(timeout_s=ANSWER_S_MAX)
+            item = await self._mailbox.get(timeout_s=SILENCE_S_MAX)
         match item:
             case RequestDone():
                 self._open.discard(item.request_id)
@@ -221,16 +229,22 @@ class Run:
     def _choices(self) -> list[Choice]:
         return [part.choice for part in self._parts.values()]
 
-    def _is_reset_due(self) -> bool:
-        after = self.mishaps.reset_after_tokens
-        return after is not None and sum(len(choice.ids) for choice in self._choices()) >= after
+    def _is_break_due(self) -> bool:
+        if self.mishaps.break_kind is None or not self._open:
+            return False
+        return sum(len(choice.ids) for choice in self._choices()) >= self.mishaps.break_tokens
 
     async def answer_whole(self, receive: Receive, send: Send) -> None:
         """Run to the end, then answer in one piece."""
         try:
-            while self._open:
+            while self._open and not self._is_break_due():
                 part, _ = await self._next()
                 self._show(part)
+            if self._is_break_due():
+                if self.mishaps.break_kind is FaultKind.STALL:
+                    await stall(receive)
+                    return
+                self._give_up()
         except AnswerFailedError as error:
             await self._send_failure(send, error.reason)
             return
@@ -238,7 +252,7 @@ class Run:
             None if self._ticket is None or self.mishaps.loses_ticket else self._ticket_body(self._ticket)
         )
         body = msgspec.json.encode(self.shape.whole(self._choices(), self.usage(), ticket))
-        if self.mishaps.reset_after_tokens is None:
+        if self.mishaps.break_kind is not FaultKind.RESET:
             await send_json(send, 200, body, [*self._headers(), *self._kv_header()])
             return
         await send_head(send, 200, [*self._headers(), (b"content-length", b"%d" % len(body))])
@@ -255,16 +269,17 @@ class Run:
                 await _send_events(send, opening)
                 opening = []
             while self._open:
-                if self._is_reset_due():
-                    await reset(receive, send)
+                pieces: list[tuple[_Part, list[int]]]
+                if not self._is_break_due():
+                    pieces = [await self._next()]
+                elif self.mishaps.break_kind in _SILENT:
+                    await _SILENT[self.mishaps.break_kind](receive, send)
                     return
-                part, ids = await self._next()
-                await _send_events(send, opening)
-                opening = []
-                shown = self._show(part)
-                if shown or part.choice.finish or self.generation.wants_ids:
-                    usage = self.usage() if always else None
-                    await _send_events(send, self.shape.delta(part.choice, shown, ids, usage))
+                else:
+                    pieces = [(part, []) for part in self._give_up()]
+                for part, ids in pieces:
+                    await _send_events(send, [*opening, *self._events(part, ids)])
+                    opening = []
         except AnswerFailedError:
             body = self._failure_body()
             # vLLM 0.32 opens on its first result, a failure too.
@@ -274,6 +289,33 @@ class Run:
             events = self.shape.closing(self._choices(), self.usage(), wants_usage=wants_usage)
             await _send_events(send, events)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _events(self, part: _Part, ids: list[int]) -> list[bytes]:
+        """What one more piece of an answer makes visible."""
+        shown = self._show(part)
+        if not shown and not part.choice.finish and not self.generation.wants_ids:
+            return []
+        usage = self.usage() if self.generation.wants_usage_always else None
+        return self.shape.delta(part.choice, shown, ids, usage)
+
+    def _give_up(self) -> list[_Part]:
+        """Fail the answer in its middle, or abort what has not ended of it, if either is what befalls it.
+
+        Returns:
+            What was aborted.
+
+        Raises:
+            AnswerFailedError: if it is to fail.
+        """
+        if self.mishaps.break_kind is FaultKind.STREAM_ERROR:
+            raise AnswerFailedError(None)
+        if self.mishaps.break_kind is not FaultKind.ABORT:
+            return []
+        aborted = [part for request_id, part in self._parts.items() if request_id in self._open]
+        for part in aborted:
+            part.choice.finish = FinishReason.ABORT.value
+        self.close()
+        return aborted
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         return [(SERVED_BY, self.host.model.settings.name.encode())]
@@ -288,8 +330,8 @@ class Run:
         arrivals = [self.host.arrival(request_id) for request_id in self._parts]
         return [(KV, str(arrival).encode()) for arrival in arrivals if arrival is not None]
 
-    async def _send_failure(self, send: Send, reason: FailReason) -> None:
-        headers = [*self._headers(), (FAILURE, reason.value.encode())]
+    async def _send_failure(self, send: Send, reason: FailReason | None) -> None:
+        headers = self._headers() if reason is None else [*self._headers(), (FAILURE, reason.value.encode())]
         await send_json(send, 500, self._failure_body(), headers)
 
     def _failure_body(self) -> bytes:

@@ -83,6 +83,7 @@ class EngineHost:
 
     Attributes:
         running: set once requests may be submitted.
+        drained: set once a shutdown has nothing to wait for.
         publisher: of KV events, if the engine has one.
         side_address: where consumers find the side channel, as tickets say it.
     """
@@ -114,6 +115,7 @@ class EngineHost:
         self._running: set[asyncio.Task[None]] = set()
         self._over = asyncio.Event()
         self.running = asyncio.Event()
+        self.drained = asyncio.Event()
         self._kv = kv
         self._side_channels = side_channels or {}
         self._prompts: dict[str, tuple[tuple[int, ...], KvTicket | None]] = {}
@@ -253,6 +255,8 @@ class EngineHost:
         for effect in self.model.handle(event, self.now_s):
             self.metrics.observe(effect)
             self._do(effect)
+        if self.model.is_drained:
+            self.drained.set()
         self._arm()
 
     def _arm(self) -> None:

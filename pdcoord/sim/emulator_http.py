@@ -1,6 +1,5 @@
 """The API of an emulated engine over HTTP: routes of vLLM 0.32 and SGLang 0.5.23, and the admin calls."""
 
-import asyncio
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -13,8 +12,8 @@ from pdcoord.protocol.headers import REQUEST_ID
 from pdcoord.protocol.openai import APIS, Call
 from pdcoord.protocol.trace import read_trace
 from pdcoord.sim.emulator_call import CallError, Generation, read_call, read_generation
-from pdcoord.sim.emulator_edge import close_idle_as_vllm_does, run_while_connected
-from pdcoord.sim.emulator_generate import ANSWER_S_MAX, SERVED_BY, Mishaps, Run, refusal
+from pdcoord.sim.emulator_edge import SILENCE_S_MAX, close_idle_as_vllm_does, run_while_connected, stall
+from pdcoord.sim.emulator_generate import SERVED_BY, Mishaps, Run, refusal
 from pdcoord.sim.emulator_host import Answer, EngineHost, Mailbox
 from pdcoord.sim.emulator_metrics import CONTENT_TYPE
 from pdcoord.sim.emulator_pooling import (
@@ -27,7 +26,7 @@ from pdcoord.sim.emulator_pooling import (
 from pdcoord.sim.emulator_shapes import Answering, ChatShape, CompletionShape, Shape, error_body
 from pdcoord.sim.emulator_shapes_other import MessagesShape, ResponsesShape
 from pdcoord.sim.emulator_state import TRACES_MAX, TracedCall, state_of
-from pdcoord.sim.faults import FaultKind, FaultsBody, FaultsBodyError, FaultSet, parse_faults
+from pdcoord.sim.faults import BREAKS, FaultKind, FaultsBody, FaultsBodyError, FaultSet, parse_faults
 from pdcoord.sim.messages import CacheCleared, EngineRequest
 from pdcoord.wire.asgi import (
     ClientGoneError,
@@ -36,7 +35,6 @@ from pdcoord.wire.asgi import (
     Send,
     read_body,
     send_json,
-    watch_disconnect,
 )
 from pdcoord.wire.errors import BodyTooLargeError
 
@@ -190,9 +188,9 @@ class Api:
     async def _strike(self, receive: Receive) -> bool:
         """Let a failure befall the call before anything is computed; whether one did."""
         faults, now_s = self._engine.faults, self._engine.host.now_s
-        if faults.strike(FaultKind.STALL, now_s) is not None:
-            async with asyncio.timeout(ANSWER_S_MAX):
-                await watch_disconnect(receive)
+        stalled = faults.active(FaultKind.STALL, now_s)
+        if stalled is not None and stalled.is_before_answer and faults.strike(FaultKind.STALL, now_s):
+            await stall(receive)
             return True
         error = faults.strike(FaultKind.ERROR, now_s)
         if error is not None:
@@ -201,10 +199,12 @@ class Api:
 
     def _mishaps(self, generation: Generation) -> Mishaps:
         faults, now_s = self._engine.faults, self._engine.host.now_s
-        dropped = faults.strike(FaultKind.RESET, now_s)
+        on = [spec for kind in BREAKS if (spec := faults.active(kind, now_s)) and not spec.is_before_answer]
+        broken = next((spec for spec in on if faults.strike(spec.kind, now_s)), None)
         is_leg = generation.is_prefill_leg
         return Mishaps(
-            reset_after_tokens=None if dropped is None else dropped.after_tokens,
+            break_kind=None if broken is None else broken.kind,
+            break_tokens=1 if broken is None or broken.after_tokens is None else broken.after_tokens,
             loses_ticket=is_leg and faults.strike(FaultKind.LOST_TICKET, now_s) is not None,
             expires_lease=is_leg and faults.strike(FaultKind.EXPIRED_LEASE, now_s) is not None,
         )
@@ -231,7 +231,7 @@ class Api:
                     await self._send_error(send, refusal(refused))
                     return
             for _ in prompts:
-                await mailbox.get(timeout_s=ANSWER_S_MAX)
+                await mailbox.get(timeout_s=SILENCE_S_MAX)
             body = pooling_answer(call, prompts, request_id, int(host.wall_s(host.now_s)))
             await send_json(send, 200, msgspec.json.encode(body), self._served_by())
         finally:

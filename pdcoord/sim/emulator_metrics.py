@@ -43,9 +43,15 @@ def _meaning(name: str) -> str:
 
 
 class EngineMetrics:
-    """One engine's metrics since its start; fed with its effects, read from its model."""
+    """One engine's metrics since its start; fed with its effects, read from its model.
+
+    Attributes:
+        shows_idle: whether every gauge is 0, whatever the engine does.
+    """
 
     def __init__(self, model: EngineModel) -> None:
+        self.shows_idle = False
+        self._frozen: bytes | None = None
         self._model = model
         self._labels = {"model_name": model.settings.model, "engine": "0"}
         self._registry = CollectorRegistry()
@@ -116,7 +122,14 @@ class EngineMetrics:
 
     def render(self) -> bytes:
         """Prometheus text."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) if self._frozen is None else self._frozen
+
+    def freeze(self, *, is_frozen: bool) -> None:
+        """Show what is so now until this is called with False."""
+        if not is_frozen:
+            self._frozen = None
+        elif self._frozen is None:
+            self._frozen = generate_latest(self._registry)
 
     # Series that are read from the model when somebody asks.
 
@@ -194,13 +207,13 @@ class EngineMetrics:
 
     def _gauge(self, name: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, _meaning(name), labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
+        family.add_metric(list(self._labels.values()), 0 if self.shows_idle else value)
         return family
 
     def _by(self, name: str, label: str, values: dict[str, int]) -> Metric:
         family = GaugeMetricFamily(name, _meaning(name), labels=[*self._labels, label])
         for key, value in values.items():
-            family.add_metric([*self._labels.values(), key], value)
+            family.add_metric([*self._labels.values(), key], 0 if self.shows_idle else value)
         return family
 
     def _count(self, name: str, value: float) -> Metric:

@@ -57,6 +57,7 @@ def fleet_of(arguments: Sequence[str], environment: Mapping[str, str], host_name
         "context_tokens_max": given.max_model_len,
         "running_max": given.max_num_seqs,
         "step_tokens_max": given.max_num_batched_tokens,
+        "shutdown_timeout_s": given.shutdown_timeout,
         "layout": _layout(profile, given.block_size),
         **_kv(given.kv_transfer_config, environment),
         **_events(given.kv_events_config),
@@ -101,6 +102,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--shutdown-timeout", type=int)
     parser.add_argument("--kv-transfer-config", type=_json)
     parser.add_argument("--kv-events-config", type=_json)
     return parser.parse_known_args(list(arguments))[0]

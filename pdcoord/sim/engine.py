@@ -15,37 +15,32 @@ from pdcoord.sim.live import LiveRequest, Shared, State, TimerKey, make_live, mi
 from pdcoord.sim.messages import (
     Abort,
     CacheCleared,
-    ConsumerEvent,
     EngineEffect,
     EngineEvent,
     EngineRequest,
     FailReason,
-    HandshakeAnswered,
-    HandshakeFailed,
+    FinishReason,
     HeartbeatHeard,
+    IssuedTicket,
     KvChanged,
     LinkSlowed,
     PeerInfo,
     ProducerEvent,
     PullAsked,
-    PullBroken,
-    PullCancelled,
     PullClosed,
-    PullDenied,
-    PullGranted,
-    PullShareChanged,
     Rejected,
     RejectReason,
     ReleaseHeard,
-    RequestDone,
     RequestFailed,
+    ShutDown,
+    StepsSlowed,
     Submit,
     Tick,
     TokenOut,
 )
 from pdcoord.sim.producer import Producer
 from pdcoord.sim.settings import EngineSettings, LoadFailurePolicy
-from pdcoord.sim.steps import Batch, Step, step_s
+from pdcoord.sim.steps import Batch, Step, step_s, store_full_blocks
 from pdcoord.sim.timers import Timers
 
 
@@ -74,6 +69,8 @@ class EngineModel:
         self._batch = Batch(self._shared, self._begin_fetch)
         self._live: dict[str, LiveRequest] = {}
         self._step: Step | None = None
+        self._speed = 1.0
+        self._is_shutting_down = False
 
     # What anybody may look at.
 
@@ -100,6 +97,11 @@ class EngineModel:
     def count_in(self, *states: State) -> int:
         """Requests that are in one of these states."""
         return sum(live.state in states for live in self._live.values())
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether a shutdown waits for nothing more; in vLLM 0.32 a prefill's blocks are work too."""
+        return self._is_shutting_down and not self._live and not self._producer.leases()
 
     @property
     def waiting_count(self) -> int:
@@ -144,6 +146,10 @@ class EngineModel:
             case LinkSlowed():
                 self._producer.set_link_factor(event.factor)
                 self._consumer.set_link_factor(event.factor)
+            case StepsSlowed():
+                self._set_speed(event.factor)
+            case ShutDown():
+                self._is_shutting_down = True
             case CacheCleared():
                 shared.pool.clear_cache()
             case Tick():
@@ -151,7 +157,7 @@ class EngineModel:
             case PullAsked() | PullClosed() | HeartbeatHeard() | ReleaseHeard():
                 self._on_producer_event(event)
             case _:
-                self._on_consumer_event(event)
+                self._consumer.on_event(event)
         self._settle()
         self._pass_time(now_s)
         effects = list(shared.effects)
@@ -205,7 +211,13 @@ class EngineModel:
         shared = self._shared
         refusal = self._refusal(request)
         if refusal is None:
-            refusal = self._enter(make_live(request, self.settings, shared.now_s))
+            live = make_live(request, self.settings, shared.now_s)
+            if self._is_shutting_down:
+                shared.counters.aborted += 1
+                self._consumer.release(request)
+                self._tell_done(live, FinishReason.ABORT)
+                return
+            refusal = self._enter(live)
         if refusal is not None:
             reason, message = refusal
             shared.counters.rejected[reason] = shared.counters.rejected.get(reason, 0) + 1
@@ -310,26 +322,6 @@ class EngineModel:
         else:
             self._fail(live, FailReason.DECODE_GONE, "the decode went away before its KV had arrived")
 
-    def _on_consumer_event(self, event: ConsumerEvent) -> None:
-        consumer = self._consumer
-        match event:
-            case HandshakeAnswered():
-                consumer.on_handshake(event.address, event.info)
-            case HandshakeFailed():
-                consumer.on_handshake(event.address, None)
-            case PullGranted():
-                consumer.on_granted(event.pull_id, event.grant)
-            case PullShareChanged():
-                consumer.on_share(event.pull_id, event.share_bytes_per_s)
-            case PullDenied():
-                detail = f"the producer refuses the ticket: {event.reason}"
-                consumer.on_refused(event.pull_id, FailReason.PULL_DENIED, detail)
-            case PullBroken():
-                detail = "the producer's connection is gone"
-                consumer.on_refused(event.pull_id, FailReason.PULL_BROKEN, detail)
-            case PullCancelled():
-                consumer.on_cancelled(event.pull_id)
-
     def _begin_fetch(self, live: LiveRequest) -> None:
         request = live.request
         token_count = live.prompt_tokens
@@ -375,9 +367,10 @@ class EngineModel:
         live.taint = live.taint or self._consumer.taint_of(live, grant)
         live.has_fetched = True
         live.computed = max(live.computed, loaded)
-        self._store(live)
+        store_full_blocks(live, self._shared)
         if grant.first_token is not None:
-            self._say(live, grant.first_token)
+            if live.output_goal > 0:
+                self._say(live, grant.first_token)
             if live.output_tokens >= live.output_goal:
                 self._finish(live)
                 return
@@ -396,36 +389,31 @@ class EngineModel:
         duration_s = step_s(self.settings.speed, step.work)
         if self.settings.jitter_share:
             duration_s *= 1.0 + self.settings.jitter_share * self._rng.uniform(-1.0, 1.0)
+        duration_s /= self._speed
         self._step = step
         self._shared.counters.steps += 1
         self._shared.counters.busy_s += duration_s
-        self._shared.timers.set(("step", ""), self._shared.now_s + duration_s)
+        self._set_step_end(step, self._shared.now_s + duration_s)
+
+    def _set_step_end(self, step: Step, ends_s: float) -> None:
+        step.ends_s = ends_s
+        self._shared.timers.set(("step", ""), ends_s)
+
+    def _set_speed(self, factor: float) -> None:
+        shared = self._shared
+        if self._step is not None:
+            left_s = (self._step.ends_s - shared.now_s) * self._speed / factor
+            self._set_step_end(self._step, shared.now_s + left_s)
+        self._speed = factor
 
     def _end_step(self) -> None:
         step, self._step = self._step, None
         assert step is not None, "a step ended that had not begun"
         for live, count in step.parts.values():
             live.computed += count
-            self._store(live)
+            store_full_blocks(live, self._shared)
             if live.remaining == 0:
                 self._answer(live)
-
-    def _store(self, live: LiveRequest) -> None:
-        """Put blocks that have become full into the prefix cache."""
-        full = live.computed // self.pool.block_tokens
-        begin = live.stored_blocks
-        if full <= begin or not self.pool.is_caching:
-            return
-        hashes = live.full_hashes(full, self.settings)
-        size = self.pool.block_tokens
-        self.pool.store(
-            live.blocks[begin:full],
-            hashes[begin:],
-            hashes[begin - 1] if begin else None,
-            live.ids[begin * size : full * size],
-            live.taint,
-        )
-        live.stored_blocks = full
 
     def _answer(self, live: LiveRequest) -> None:
         """All tokens so far are computed: the next one comes out, or the request is done."""
@@ -455,25 +443,14 @@ class EngineModel:
         self._shared.emit(TokenOut(live.id, token_id, position, now_s))
 
     def _finish(self, live: LiveRequest) -> None:
-        shared = self._shared
-        finish = live.planned_finish
-        shared.counters.finished[finish] = shared.counters.finished.get(finish, 0) + 1
         ticket = self._producer.issue(live) if live.request.is_prefill_leg else None
-        done = RequestDone(
-            request_id=live.id,
-            finish=finish,
-            prompt_tokens=live.prompt_tokens,
-            output_tokens=live.output_tokens,
-            cached_tokens=live.cached_tokens or 0,
-            external_tokens=live.external_tokens,
-            arrived_s=live.arrived_s,
-            scheduled_s=live.arrived_s if live.scheduled_s is None else live.scheduled_s,
-            first_token_s=shared.now_s if live.first_token_s is None else live.first_token_s,
-            at_s=shared.now_s,
-            ticket=ticket,
-        )
         self._forget(live)
-        shared.emit(done)
+        self._tell_done(live, live.planned_finish, ticket)
+
+    def _tell_done(self, live: LiveRequest, finish: FinishReason, ticket: IssuedTicket | None = None) -> None:
+        finished = self._shared.counters.finished
+        finished[finish] = finished.get(finish, 0) + 1
+        self._shared.emit(live.done(finish, self._shared.now_s, ticket))
 
     # For tests and the simulator.
 

@@ -16,38 +16,40 @@ from pdcoord.policy.yamltext import Document, FaultsError, validate
 class FaultKind(StrEnum):
     """What goes wrong; closed.
 
-    refuse closes the API's listener, running requests go on. reset drops the connection in the middle
-    of an answer, stall accepts and never answers, error answers a status: all three for generating calls.
-    lost_ticket leaves kv_transfer_params out of a prefill leg's 200, expired_lease issues tickets whose
-    lease is over. slow_link runs the NIC at a factor. crash kills the engine as a process dies.
+    refuse closes the API's listener, running requests go on. Of generating calls: error answers a status, and
+    in the middle of an answer reset drops the connection, stall sends nothing more, stream_error ends it as a
+    failed engine does, abort as one that gives the request up. lost_ticket leaves kv_transfer_params out of a
+    prefill leg's 200, expired_lease issues tickets whose lease is over. slow_link runs the NIC at a factor,
+    slow the steps. stale_metrics freezes the metrics page, lying_metrics shows an idle engine on it. crash
+    kills the engine as a process dies.
     """
 
     REFUSE = "refuse"
     RESET = "reset"
     STALL = "stall"
     ERROR = "error"
+    STREAM_ERROR = "stream_error"
+    ABORT = "abort"
     LOST_TICKET = "lost_ticket"
     EXPIRED_LEASE = "expired_lease"
     SLOW_LINK = "slow_link"
+    SLOW = "slow"
+    STALE_METRICS = "stale_metrics"
+    LYING_METRICS = "lying_metrics"
     CRASH = "crash"
 
 
-_PER_REQUEST = frozenset(
-    {
-        FaultKind.RESET,
-        FaultKind.STALL,
-        FaultKind.ERROR,
-        FaultKind.LOST_TICKET,
-        FaultKind.EXPIRED_LEASE,
-    }
-)
+BREAKS = (FaultKind.RESET, FaultKind.STALL, FaultKind.STREAM_ERROR, FaultKind.ABORT)
+"""What befalls an answer in its middle; of several the first befalls a call."""
+_PER_REQUEST = frozenset({*BREAKS, FaultKind.ERROR, FaultKind.LOST_TICKET, FaultKind.EXPIRED_LEASE})
+_FACTORED = frozenset({FaultKind.SLOW_LINK, FaultKind.SLOW})
 _KEYS: dict[str, frozenset[FaultKind]] = {
     "probability": _PER_REQUEST,
     "count": _PER_REQUEST,
-    "duration_s": _PER_REQUEST | {FaultKind.REFUSE, FaultKind.SLOW_LINK},
-    "after_tokens": frozenset({FaultKind.RESET}),
+    "duration_s": frozenset(FaultKind) - {FaultKind.CRASH},
+    "after_tokens": frozenset(BREAKS),
     "status": frozenset({FaultKind.ERROR}),
-    "factor": frozenset({FaultKind.SLOW_LINK}),
+    "factor": _FACTORED,
     "restart_after_s": frozenset({FaultKind.CRASH}),
 }
 
@@ -59,12 +61,24 @@ class FaultSpec(Spec):
     probability: float = Field(default=1.0, gt=0, le=1, description="Share of requests that it befalls.")
     count: int | None = Field(default=None, ge=1, description="Requests it befalls before it is over.")
     duration_s: float | None = Field(default=None, gt=0, le=86_400, description="How long it lasts.")
-    after_tokens: int = Field(default=1, ge=0, description="reset: tokens of an answer that still arrive.")
+    after_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="reset, stall, stream_error, abort: tokens of an answer that still arrive; 1 if not set, "
+        "but a stall without it comes before the answer's head.",
+    )
     status: int = Field(default=500, ge=400, le=599, description="error: the status.")
-    factor: float | None = Field(default=None, gt=0, le=1, description="slow_link: share of the speed left.")
+    factor: float | None = Field(
+        default=None, gt=0, le=1, description="slow_link, slow: share of the speed left."
+    )
     restart_after_s: float | None = Field(
         default=None, ge=0, le=86_400, description="crash: when the engine starts anew; never if not set."
     )
+
+    @property
+    def is_before_answer(self) -> bool:
+        """Whether the call it befalls gets no answer at all."""
+        return self.kind is FaultKind.STALL and self.after_tokens is None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,7 +87,7 @@ class FaultSpec(Spec):
             for key, kinds in _KEYS.items()
             if key in self.model_fields_set and self.kind not in kinds
         ]
-        if self.kind is FaultKind.SLOW_LINK and self.factor is None:
+        if self.kind in _FACTORED and self.factor is None:
             faults.append((("factor",), "is missing, expected a number above 0 and at most 1"))
         if faults:
             raise FaultsError(faults)
@@ -157,8 +171,10 @@ class FaultSet:
         self._active[kind].befallen += 1
         return spec
 
-    def end(self, kind: FaultKind) -> None:
-        self._active.pop(kind, None)
+    def factor(self, kind: FaultKind, now_s: float) -> float:
+        """The share of the speed that a failure leaves; 1.0 without it."""
+        spec = self.active(kind, now_s)
+        return 1.0 if spec is None or spec.factor is None else spec.factor
 
     def next_end_s(self, now_s: float) -> float | None:
         """When the next failure ends of its own accord."""

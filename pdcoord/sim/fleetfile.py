@@ -91,6 +91,9 @@ class EngineSpec(Spec):
     kv_key_file: str | None = Field(
         default=None, description="File with the key that the side channels share; none if they have none."
     )
+    kv_always: bool = Field(
+        default=False, description="kv_port: every request moves real KV, not only those that ask for it."
+    )
     speed: SpeedSpec | None = Field(default=None, description="Figures in place of the profile's.")
     layout: LayoutSpec | None = Field(default=None, description="Layout in place of the profile's.")
     kv_blocks: int | None = Field(
@@ -121,6 +124,12 @@ class EngineSpec(Spec):
     stock_silent_corruption: bool = Field(
         default=False,
         description="nixl only: unequal block sizes give wrong tokens without an error, as in vLLM 0.32.",
+    )
+    shutdown_timeout_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=86_400,
+        description="--shutdown-timeout: how long SIGTERM waits for requests and leases; 0 drops them.",
     )
     prefix_caching: bool = Field(default=True, description="--enable-prefix-caching.")
     step_jitter_share: float = Field(
@@ -177,7 +186,7 @@ class EngineSpec(Spec):
 
     def _kv_faults(self) -> list[tuple[KeyPath, str]]:
         if self.kv_port is None:
-            return []
+            return [(("kv_always",), "is set without kv_port; set both")] if self.kv_always else []
         if self.connector_kind is not Connector.PDCOORD:
             return [(("kv_port",), f"is set with connector {self.connector_kind}, expected pdcoord")]
         if not self.side_channel_port:
@@ -238,6 +247,7 @@ class EngineSpec(Spec):
             load_failure_policy=self.kv_load_failure_policy,
             is_silent_corruption_stock=self.stock_silent_corruption,
             is_prefix_caching=self.prefix_caching,
+            moves_bytes_always=self.kv_always,
             jitter_share=self.step_jitter_share,
         )
 

@@ -7,7 +7,14 @@ from enum import StrEnum
 from pdcoord.core.fleet import Role
 from pdcoord.sim.counters import EngineCounters
 from pdcoord.sim.kvpool import KvPool
-from pdcoord.sim.messages import EngineEffect, EngineRequest, FinishReason, RejectReason
+from pdcoord.sim.messages import (
+    EngineEffect,
+    EngineRequest,
+    FinishReason,
+    IssuedTicket,
+    RejectReason,
+    RequestDone,
+)
 from pdcoord.sim.settings import EngineSettings
 from pdcoord.sim.timers import Timers
 from pdcoord.sim.tokens import (
@@ -17,6 +24,7 @@ from pdcoord.sim.tokens import (
     drawn_length,
     mix,
     prompt_digest,
+    read_context,
     root_hash,
 )
 
@@ -69,6 +77,8 @@ class LiveRequest:
         computed: leading tokens of `ids` whose KV is in `blocks`.
         stored_blocks: leading blocks that the prefix cache was told of.
         content: digest of what the model makes its answer from, less taint.
+        said: tokens of that answer that the prompt ends with already.
+        digest: of the prompt, whose KV this is.
         taint: 0 if the KV is right.
         awaits_fetch: whether its KV is still to come from a producer.
         has_fetched: whether its KV came; then its blocks are its own already.
@@ -79,6 +89,7 @@ class LiveRequest:
     output_goal: int
     planned_finish: FinishReason
     content: int
+    said: int
     digest: int
     ids: list[int]
     prompt_tokens: int
@@ -113,7 +124,7 @@ class LiveRequest:
     def next_token(self) -> int:
         """What the model says next; wrong KV makes it say something else."""
         content = mix(self.content, self.taint) if self.taint else self.content
-        return answer_token(content, self.output_tokens, self.request.choice_index)
+        return answer_token(content, self.said + self.output_tokens, self.request.choice_index)
 
     def full_hashes(self, count: int, settings: EngineSettings) -> Sequence[BlockHash]:
         """Hashes of the first `count` full blocks."""
@@ -132,6 +143,22 @@ class LiveRequest:
         self.stored_blocks = 0
         self.taint = 0
         self.has_fetched = False
+
+    def done(self, finish: FinishReason, now_s: float, ticket: IssuedTicket | None) -> RequestDone:
+        """What is told of its end."""
+        return RequestDone(
+            request_id=self.id,
+            finish=finish,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            cached_tokens=self.cached_tokens or 0,
+            external_tokens=self.external_tokens,
+            arrived_s=self.arrived_s,
+            scheduled_s=self.arrived_s if self.scheduled_s is None else self.scheduled_s,
+            first_token_s=now_s if self.first_token_s is None else self.first_token_s,
+            at_s=now_s,
+            ticket=ticket,
+        )
 
     def validate(self, block_tokens: int) -> None:
         """Assert that the counts agree."""
@@ -157,21 +184,30 @@ def misfit(request: EngineRequest, settings: EngineSettings) -> tuple[RejectReas
 
 def make_live(request: EngineRequest, settings: EngineSettings, now_s: float) -> LiveRequest:
     """Decide how long the answer will be, and from what."""
-    digest = prompt_digest(request.prompt)
-    content = mix(settings.model_seed, digest)
+    context = read_context(settings.model_seed, request.prompt, request.choice_index)
     room_left = settings.context_tokens_max - len(request.prompt)
     goal, finish = room_left, FinishReason.LENGTH
     if request.is_pooling:
         goal = 0
     elif request.output_tokens_max is not None:
         goal = min(request.output_tokens_max, room_left)
-    elif not request.ignores_eos and (drawn := drawn_length(content, request.choice_index)) < room_left:
-        goal, finish = drawn, FinishReason.STOP
+    elif not request.ignores_eos:
+        drawn = max(0, drawn_length(context.content, request.choice_index) - context.said)
+        if drawn < room_left:
+            goal, finish = drawn, FinishReason.STOP
     is_room_prefill = settings.is_room_worker and settings.role is Role.PREFILL
     if request.is_prefill_leg or is_room_prefill:
         goal, finish = min(goal, 1), FinishReason.LENGTH
-    if goal == 0:
-        finish = FinishReason.STOP if request.is_pooling else FinishReason.LENGTH
+    if goal == 0 and request.is_pooling:
+        finish = FinishReason.STOP
     return LiveRequest(
-        request, now_s, goal, finish, content, digest, list(request.prompt), len(request.prompt)
+        request=request,
+        arrived_s=now_s,
+        output_goal=goal,
+        planned_finish=finish,
+        content=context.content,
+        said=context.said,
+        digest=prompt_digest(request.prompt),
+        ids=list(request.prompt),
+        prompt_tokens=len(request.prompt),
     )

@@ -259,6 +259,18 @@ class LinkSlowed:
 
 
 @dataclass(frozen=True, slots=True)
+class StepsSlowed:
+    """The engine computes at this share of its speed, the step under way too; 1.0 heals it."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShutDown:
+    """Answer every further request with finish reason abort, as vLLM 0.32 does; those under way go on."""
+
+
+@dataclass(frozen=True, slots=True)
 class CacheCleared:
     """Forget the prefix cache."""
 
@@ -273,7 +285,9 @@ ConsumerEvent = (
     | PullCancelled
 )
 ProducerEvent = PullAsked | PullClosed | HeartbeatHeard | ReleaseHeard
-EngineEvent = Submit | Abort | Tick | LinkSlowed | CacheCleared | ConsumerEvent | ProducerEvent
+EngineEvent = (
+    Submit | Abort | Tick | LinkSlowed | StepsSlowed | ShutDown | CacheCleared | ConsumerEvent | ProducerEvent
+)
 
 
 # Effects: what the engine does and asks for.
@@ -314,10 +328,11 @@ class FailReason(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """How an answer ended, in OpenAI's words."""
+    """How an answer ended, in OpenAI's words and vLLM's; abort is of one that came during a shutdown."""
 
     STOP = "stop"
     LENGTH = "length"
+    ABORT = "abort"
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +371,7 @@ class TokenOut:
 
 @dataclass(frozen=True, slots=True)
 class RequestDone:
-    """The request ended well.
+    """The request ended well, or was turned away because the engine shuts down.
 
     Attributes:
         cached_tokens: prompt tokens found in this engine's own cache.

@@ -26,7 +26,11 @@ MODEL_SEED = 11
 
 
 class FaultKind(StrEnum):
-    """What goes wrong, or is done on purpose."""
+    """What goes wrong, or is done on purpose.
+
+    stall halts an engine's steps, slow makes them ten times as long, shut-down has it refuse what comes until
+    it starts anew. sidecar kills a decode pod's sidecar, replica the gateway with all that it knows.
+    """
 
     KILL = "kill"
     CUT = "cut"
@@ -34,6 +38,11 @@ class FaultKind(StrEnum):
     SLOW_LINK = "slow-link"
     DRAIN = "drain"
     POLICY = "policy"
+    STALL = "stall"
+    SLOW = "slow"
+    SHUT_DOWN = "shut-down"
+    SIDECAR = "sidecar"
+    REPLICA = "replica"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,12 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """All that one seed stands for."""
+    """All that one seed stands for.
+
+    Attributes:
+        is_resumed_by_sidecar: sidecars go on with streams that their engines lost, as behind Envoy; else the
+            gateway does.
+    """
 
     seed: int
     model: Model
@@ -79,10 +93,15 @@ class Scenario:
     settings: dict[EndpointId, EngineSettings]
     arrivals: tuple[Arrival, ...]
     faults: tuple[Fault, ...]
+    is_resumed_by_sidecar: bool = False
 
 
-def draw(seed: int, *, request_count: int = 60) -> Scenario:
-    """A small fleet under trouble. Kinds of trouble are drawn too, so that runs differ in kind."""
+def draw(seed: int, *, request_count: int = 60, output_tokens_max: int = 23) -> Scenario:
+    """A small fleet under trouble. Kinds of trouble are drawn too, so that runs differ in kind.
+
+    Args:
+        output_tokens_max: of one answer; of long ones more are struck in their middle.
+    """
     rng = Random(seed)  # noqa: S311 - a scenario is to be drawn again from its seed
     engine = rng.choice([EngineKind.VLLM, EngineKind.VLLM, EngineKind.SGLANG])
     pools = _pools(rng, engine)
@@ -115,11 +134,14 @@ def draw(seed: int, *, request_count: int = 60) -> Scenario:
         for index in range(rng.randrange(1, 4))
     )
     settings = {endpoint.id: _settings(rng, endpoint) for endpoint in endpoints}
-    arrivals = _arrivals(rng, request_count)
-    faults = _faults(rng, endpoints, arrivals[-1].at_s)
+    arrivals = _arrivals(rng, request_count, output_tokens_max)
+    faults = _faults(rng, endpoints, arrivals[-1].at_s, _FIRST)
     # Drawn last and apart, so that a seed stands for the same fleet, traffic and trouble as without.
     model, arrivals = _with_admission(Random(seed + 2), model, arrivals)  # noqa: S311 - as above
-    return Scenario(seed, model, endpoints, settings, arrivals, faults)
+    more = _faults(Random(seed + 3), endpoints, arrivals[-1].at_s, _LATER)  # noqa: S311 - as above
+    faults = tuple(sorted((*faults, *more), key=lambda fault: fault.at_s))
+    is_resumed_by_sidecar = Random(seed + 4).random() < 0.3  # noqa: S311 - as above
+    return Scenario(seed, model, endpoints, settings, arrivals, faults, is_resumed_by_sidecar)
 
 
 def _with_admission(
@@ -209,7 +231,7 @@ def _settings(rng: Random, endpoint: Endpoint) -> EngineSettings:
     )
 
 
-def _arrivals(rng: Random, request_count: int) -> tuple[Arrival, ...]:
+def _arrivals(rng: Random, request_count: int, output_tokens_max: int) -> tuple[Arrival, ...]:
     shared = [tuple(rng.randrange(256) for _ in range(400)) for _ in range(3)]
     arrivals = []
     at_s = 0.5
@@ -221,7 +243,7 @@ def _arrivals(rng: Random, request_count: int) -> tuple[Arrival, ...]:
             Arrival(
                 at_s=at_s,
                 prompt=prompt,
-                output_tokens=rng.randrange(1, 24),
+                output_tokens=rng.randrange(1, output_tokens_max + 1),
                 choice_count=2 if rng.random() < 0.05 else 1,
                 leaves_after_s=rng.uniform(0.0, 1.0) if rng.random() < 0.15 else None,
             )
@@ -229,8 +251,14 @@ def _arrivals(rng: Random, request_count: int) -> tuple[Arrival, ...]:
     return tuple(arrivals)
 
 
-def _faults(rng: Random, endpoints: tuple[Endpoint, ...], end_s: float) -> tuple[Fault, ...]:
-    kinds = rng.sample(list(FaultKind), rng.randrange(len(FaultKind) + 1))
+_LATER = (FaultKind.STALL, FaultKind.SLOW, FaultKind.SHUT_DOWN, FaultKind.SIDECAR, FaultKind.REPLICA)
+_FIRST = tuple(kind for kind in FaultKind if kind not in _LATER)
+
+
+def _faults(
+    rng: Random, endpoints: tuple[Endpoint, ...], end_s: float, choice: tuple[FaultKind, ...]
+) -> tuple[Fault, ...]:
+    kinds = rng.sample(choice, rng.randrange(len(choice) + 1))
     struck = [kind for kind in kinds for _ in range(rng.randrange(1, 4))]
     faults = [
         Fault(
@@ -238,7 +266,9 @@ def _faults(rng: Random, endpoints: tuple[Endpoint, ...], end_s: float) -> tuple
             kind=kind,
             endpoint=rng.choice(endpoints).id,
             other=rng.choice(endpoints).id,
-            ends_after_s=rng.choice([None, rng.uniform(0.1, 3.0)]),
+            ends_after_s=rng.choice([None, rng.uniform(0.1, 3.0)])
+            if kind in _FIRST
+            else rng.uniform(0.1, 15.0),
         )
         for kind in struck
     ]

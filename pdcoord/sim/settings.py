@@ -60,6 +60,7 @@ class EngineSettings:
     load_failure_policy: LoadFailurePolicy = LoadFailurePolicy.FAIL
     is_silent_corruption_stock: bool = False
     is_prefix_caching: bool = True
+    moves_bytes_always: bool = False
     jitter_share: float = 0.0
 
     def __post_init__(self) -> None:

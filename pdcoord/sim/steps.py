@@ -61,6 +61,7 @@ class Step:
 
     parts: dict[str, tuple[LiveRequest, int]] = field(default_factory=dict)
     work: StepWork = field(default_factory=StepWork)
+    ends_s: float = 0.0
 
 
 class Batch:
@@ -197,3 +198,21 @@ class Batch:
 
 def _blocks_for(tokens: int, shared: Shared) -> int:
     return -(-tokens // shared.pool.block_tokens)
+
+
+def store_full_blocks(live: LiveRequest, shared: Shared) -> None:
+    """Put blocks that have become full into the prefix cache."""
+    pool = shared.pool
+    full, begin = live.computed // pool.block_tokens, live.stored_blocks
+    if full <= begin or not pool.is_caching:
+        return
+    hashes = live.full_hashes(full, shared.settings)
+    size = pool.block_tokens
+    pool.store(
+        live.blocks[begin:full],
+        hashes[begin:],
+        hashes[begin - 1] if begin else None,
+        live.ids[begin * size : full * size],
+        live.taint,
+    )
+    live.stored_blocks = full

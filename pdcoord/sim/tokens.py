@@ -3,10 +3,12 @@
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import xxhash
 
-from pdcoord.sim.text import WORD_FIRST, WORD_TOTAL
+from pdcoord.sim import text
+from pdcoord.sim.text import WORD_BYTES, WORD_FIRST, WORD_TOTAL
 
 BlockHash = bytes
 """Chained hash of a block and all blocks before it, 32 bytes, as vLLM's sha256 hashes are."""
@@ -47,6 +49,40 @@ def mix(one: int, other: int) -> int:
     return xxhash.xxh3_64_intdigest(struct.pack("<QQ", one & _MASK, other & _MASK))
 
 
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a model makes the rest of an answer from.
+
+    Attributes:
+        content: digest of what was asked, for `answer_token` and `drawn_length`.
+        said: tokens of the answer to it that the prompt ends with already.
+    """
+
+    content: int
+    said: int
+
+
+def read_context(model_seed: int, prompt: Sequence[int], choice_index: int) -> Context:
+    """Tell what was asked from what the model has answered to it.
+
+    An answer that is put behind its prompt, as ids or as text, goes on as it would have without. So the words
+    at a prompt's end count as said if they are, from one of them to the last, the model's answer to all that
+    is before them. The longest such run is taken: then a prompt with one more word of its own answer has the
+    same beginning, and an answer may be continued any number of times.
+    """
+    data = text.read(prompt)
+    words = list(text.said(data))
+    digest = xxhash.xxh3_64(data[: len(data) - WORD_BYTES * len(words)])
+    while words:
+        content = mix(model_seed, digest.intdigest())
+        if words[-1] == answer_token(content, 0, choice_index) and all(
+            each == answer_token(content, at, choice_index) for at, each in enumerate(reversed(words))
+        ):
+            return Context(content, len(words))
+        digest.update(text.piece(words.pop()))
+    return Context(mix(model_seed, digest.intdigest()), 0)
+
+
 def answer_token(content: int, position: int, choice_index: int) -> int:
     """The token a model puts at `position` of its answer to a context of digest `content`.
 
@@ -54,6 +90,12 @@ def answer_token(content: int, position: int, choice_index: int) -> int:
     """
     drawn = xxhash.xxh3_64_intdigest(struct.pack("<QII", content & _MASK, position, choice_index))
     return WORD_FIRST + drawn % WORD_TOTAL
+
+
+def answer_ids(model_seed: int, prompt: Sequence[int], count: int, choice_index: int = 0) -> tuple[int, ...]:
+    """The first tokens that a model of this seed answers, from right KV, whoever computes them."""
+    context = read_context(model_seed, prompt, choice_index)
+    return tuple(answer_token(context.content, context.said + at, choice_index) for at in range(count))
 
 
 def drawn_length(content: int, choice_index: int) -> int:

@@ -18,7 +18,7 @@ MESSAGE_S = 0.0005
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The engine died with the request, or was never there."""
+    """The engine died with the request, gave it up, or was never there."""
 
     request_id: str
     was_reached: bool
@@ -160,6 +160,10 @@ class VirtualEngines:
                 listener = node.listeners.get(request_id)
                 if listener is not None:
                     self._later(lambda: listener(effect))
+            case m.RequestDone(request_id, m.FinishReason.ABORT):
+                turned_away = node.listeners.pop(request_id, None)
+                if turned_away is not None:
+                    self._later(lambda: turned_away(Lost(request_id, was_reached=True)))
             case m.RequestDone(request_id) | m.RequestFailed(request_id) | m.Rejected(request_id):
                 last = node.listeners.pop(request_id, None)
                 if last is not None:
@@ -242,3 +246,11 @@ class VirtualEngines:
     def slow_link(self, address: HostPort, factor: float) -> None:
         """The engine's NIC runs at this share of its speed; 1.0 heals it."""
         self._pass(address, m.LinkSlowed(factor))
+
+    def slow_steps(self, address: HostPort, factor: float) -> None:
+        """The engine computes at this share of its speed; 1.0 heals it."""
+        self._pass(address, m.StepsSlowed(factor))
+
+    def shut_down(self, address: HostPort) -> None:
+        """The engine answers no further request, until it is killed and started anew."""
+        self._pass(address, m.ShutDown())

@@ -63,6 +63,8 @@ Reply = Began | Turned | Ended
 
 HELD_POLL_S = 0.001
 """How often output that is held back is looked at again."""
+HEALTH_POLL_S = 0.25
+"""How often a dead or full engine is asked again that is to go on with its own stream."""
 
 
 @dataclass(slots=True)
@@ -73,7 +75,14 @@ class _Leg:
 
 
 class VirtualHandoff:
-    """One request at one sidecar."""
+    """One request at one sidecar.
+
+    Args:
+        resume: where the sidecar goes on with a stream that its engine lost; None where that is not its job.
+
+    Attributes:
+        continuations: how often it went on with its stream.
+    """
 
     def __init__(
         self,
@@ -82,6 +91,8 @@ class VirtualHandoff:
         plan: Plan,
         request: m.EngineRequest,
         reply: Callable[[Reply], None],
+        *,
+        resume: v.Resume | None = None,
     ) -> None:
         self._loop = loop
         self._engines = engines
@@ -92,10 +103,18 @@ class VirtualHandoff:
         self._held: list[int] = []
         self._is_committed = False
         self._timer: Timer | None = None
-        self._machine = Handoff(_order(plan))
+        self._opened: set[int] = set()
+        self._progress_s = 0.0
+        self.continuations = 0
+        self._machine = Handoff(replace(_order(plan), resume=resume))
 
     def begin(self) -> None:
         self._handle(v.Begun())
+
+    @property
+    def passed(self) -> tuple[int, ...]:
+        """The tokens that the gateway has of it."""
+        return tuple(self._held) if self._is_committed else ()
 
     def leave(self) -> None:
         """The client, or the gateway for it, closed the connection."""
@@ -111,7 +130,15 @@ class VirtualHandoff:
             self._timer.cancel()
             self._timer = None
         if self._machine.deadline_s is not None:
-            self._timer = self._loop.at(self._machine.deadline_s, lambda: self._handle(v.DeadlinePassed()))
+            self._timer = self._loop.at(self._machine.deadline_s, self._meet_deadline)
+
+    def _meet_deadline(self) -> None:
+        machine = self._machine
+        is_silent = self._progress_s + machine.quiet_s <= self._loop.now_s
+        if machine.state is not v.State.RELAYING or is_silent:
+            self._handle(v.DeadlinePassed())
+        else:
+            self._handle(v.Progressed(self._progress_s))
 
     def _do(self, action: v.Action) -> None:
         match action:
@@ -119,11 +146,13 @@ class VirtualHandoff:
                 self._send_prefill(leg, attempt, target)
             case v.SendDecode(leg, attempt, ticket, peer):
                 self._send_decode(leg, attempt, ticket, peer)
+            case v.SendContinuation(leg, _, target):
+                self.continuations += 1
+                self._send_continuation(leg, target)
             case v.CancelLeg(leg):
                 self._engines.abort(self._legs[leg].address, self._legs[leg].request_id)
             case v.Commit():
-                self._is_committed = True
-                self._reply(Began(self._machine.served()))
+                self._commit()
             case v.PassOn(leg):
                 self._reply(Turned(self._machine.served(), None, self._legs[leg].status))
             case v.Refuse(reason):
@@ -132,6 +161,12 @@ class VirtualHandoff:
                 self._reply(Ended(tuple(self._held), is_whole=False))
             case v.End() | v.OrphanLease():
                 pass
+
+    def _commit(self) -> None:
+        self._progress_s = self._loop.now_s
+        if not self._is_committed:
+            self._is_committed = True
+            self._reply(Began(self._machine.served()))
 
     def _send_prefill(self, leg: int, attempt: int, target: PrefillTarget) -> None:
         match self._machine.order.dialect:
@@ -162,6 +197,28 @@ class VirtualHandoff:
         )
         address = self._plan.decode.address
         self._submit(leg, address, request, lambda heard: self._hear_decode(leg, heard))
+
+    def _send_continuation(self, leg: int, target: HostPort) -> None:
+        self._legs[leg] = _Leg(target, "")
+        is_own = target == self._machine.order.engine
+        if is_own and not self._engines.is_alive(target):
+            self._loop.after(HEALTH_POLL_S, lambda: self._look_again(leg, target))
+            return
+        said, wanted = tuple(self._held), self._request.output_tokens_max
+        left = None if wanted is None else wanted - len(said)
+        if left == 0:
+            self._loop.after(0.0, lambda: self._finish(leg))
+            return
+        request = self._leg_request(leg, prompt=self._request.prompt + said, output_tokens_max=left)
+        self._submit(leg, target, request, lambda heard: self._hear_decode(leg, heard))
+
+    def _is_own_continuation(self, leg: int) -> bool:
+        machine = self._machine
+        return machine.state is v.State.RESUMING and self._legs[leg].address == machine.order.engine
+
+    def _look_again(self, leg: int, target: HostPort) -> None:
+        if self._machine.outcome is None and self._legs_live(leg):
+            self._send_continuation(leg, target)
 
     def _room(self, attempt: int) -> int:
         return xxhash.xxh3_64_intdigest(self._transfer(attempt).encode()) & ROOM_MAX
@@ -210,24 +267,30 @@ class VirtualHandoff:
         return Ticket(msgspec.json.encode(body))
 
     def _hear_decode(self, leg: int, heard: Heard) -> None:
-        if self._machine.outcome is not None:
+        if self._machine.outcome is not None or not self._legs_live(leg):
             return
         match heard:
             case m.TokenOut(token_id=token_id):
                 self._held.append(token_id)
-                if len(self._held) == 1:
+                self._progress_s = self._loop.now_s
+                if leg not in self._opened:
+                    self._opened.add(leg)
                     self._handle(v.DecodeOpened(leg))
             case m.RequestDone():
                 self._finish(leg)
             case m.Rejected() | m.RequestFailed():
                 self._legs[leg].status = _status(heard)
+                if self._is_own_continuation(leg) and _status(heard) == 503:
+                    target = self._legs[leg].address
+                    self._loop.after(HEALTH_POLL_S, lambda: self._look_again(leg, target))
+                    return
                 self._fail_decode(leg, v.DecodeRejected(leg, _status(heard)))
             case Lost():
                 self._fail_decode(leg, v.DecodeLost(leg, _fault(heard)))
 
     def _fail_decode(self, leg: int, before: v.DecodeRejected | v.DecodeLost) -> None:
         """After the first output an error can only end the body."""
-        if not self._held:
+        if leg not in self._opened:
             self._handle(before)
         elif self._is_committed:
             self._handle(v.DecodeLost(leg, v.Fault.LOST_IN_BODY))

@@ -1,18 +1,23 @@
 """The demo's canary: one prompt served by a pair of unlike vendors and by the decode engine alone."""
 
+import asyncio
 from dataclasses import dataclass
 
 import msgspec
 
-from pdcoord.protocol.headers import PLAN
+from pdcoord.core.gates import UNTRIED
+from pdcoord.protocol.headers import PLAN, HostPort
 from pdcoord.protocol.plans import DialectName, PlanHeader, PrefillTarget, encode_plan
+from pdcoord.runtime.adminclient import get
 from pdcoord.sim.demo.deployment import Canary
+from pdcoord.sim.demo.processes import DemoError
 from pdcoord.sim.emulator_call import REAL_KV
 from pdcoord.sim.emulator_generate import KV
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import WireError
 
 ANSWER_S_MAX = 30.0
+SETTLE_S_MAX = 60.0
 PROMPT_TOKENS = 1_500
 OUTPUT_TOKENS = 16
 
@@ -35,6 +40,36 @@ class Proof:
 
     def __str__(self) -> str:
         return f"{self.fault} {self.kv}".strip() if self.fault else f"tokens equal, KV {self.kv}"
+
+
+class _Path(msgspec.Struct):
+    fault: str
+
+
+class _Paths(msgspec.Struct):
+    paths: list[_Path]
+
+
+async def settled(client: Client, admin: HostPort) -> None:
+    """Wait until the gateway's own canaries have said what they have to say of every pair.
+
+    Raises:
+        DemoError: if they have not within SETTLE_S_MAX.
+    """
+    try:
+        async with asyncio.timeout(SETTLE_S_MAX):
+            while True:
+                if await _is_settled(client, admin):
+                    return
+                await asyncio.sleep(0.1)
+    except TimeoutError as error:
+        raise DemoError(f"a pair of pools had no canary within {SETTLE_S_MAX:g} s: see GET /paths") from error
+
+
+async def _is_settled(client: Client, admin: HostPort) -> bool:
+    raw = await get(client, admin, "/paths")
+    page = msgspec.json.decode(raw or b'{"paths": []}', type=_Paths)
+    return bool(page.paths) and all(path.fault != UNTRIED for path in page.paths)
 
 
 class _Choice(msgspec.Struct):

@@ -7,7 +7,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -93,12 +93,14 @@ class Processes:
     def __getitem__(self, name: str) -> Process:
         return self._started[name]
 
-    async def start(self, name: str, module_or_script: Sequence[str]) -> Process:
+    async def start(
+        self, name: str, module_or_script: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> Process:
         """Start one of our own commands, `["pdcoord", ...]` or `["pdcoord-sidecar", ...]`."""
         command, *arguments = module_or_script
         entry = {"pdcoord": "pdcoord.cli", "pdcoord-sidecar": "sidecar.main"}[command]
         log = self._folder / f"{name}.log"
-        with log.open("wb") as sink:
+        with log.open("ab") as sink:
             handle = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-c",
@@ -108,10 +110,25 @@ class Processes:
                 stdout=sink,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             )
         process = self._started[name] = Process(name, log, handle)
         return process
+
+    async def terminate(self, name: str, wait_s: float) -> int:
+        """SIGTERM, and the exit status once it has ended.
+
+        Raises:
+            DemoError: if it has not ended after wait_s.
+        """
+        process = self._started[name]
+        process.handle.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(wait_s):
+                return await process.handle.wait()
+        except TimeoutError:
+            tail = process.log_tail()
+            raise DemoError(f"{name} had not ended {wait_s:.0f} s after SIGTERM:\n{tail}") from None
 
     async def wait_ready(self, name: str, address: HostPort, path: str, client: Client) -> None:
         """Wait until `path` answers 200.

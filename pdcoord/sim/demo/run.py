@@ -15,7 +15,7 @@ import uvloop
 from rich.console import Console
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.sim.demo.canary import prove
+from pdcoord.sim.demo.canary import prove, settled
 from pdcoord.sim.demo.deployment import Canary, Deployment, lay_out
 from pdcoord.sim.demo.processes import DemoError, Processes
 from pdcoord.sim.demo.report import Progressed, comparison_table, served_table
@@ -90,6 +90,8 @@ async def _start(console: Console, deployment: Deployment, processes: Processes,
             await processes.start(name, command)
         for name, (address, path) in deployment.ready_checks.items():
             await processes.wait_ready(name, address, path, client)
+        # Unlike vendors carry nothing before that.
+        await settled(client, deployment.admin)
 
 
 async def _keep(console: Console, deployment: Deployment) -> None:

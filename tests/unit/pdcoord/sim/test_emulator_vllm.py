@@ -35,13 +35,14 @@ def test_a_pod_for_our_connector() -> None:
         "--port=8200",
         "--block-size=128",
         "--max-model-len=8192",
+        "--shutdown-timeout=30",
         f"--kv-transfer-config={json.dumps(OURS)}",
     )
     assert (fleet.model, engine.name) == ("llama", "gaudi-7f9c-x2")
     assert (engine.host, engine.port, engine.told_host) == ("0.0.0.0", 8200, "10.0.0.7")
     assert engine.connector_kind is Connector.PDCOORD
     assert (engine.kv_port, engine.kv_key_file) == (14_700, "/etc/pdcoord/keys/kv")
-    assert (engine.lease_s, engine.context_tokens_max) == (45.0, 8192)
+    assert (engine.lease_s, engine.context_tokens_max, engine.shutdown_timeout_s) == (45.0, 8192, 30.0)
     assert engine.kv_load_failure_policy is LoadFailurePolicy.RECOMPUTE
     assert engine.layout is None, "the profile's own block size"
 

@@ -17,6 +17,8 @@ from pdcoord.sim.messages import (
     Rejected,
     RejectReason,
     RequestDone,
+    ShutDown,
+    StepsSlowed,
     TokenOut,
 )
 from pdcoord.sim.tokens import DRAWN_TOKENS_MAX, DRAWN_TOKENS_MIN
@@ -245,3 +247,72 @@ def test_settings_that_no_engine_can_have_are_refused(bench: Any) -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(fields))):
             bench.start("e", **fields)
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_an_answer_goes_on_where_a_prompt_ends_in_it(bench: Any, limit: int | None) -> None:
+    bench.start("e")
+    bench.submit("e", "whole", range(2_000, 2_100), output_tokens_max=limit)
+    bench.run(10.0)
+    whole, total = bench.tokens("whole"), bench.done("whole").output_tokens
+    for cut in (1, 7, total - 1):
+        prompt = [*range(2_000, 2_100), *whole[:cut]]
+        left = None if limit is None else limit - cut
+        bench.submit("e", f"from {cut}", prompt, output_tokens_max=left)
+        bench.run(10.0)
+        assert bench.tokens(f"from {cut}") == whole[cut:]
+        assert bench.done(f"from {cut}").finish is bench.done("whole").finish
+        # What the answer left behind is found again, as any prompt is.
+        assert bench.done(f"from {cut}").cached_tokens == (len(prompt) - 1) // 16 * 16
+
+
+def test_a_whole_answer_is_followed_by_nothing(bench: Any) -> None:
+    bench.start("e")
+    bench.submit("e", "whole", range(100))
+    bench.run(10.0)
+    bench.submit("e", "more", [*range(100), *bench.tokens("whole")])
+    bench.submit("e", "endless", [*range(100), *bench.tokens("whole")], ignores_eos=True)
+    bench.run(1.0)
+    assert (bench.done("more").output_tokens, bench.done("more").finish) == (0, FinishReason.STOP)
+    assert len(bench.tokens("endless")) > 1
+
+
+def test_slowed_steps_take_longer_from_now_on(bench: Any) -> None:
+    engine = bench.start("e")
+    speed = engine.settings.speed
+    bench.submit("e", "r", range(100), output_tokens_max=6)
+    prefill_s = speed.prefill_s(100)
+    bench.run(prefill_s / 2)
+    bench.send("e", StepsSlowed(0.1))
+    bench.run(60.0)
+    first_s, second_s = bench.times("r")[:2]
+    assert first_s == pytest.approx(prefill_s / 2 + prefill_s / 2 * 10)
+    assert second_s - first_s == pytest.approx(10 * speed.step_s(1, 100))
+
+
+def test_healed_steps_end_the_one_under_way_sooner(bench: Any) -> None:
+    engine = bench.start("e")
+    bench.send("e", StepsSlowed(0.001))
+    bench.submit("e", "r", range(100), output_tokens_max=1)
+    bench.run(1.0)
+    assert bench.times("r") == []
+    bench.send("e", StepsSlowed(1.0))
+    bench.run(5.0)
+    assert bench.times("r")[0] == pytest.approx(1.0 + engine.settings.speed.prefill_s(100) - 0.001)
+
+
+def test_a_shutdown_lets_what_runs_end_and_turns_away_what_comes(bench: Any) -> None:
+    engine = bench.start("e")
+    bench.submit("e", "before", range(100), output_tokens_max=20)
+    bench.submit("e", "leg", range(200), is_prefill_leg=True)
+    bench.run(0.001)
+    bench.send("e", ShutDown())
+    bench.submit("e", "after", range(300), output_tokens_max=20)
+    assert (bench.done("after").finish, bench.done("after").output_tokens) == (FinishReason.ABORT, 0)
+    assert engine.counters.aborted == 1
+    bench.run(5.0)
+    assert bench.done("before").output_tokens == 20
+    assert bench.done("leg").ticket is not None
+    assert not engine.is_drained, "a consumer may still come for the prefill"
+    bench.run(engine.settings.lease_s)
+    assert engine.is_drained

@@ -72,6 +72,8 @@ def test_the_state_is_what_was_given_and_what_came_of_it() -> None:
         ('{"faults": [{"kind": "error", "probability": 2}]}', "faults[0].probability"),
         ('{"faults": [{"kind": "crash", "probability": 0.5}]}', "no meaning with kind crash"),
         ('{"faults": [{"kind": "slow_link"}]}', "factor: is missing"),
+        ('{"faults": [{"kind": "slow"}]}', "factor: is missing"),
+        ('{"faults": [{"kind": "lying_metrics", "count": 2}]}', "no meaning with kind lying_metrics"),
         ('{"faults": [{"kind": "stall"}, {"kind": "stall"}]}', "in the list already"),
         ('{"faults": [' + ",".join(['{"kind": "stall"}'] * 65) + "]}", "faults: is a list of 65"),
     ],
@@ -81,3 +83,16 @@ def test_a_body_that_is_refused_names_the_key_and_the_remedy(body: str, message:
         parse_faults(body.encode())
     assert message in str(caught.value)
     assert "body" not in str(caught.value) or message == "not JSON"
+
+
+def test_a_stall_comes_before_the_answer_unless_it_says_after_how_many_tokens() -> None:
+    stall, reset = (fault_set({"kind": kind}).active(FaultKind(kind), 0.0) for kind in ("stall", "reset"))
+    late = fault_set({"kind": "stall", "after_tokens": 0}).active(FaultKind.STALL, 0.0)
+    assert [each and each.is_before_answer for each in (stall, reset, late)] == [True, False, False]
+
+
+def test_what_is_left_of_a_speed() -> None:
+    faults = fault_set({"kind": "slow", "factor": 0.25, "duration_s": 5.0})
+    assert faults.factor(FaultKind.SLOW, 4.9) == 0.25
+    assert faults.factor(FaultKind.SLOW, 5.0) == 1.0
+    assert faults.factor(FaultKind.SLOW_LINK, 0.0) == 1.0

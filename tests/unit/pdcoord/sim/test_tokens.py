@@ -4,15 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdcoord.sim.text import WORD_FIRST, WORD_TOTAL
+from pdcoord.sim.text import WORD_FIRST, WORD_TOTAL, decode, encode
 from pdcoord.sim.tokens import (
     DRAWN_TOKENS_MAX,
     DRAWN_TOKENS_MIN,
+    answer_ids,
     answer_token,
     chain_hashes,
     drawn_length,
     mix,
     prompt_digest,
+    read_context,
     root_hash,
 )
 
@@ -72,3 +74,34 @@ def test_answers_differ_by_prompt_choice_and_seed() -> None:
 @given(ids, st.integers(0, 8))
 def test_a_drawn_length_is_in_range(prompt: list[int], choice: int) -> None:
     assert DRAWN_TOKENS_MIN <= drawn_length(prompt_digest(prompt), choice) <= DRAWN_TOKENS_MAX
+
+
+words = st.lists(st.integers(WORD_FIRST, WORD_FIRST + WORD_TOTAL - 1), max_size=8)
+
+
+@given(ids, words, st.integers(0, 60), st.integers(0, 3))
+def test_a_continued_answer_goes_on_by_ids(begin: list[int], end: list[int], cut: int, choice: int) -> None:
+    prompt = begin + end
+    whole = answer_ids(7, prompt, 60, choice)
+    assert answer_ids(7, [*prompt, *whole[:cut]], 60 - cut, choice) == whole[cut:]
+    first, then = read_context(7, prompt, choice), read_context(7, [*prompt, *whole[:cut]], choice)
+    assert (then.content, then.said) == (first.content, first.said + cut)
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1), words, st.integers(0, 60))
+def test_a_continued_answer_goes_on_by_text(begin: str, end: list[int], cut: int) -> None:
+    prompt = begin + decode(end)
+    whole = answer_ids(7, encode(prompt), 60)
+    assert answer_ids(7, encode(prompt + decode(whole[:cut])), 60 - cut) == whole[cut:]
+
+
+@given(ids, st.integers(1, 30), st.integers(0, 29))
+def test_words_that_the_model_did_not_say_are_part_of_the_question(
+    prompt: list[int], count: int, wrong: int
+) -> None:
+    answered = list(answer_ids(7, prompt, count))
+    at = wrong % count
+    answered[at] = WORD_FIRST + (answered[at] - WORD_FIRST + 1) % WORD_TOTAL
+    context = read_context(7, [*prompt, *answered], 0)
+    # But for the one word in 4,096 that is what the model would say to what stands before it.
+    assert context.said < count or context.content != read_context(7, prompt, 0).content
