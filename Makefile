@@ -11,7 +11,7 @@ ENGINE_TESTS := tests/contract $(wildcard tests/unit/transfer/repack/test_torch_
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools demo test test-images unit check format e2e-vllm bench-relay bench-extproc bench-transfer bench-repack bench-handover bench-decide bench-control bench-overload bench-prefixes bench-policies plots docs constraints clean
+.PHONY: help venv tools demo test test-images unit check format e2e-vllm bench-relay bench-extproc bench-transfer bench-repack bench-handover bench-decide bench-control bench-overload bench-prefixes bench-policies chaos soak plots docs constraints clean
 
 help: ## List the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -85,6 +85,12 @@ bench-prefixes: $(VENV)/.installed ## Memory, events a second and match time of 
 
 bench-policies: $(VENV)/.installed ## Routing beside every rival in the simulator; BENCH_ARGS='--quick --traces FOLDER'
 	$(BIN)/python -m benchmarks.policies $(BENCH_ARGS)
+
+chaos: $(VENV)/.installed ## Faults from a seed: in virtual time, on processes, between hosts (root), in parsers; CHAOS_ARGS='processes --seed 7'
+	$(BIN)/python -m benchmarks.chaos $(CHAOS_ARGS)
+
+soak: $(VENV)/.installed ## Steady load with kills: does anything grow; a plot and a verdict; SOAK_ARGS='--minutes 60'
+	$(BIN)/python -m benchmarks.chaos.soak $(SOAK_ARGS)
 
 plots: $(VENV)/.installed ## Redraw benchmarks/results/*.png from the results that lie there
 	$(BIN)/python -m benchmarks.plots

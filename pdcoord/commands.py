@@ -19,6 +19,17 @@ app = typer.Typer(
 )
 policy_app = typer.Typer(help="Check policy files and print their schema.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
+keys_app = typer.Typer(help="Make API keys and check the file that lets them in.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+AdminKeyFile = Annotated[
+    Path | None,
+    typer.Option(envvar="PDCOORD_ADMIN_KEY_FILE", help="Key of the admin listener, if it asks for one."),
+]
+AdminCaFile = Annotated[
+    Path | None,
+    typer.Option(envvar="PDCOORD_ADMIN_CA_FILE", help="Who signed its certificate, for an https:// URL."),
+]
 
 
 @app.command()
@@ -87,11 +98,13 @@ def explain(
     admin_url: Annotated[
         str, typer.Option(envvar="PDCOORD_ADMIN_URL", help="Admin listener of the gateway.")
     ] = "http://127.0.0.1:8081",
+    admin_key_file: AdminKeyFile = None,
+    admin_ca_file: AdminCaFile = None,
 ) -> None:
     """Print why a request was served the way it was."""
     from pdcoord.runtime.explain import explain as run
 
-    raise typer.Exit(run(request_id, admin_url))
+    raise typer.Exit(run(request_id, admin_url, admin_key_file, admin_ca_file))
 
 
 @app.command()
@@ -109,6 +122,8 @@ def paths(
     admin_url: Annotated[
         str, typer.Option(envvar="PDCOORD_ADMIN_URL", help="Admin listener of the gateway.")
     ] = "http://127.0.0.1:8081",
+    admin_key_file: AdminKeyFile = None,
+    admin_ca_file: AdminCaFile = None,
 ) -> None:
     """Print every path that the gateway knows, with verdict, breaker, bandwidth and probes.
 
@@ -121,7 +136,9 @@ def paths(
         raise typer.Exit(compare(*layouts, as_json=as_json))
     from pdcoord.runtime.paths_table import show_paths
 
-    raise typer.Exit(show_paths(admin_url, as_json=as_json))
+    raise typer.Exit(
+        show_paths(admin_url, as_json=as_json, admin_key_file=admin_key_file, admin_ca_file=admin_ca_file)
+    )
 
 
 @app.command(
@@ -308,6 +325,56 @@ def demo(
     from pdcoord.sim.demo.run import run
 
     raise typer.Exit(run(keep=keep, seed=seed))
+
+
+@keys_app.command("init")
+def keys_init() -> None:
+    """Print a keys file without keys and with a new secret for cache salts, to be kept with mode 0600."""
+    from pdcoord.runtime.keycommands import init
+
+    raise typer.Exit(init())
+
+
+@keys_app.command("make")
+def keys_make(
+    name: Annotated[str, typer.Argument(help="Name of the key, in logs and metrics.")],
+    tenant: Annotated[str, typer.Option(help="Whose calls these are.")],
+    salt_group: Annotated[
+        str | None, typer.Option(help="Share prefix caches with keys of this group, whatever their tenants.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model that may be asked; may be repeated. [default: all]")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="[default: no limit]")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Of prompts and answers together. [default: no limit]")
+    ] = None,
+    expires_at: Annotated[
+        str | None, typer.Option(help="Such as 2027-06-30T00:00:00Z. [default: never]")
+    ] = None,
+) -> None:
+    """Make a key: the key goes to stderr, this once, and its entry for the keys file to stdout."""
+    from pdcoord.runtime.keycommands import make
+
+    wanted = {
+        "tenant": tenant,
+        "salt_group": salt_group,
+        "models": model or None,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "expires_at": expires_at,
+    }
+    raise typer.Exit(make(name, wanted))
+
+
+@keys_app.command("check")
+def keys_check(
+    files: Annotated[list[Path], typer.Argument(help="ApiKeys files.")],
+) -> None:
+    """Say what is wrong with keys files, or what they allow; exit 1 if any is wrong."""
+    from pdcoord.runtime.keycommands import check
+
+    raise typer.Exit(check(files))
 
 
 @policy_app.command("check")

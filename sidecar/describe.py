@@ -21,6 +21,7 @@ from pdcoord.protocol.headers import (
     REQUEST_ID_BYTES_MAX,
     SERVED,
 )
+from pdcoord.protocol.signing import PLAN_SIGNATURE
 from sidecar import handoff
 from sidecar.guard import LEG, PREFILLS_MAX
 from sidecar.observe import label_table, metric_table
@@ -38,6 +39,11 @@ _HEADERS: tuple[tuple[bytes, str, str], ...] = (
         REQUEST_ID,
         "both ways",
         f"kept up to {REQUEST_ID_BYTES_MAX} visible characters, else made; on both legs and the response",
+    ),
+    (
+        PLAN_SIGNATURE,
+        "router to sidecar",
+        "over plan, targets, leg and request id; with --plan-keys-file only pages are served without",
     ),
     (SERVED, "sidecar to router", "what was done, as JSON: mode, prefill, rungs, times, cached tokens"),
     (REASON, "sidecar to router", "why the sidecar refused, beside an OpenAI error body"),

@@ -1,27 +1,25 @@
 """Drives one request: does what the handoff machine orders and tells it what happened."""
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
-from random import Random
 
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
-from pdcoord.protocol.headers import SERVED, HostPort
-from pdcoord.protocol.plans import DialectName, encode_served
-from pdcoord.protocol.tickets import PAIRING_ID_BITS, ROOM_MAX, Pairing, decode_prefill_answer
-from pdcoord.wire.asgi import Receive, Scope, Send, send_head, send_json, watch_disconnect
-from pdcoord.wire.client import Client, Response
-from pdcoord.wire.errors import BodyTooLargeError, ConnectError, HeadTimeoutError, ResetError, WireError
-from pdcoord.wire.heads import end_to_end
-from pdcoord.wire.relay import Change, relay_body
-from pdcoord.wire.tracing import Tracing
-from sidecar import dialects
-from sidecar.guard import LEG, Headers, for_client
+from pdcoord.protocol.headers import REQUEST_ID, SERVED
+from pdcoord.protocol.plans import encode_served
+from pdcoord.protocol.tickets import decode_prefill_answer
+from pdcoord.resume.continuation import Continuation, Finished
+from pdcoord.resume.errors import TornError
+from pdcoord.resume.tape import Tape
+from pdcoord.wire.asgi import Receive, Scope, Send, watch_disconnect
+from pdcoord.wire.client import Response
+from pdcoord.wire.errors import WireError
+from sidecar.bodies import Bodies
+from sidecar.guard import Headers
 from sidecar.handoff import Handoff
-from sidecar.observe import Metrics
-from sidecar.opening import Opening, Seen
-from sidecar.reporter import Reporter
+from sidecar.opening import OPENING_BYTES_MAX, Opening, Seen, was_given_up
+from sidecar.outgoing import ANSWER_BYTES_MAX, Answer, Outgoing, Piece, is_event_stream
 from sidecar.reports import RequestReport
+from sidecar.resuming import Resumption, until_well
+from sidecar.tools import Call, Tools, fault_of
 from sidecar.tracing import HandoffTrace, begin_handoff
 from sidecar.usage import UsageRewriter
 from sidecar.vocabulary import (
@@ -39,6 +37,8 @@ from sidecar.vocabulary import (
     End,
     Event,
     Fault,
+    GraceEnding,
+    NotResumed,
     Order,
     OrphanLease,
     PassOn,
@@ -47,9 +47,11 @@ from sidecar.vocabulary import (
     PrefillRejected,
     Progressed,
     Refuse,
+    SendContinuation,
     SendDecode,
     SendPrefill,
     State,
+    Unresumed,
 )
 
 # The machine's deadlines come first; the wire's own are there in case this module fails to cancel.
@@ -59,63 +61,15 @@ _LOOKS_PER_IDLE = 4
 _LAST_WORDS_S = 10.0
 _EVENTS_MAX = 64
 _ERROR_BODY_BYTES_MAX = 8 << 20
-_ANSWER_BYTES_MAX = 64 << 20
 
 _MESSAGES = {
     RefuseReason.LADDER_EXHAUSTED: "No prefill target could be used and the engine may not prefill itself",
     RefuseReason.UPSTREAM_TIMEOUT: "The engine did not answer in time",
     RefuseReason.UPSTREAM_FAILED: "The engine could not be reached or broke off",
+    RefuseReason.STREAM_LOST: "The stream broke off and could not be continued",
+    RefuseReason.DRAINING: "This pod is going away and could not wait for the answer",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What every exchange of a process shares.
-
-    Attributes:
-        rng: draws SGLang's rooms and pdcoord's pairings; cryptographic, since others share the engines.
-        kv_port: KV side channel of a prefill target that names none.
-        tracing: makes spans of generative calls; None where nothing is traced.
-        reporter: tells coordinators of requests; None where there is no control stream.
-    """
-
-    client: Client
-    engine: HostPort
-    metrics: Metrics
-    rng: Random
-    bootstrap_port: int
-    kv_port: int
-    now_s: Callable[[], float]
-    tracing: Tracing | None = None
-    reporter: Reporter | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One request as it may go to an engine.
-
-    Attributes:
-        target: path and query.
-        headers: filtered by `guard.for_engine`.
-        raw: the body, with nothing in it that no client may set.
-        body: the same, read; None for a call that is not generative.
-    """
-
-    method: str
-    target: str
-    headers: Headers
-    raw: bytes
-    request_id: bytes
-    body: dialects.ClientBody | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """An engine's whole answer, kept in case it must be passed on."""
-
-    status: int
-    headers: Headers
-    body: bytes
+_RETRIED_SOON = frozenset({RefuseReason.LADDER_EXHAUSTED, RefuseReason.DRAINING})
 
 
 class Exchange:
@@ -123,7 +77,6 @@ class Exchange:
 
     Attributes:
         handoff: the machine; read it when `run` has returned.
-        status: the status that the client got; None if none was sent.
         trace: the spans of a generative call; None where nothing is traced.
         report: what coordinators are told of it; None where nobody is.
     """
@@ -132,7 +85,6 @@ class Exchange:
         self, tools: Tools, call: Call, order: Order, *, scope: Scope, send: Send, receive: Receive
     ) -> None:
         self.handoff = Handoff(order)
-        self.status: int | None = None
         self.trace: HandoffTrace | None = None
         self.report: RequestReport | None = None
         if tools.tracing is not None and call.body is not None:
@@ -141,23 +93,43 @@ class Exchange:
         self._tools = tools
         self._call = call
         self._order = order
-        self._scope = scope
-        self._send = send
+        self._out = Outgoing(scope, send, idle_timeout_s=order.idle_deadline_s * 2 + _BACKSTOP_S)
         self._receive = receive
         self._events: asyncio.Queue[Event] = asyncio.Queue(_EVENTS_MAX)
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._rooms: dict[int, int] = {}
-        self._pairings: dict[int, Pairing] = {}
-        self._answers: dict[int, _Answer] = {}
+        self._bodies = Bodies(
+            call.raw,
+            call.body,
+            order.dialect,
+            tools.rng,
+            bootstrap_port=tools.bootstrap_port,
+            kv_port=tools.kv_port,
+        )
+        self._answers: dict[int, Answer] = {}
         self._committed = asyncio.Event()
-        self._is_event_stream = False
         self._progress_s = 0.0
-        self._held = b""
-        self._relayed: Response | None = None
+        self._resumption: Resumption | None = None
         self._seen_count = 0
+
+    @property
+    def status(self) -> int | None:
+        """The status that the client got; None if none was sent."""
+        return self._out.status
+
+    def end_grace(self, *, is_over: bool) -> None:
+        """The process is about to end; whatever was not begun or can be left to others is."""
+        if self.handoff.outcome is None and not self._events.full():
+            self._events.put_nowait(GraceEnding(is_over))
 
     async def run(self) -> None:
         """Serve the request to its end; the client has its answer, or what there was of it."""
+        try:
+            await self._run()
+        finally:
+            if self._resumption is not None:
+                self._resumption.tape.close()
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(self._watch_client())
             try:
@@ -189,7 +161,7 @@ class Exchange:
             until_s = deadline_s
             if handoff.state is State.RELAYING and deadline_s is not None:
                 # Progress is looked at from time to time, so that nothing has to be noted per chunk.
-                until_s = min(deadline_s, self._tools.now_s() + self._order.idle_deadline_s / _LOOKS_PER_IDLE)
+                until_s = min(deadline_s, self._tools.now_s() + handoff.quiet_s / _LOOKS_PER_IDLE)
             try:
                 async with asyncio.timeout(until_s and until_s - self._tools.now_s()):
                     return await self._events.get()
@@ -198,14 +170,15 @@ class Exchange:
                 if until_s != deadline_s or deadline_s is None:
                     continue
                 progress_s = self._progress_s
-                is_silent = progress_s + self._order.idle_deadline_s <= deadline_s
+                is_silent = progress_s + handoff.quiet_s <= deadline_s
                 if handoff.state is not State.RELAYING or is_silent:
                     return DeadlinePassed()
                 return Progressed(progress_s)
 
     def _look_at_progress(self) -> None:
-        if self._relayed is not None and self._relayed.part_count != self._seen_count:
-            self._seen_count = self._relayed.part_count
+        count = self._out.step_count
+        if count != self._seen_count:
+            self._seen_count = count
             self._progress_s = self._tools.now_s()
 
     async def _watch_client(self) -> None:
@@ -220,6 +193,10 @@ class Exchange:
                 self._tasks[action.leg] = group.create_task(self._prefill(action))
             case SendDecode():
                 self._tasks[action.leg] = group.create_task(self._decode(action))
+            case SendContinuation():
+                self._committed.clear()
+                before = list(self._tasks.values())
+                self._tasks[action.leg] = group.create_task(self._continue(action, before))
             case CancelLeg(leg):
                 self._tasks[leg].cancel()
             case Commit():
@@ -238,54 +215,34 @@ class Exchange:
             async with asyncio.timeout(_LAST_WORDS_S):
                 match action:
                     case PassOn(leg):
-                        await self._pass_on(self._answers[leg])
+                        await self._out.pass_on(self._answers[leg], self._our_headers())
                     case Refuse(reason):
                         await self._refuse(reason)
                     case BreakOff(reason) if self.status is None:
                         await self._refuse(reason)
-                    case BreakOff(reason):
-                        await self._break_off(reason)
+                    case BreakOff(is_told=False):
+                        pass  # That the connection ends unfinished is the word for it.
+                    case BreakOff(reason, why=why):
+                        await self._out.break_off(self._refusal(reason, why))
         except TimeoutError:
             return
 
-    async def _pass_on(self, answer: _Answer) -> None:
-        self.status = answer.status
-        headers = self._our_headers(for_client(end_to_end(answer.headers)))
-        if self._call.method == "HEAD" or answer.status in {204, 304}:
-            await send_head(self._send, answer.status, headers)
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-            return
-        headers = [pair for pair in headers if pair[0] != b"content-length"]
-        headers.append((b"content-length", b"%d" % len(answer.body)))
-        await send_head(self._send, answer.status, headers)
-        await self._send({"type": "http.response.body", "body": answer.body, "more_body": False})
-
     async def _refuse(self, reason: RefuseReason) -> None:
-        refusal = self._refusal(reason)
-        self.status = refusal.status
         self._tools.metrics.count("refusals", reason)
-        await send_json(self._send, refusal.status, refusal.body(), self._our_headers(refusal.headers()))
+        await self._out.refuse(self._refusal(reason), self._our_headers())
 
-    async def _break_off(self, reason: RefuseReason) -> None:
-        # The response stays unfinished on purpose: the server closes the connection, and no client and no
-        # gateway can take what it has for the whole.
-        last = (self._relayed.last if self._relayed is not None else b"") or self._held
-        if self._is_event_stream and last.endswith((b"\n\n", b"\r\n\r\n")):
-            # Inside an event another would be garbage.
-            event = self._refusal(reason).event()
-            await self._send({"type": "http.response.body", "body": event, "more_body": True})
-
-    def _refusal(self, reason: RefuseReason) -> Refusal:
+    def _refusal(self, reason: RefuseReason, why: str = "") -> Refusal:
         rungs = self.handoff.rungs
-        why = f" ({rungs[-1].reason})" if rungs else ""
-        retry_after_s = RETRY_AFTER_S if reason is RefuseReason.LADDER_EXHAUSTED else None
-        return Refusal(reason, f"{_MESSAGES[reason]}{why}; try again.", retry_after_s=retry_after_s)
+        because = why or (str(rungs[-1].reason) if rungs else "")
+        shown = f" ({because})" if because else ""
+        retry_after_s = RETRY_AFTER_S if reason in _RETRIED_SOON else None
+        return Refusal(reason, f"{_MESSAGES[reason]}{shown}; try again.", retry_after_s=retry_after_s)
 
-    def _our_headers(self, headers: Headers) -> Headers:
-        kept = [*headers, (b"x-request-id", self._call.request_id)]
+    def _our_headers(self) -> Headers:
+        headers = [(REQUEST_ID, self._call.request_id)]
         if self._call.body is not None:
-            kept.append((SERVED, encode_served(self.handoff.served())))
-        return kept
+            headers.append((SERVED, encode_served(self.handoff.served())))
+        return headers
 
     # Legs. Each runs in a task of its own and ends by putting one event, or by being cancelled.
 
@@ -300,16 +257,16 @@ class Exchange:
                 "POST",
                 action.target.address,
                 self._call.target,
-                headers=[*self._leg_headers(action.leg), (LEG, b"prefill")],
-                body=self._prefill_body(action),
+                headers=[*self._leg_headers(action.leg), *self._tools.prefill_headers(self._call.request_id)],
+                body=self._bodies.prefill(action),
                 head_timeout_s=timeout_s,
             ) as response:
                 has_head = True
-                raw = await response.read_all(timeout_s=timeout_s, bytes_max=_ANSWER_BYTES_MAX)
+                raw = await response.read_all(timeout_s=timeout_s, bytes_max=ANSWER_BYTES_MAX)
         except WireError as error:
-            return PrefillLost(action.leg, _fault(error, has_head=has_head))
+            return PrefillLost(action.leg, fault_of(error, has_head=has_head))
         if response.status != 200:
-            self._answers[action.leg] = _Answer(response.status, response.headers, raw)
+            self._answers[action.leg] = Answer(response.status, response.headers, raw)
             return PrefillRejected(action.leg, response.status)
         try:
             answer = decode_prefill_answer(raw)
@@ -330,7 +287,7 @@ class Exchange:
                 self._tools.engine,
                 self._call.target,
                 headers=self._leg_headers(action.leg),
-                body=self._decode_body(action),
+                body=self._bodies.decode(action),
                 head_timeout_s=self._longest_wait_s(),
             ) as response:
                 has_head = True
@@ -338,69 +295,101 @@ class Exchange:
                     raw = await response.read_all(
                         timeout_s=self._longest_wait_s(), bytes_max=_ERROR_BODY_BYTES_MAX
                     )
-                    self._answers[action.leg] = _Answer(response.status, response.headers, raw)
+                    self._answers[action.leg] = Answer(response.status, response.headers, raw)
                     self._events.put_nowait(DecodeRejected(action.leg, response.status))
                     return
                 await self._serve_output(action, response)
+        except TornError:
+            self._events.put_nowait(DecodeLost(action.leg, Fault.TORN))
         except WireError as error:
-            self._events.put_nowait(DecodeLost(action.leg, _fault(error, has_head=has_head)))
+            self._events.put_nowait(DecodeLost(action.leg, fault_of(error, has_head=has_head)))
 
-    async def _serve_output(self, action: SendDecode, response: Response) -> None:
-        is_split = action.ticket is not None or action.peer is not None
-        # A colocated stream is the engine's word from its first byte on, keep-alive comments included.
-        opening = Opening((is_split and response.header(b"content-type")) or b"")
+    async def _continue(self, action: SendContinuation, before: list[asyncio.Task[None]]) -> None:
+        if any(not task.done() for task in before):
+            await asyncio.wait(before)  # What one of them still passes on is what this one begins behind.
+        resumption = self._resumption
+        if resumption is None:
+            self._events.put_nowait(Unresumed(action.leg, NotResumed.NO_STREAM))
+            return
+        try:
+            if action.target == self._order.engine:
+                await until_well(self._tools.client, action.target)
+            rest = await resumption.rest(action.target)
+            match rest:
+                case Continuation():
+                    await self._go_on(action, resumption, rest)
+                case Finished(data):
+                    await self._out.end(data)
+                    self._events.put_nowait(DecodeEnded(action.leg))
+                case why:
+                    self._events.put_nowait(Unresumed(action.leg, why))
+        except TornError:
+            self._events.put_nowait(DecodeLost(action.leg, Fault.TORN))
+        except WireError as error:
+            self._events.put_nowait(DecodeLost(action.leg, fault_of(error, has_head=True)))
+
+    async def _go_on(self, action: SendContinuation, resumption: Resumption, rest: Continuation) -> None:
+        """Have a stream continued and pass the rest on."""
+        async with await resumption.send(action, rest, self._leg_headers(action.leg)) as response:
+            if response.status != 200:
+                self._events.put_nowait(DecodeRejected(action.leg, response.status))
+                return
+            if not is_event_stream(response):
+                self._events.put_nowait(DecodeLost(action.leg, Fault.MALFORMED))
+                return
+            # Held back until it is known whether it goes on; the client has had its head and its preamble.
+            piece, seen = await self._first_output(response, is_read=True)
+            if seen is Seen.NOTHING:
+                self._events.put_nowait(DecodeLost(action.leg, Fault.LOST_IN_BODY))
+                return
+            self._events.put_nowait(DecodeOpened(action.leg, is_error=seen is Seen.ERROR))
+            await self._committed.wait()
+            await self._out.go_on(piece, rest.splice, self._rewriter(), resumption.tape)
+            self._events.put_nowait(DecodeEnded(action.leg))
+
+    async def _first_output(self, response: Response, *, is_read: bool) -> tuple[Piece, Seen]:
+        """Read until the first output, or the first byte if the body is not to be read."""
+        opening = Opening((is_read and response.header(b"content-type")) or b"")
         seen = Seen.NOTHING
         has_ended = False
         while seen is Seen.NOTHING and not has_ended:
             chunk = await response.read_chunk(idle_timeout_s=self._longest_wait_s())
             has_ended = not chunk
             seen = opening.end() if has_ended else opening.feed(chunk)
+        return Piece(response, bytes(opening.held), has_ended), seen
+
+    async def _whole(self, piece: Piece) -> Piece:
+        """An answer in one piece comes at once, when it is generated; a very long one is left as it is."""
+        held, has_ended = piece.held, piece.has_ended
+        while not has_ended and len(held) < OPENING_BYTES_MAX:
+            chunk = await piece.response.read_chunk(idle_timeout_s=self._order.idle_deadline_s)
+            held, has_ended = held + chunk, not chunk
+        return Piece(piece.response, held, has_ended)
+
+    async def _serve_output(self, action: SendDecode, response: Response) -> None:
+        is_split = action.ticket is not None or action.peer is not None
+        # A colocated stream is the engine's word from its first byte on, keep-alive comments included.
+        piece, seen = await self._first_output(response, is_read=is_split)
+        if not self._order.is_stream and self._call.body is not None:
+            piece = await self._whole(piece)
+            if was_given_up(piece.held):
+                self._events.put_nowait(DecodeLost(action.leg, Fault.TORN))
+                return
         if is_split and seen is Seen.NOTHING:
             self._events.put_nowait(DecodeLost(action.leg, Fault.LOST_IN_BODY))
             return
         self._events.put_nowait(DecodeOpened(action.leg, is_error=seen is Seen.ERROR))
         await self._committed.wait()  # The machine's deadline bounds it: it cancels this task.
-        await self._relay(response, bytes(opening.held), has_ended=has_ended)
+        await self._out.relay(piece, self._our_headers(), self._rewriter(), self._tape(piece))
         self._events.put_nowait(DecodeEnded(action.leg))
 
-    # Relaying.
-
-    async def _relay(self, response: Response, held: bytes, *, has_ended: bool) -> None:
-        content_type = response.header(b"content-type") or b""
-        self._is_event_stream = content_type.lower().startswith(b"text/event-stream")
-        rewriter = self._rewriter()
-        if rewriter is not None and not self._is_event_stream:
-            await self._relay_rewritten(response, held, rewriter)
-            return
-        send = self._send
-        headers = self._our_headers(for_client(end_to_end(response.headers)))
-        if rewriter is not None:
-            headers = [pair for pair in headers if pair[0] != b"content-length"]
-            held = rewriter.feed(held)
-        self.status = response.status
-        await send_head(send, response.status, headers)
-        await send({"type": "http.response.body", "body": held, "more_body": True})
-        self._held = held
-        if not has_ended:
-            await self._relay_chunks(response, None if rewriter is None else rewriter.feed)
-        rest = b"" if rewriter is None else rewriter.finish()
-        await send({"type": "http.response.body", "body": rest, "more_body": False})
-
-    async def _relay_chunks(self, response: Response, change: Change | None) -> None:
-        self._relayed = response
-        self._seen_count = response.part_count
-        idle_timeout_s = self._order.idle_deadline_s * 2 + _BACKSTOP_S
-        await relay_body(self._scope, self._send, response, idle_timeout_s=idle_timeout_s, change=change)
-
-    async def _relay_rewritten(self, response: Response, held: bytes, rewriter: UsageRewriter) -> None:
-        """Send an answer in one piece whose length may change."""
-        rest = await response.read_all(timeout_s=self._order.idle_deadline_s, bytes_max=_ANSWER_BYTES_MAX)
-        body = rewriter.feed(held + rest) + rewriter.finish()
-        headers = for_client(end_to_end(response.headers))
-        headers = [pair for pair in self._our_headers(headers) if pair[0] != b"content-length"]
-        self.status = response.status
-        await send_head(self._send, response.status, [*headers, (b"content-length", b"%d" % len(body))])
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+    def _tape(self, piece: Piece) -> Tape | None:
+        """Keeps a stream that may have to be continued; None for any other answer."""
+        if self._order.resume is None or not piece.is_event_stream:
+            return None
+        tape = Tape(self._tools.shelf, self._call.raw)
+        self._resumption = Resumption(self._tools, self._call, self._order, tape)
+        return tape
 
     def _rewriter(self) -> UsageRewriter | None:
         cached_tokens, body = self.handoff.cached_tokens, self._call.body
@@ -408,62 +397,7 @@ class Exchange:
             return None
         return UsageRewriter(body.api.path, cached_tokens)
 
-    # Bodies.
-
-    def _prefill_body(self, action: SendPrefill) -> bytes:
-        body = self._call.body
-        assert body is not None, "only a generative call is split"
-        match self._order.dialect:
-            case DialectName.NIXLV2:
-                return dialects.nixlv2_prefill(body)
-            case DialectName.PDCOORD:
-                return dialects.pdcoord_prefill(body, self._pairing(action.attempt))
-            case DialectName.SGLANG:
-                port, room = self._tools.bootstrap_port, self._room(action.attempt)
-                return dialects.sglang_prefill(body, action.target, bootstrap_port=port, room=room)
-
-    def _decode_body(self, action: SendDecode) -> bytes:
-        body = self._call.body
-        if body is None or (action.ticket is None and action.peer is None):
-            return self._call.raw
-        if action.ticket is not None:
-            return dialects.nixlv2_decode(body, action.ticket)
-        assert action.peer is not None
-        if self._order.dialect is DialectName.PDCOORD:
-            pairing, kv_port = self._pairing(action.attempt), self._tools.kv_port
-            return dialects.pdcoord_decode(body, action.peer, pairing, kv_port=kv_port)
-        port, room = self._tools.bootstrap_port, self._room(action.attempt)
-        return dialects.sglang_decode(body, action.peer, bootstrap_port=port, room=room)
-
-    def _room(self, attempt: int) -> int:
-        """One room for both legs of an attempt, another for each attempt."""
-        if attempt not in self._rooms:
-            self._rooms[attempt] = self._tools.rng.randint(0, ROOM_MAX)
-        return self._rooms[attempt]
-
-    def _pairing(self, attempt: int) -> Pairing:
-        """One transfer id and nonce for both legs of an attempt, others for each attempt."""
-        if attempt not in self._pairings:
-            draw = self._tools.rng.getrandbits
-            transfer, nonce = (f"{draw(PAIRING_ID_BITS):032x}" for _ in range(2))
-            self._pairings[attempt] = Pairing(transfer, nonce)
-        return self._pairings[attempt]
-
     def _longest_wait_s(self) -> float:
         order = self._order
         split_s = order.prefill_deadline_s + order.transfer_deadline_s
         return max(order.answer_deadline_s, split_s) + _BACKSTOP_S
-
-
-def _fault(error: WireError, *, has_head: bool) -> Fault:
-    match error:
-        case ConnectError():
-            return Fault.UNREACHABLE
-        case HeadTimeoutError():
-            return Fault.TIMED_OUT
-        case ResetError():
-            return Fault.LOST_BEFORE_HEAD
-        case BodyTooLargeError():
-            return Fault.MALFORMED
-        case _:
-            return Fault.LOST_IN_BODY if has_head else Fault.MALFORMED

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
 from pdcoord.protocol.headers import (
     PLAN,
@@ -25,20 +27,36 @@ from pdcoord.protocol.plans import (
     PrefillTarget,
     decode_plan,
 )
+from pdcoord.protocol.signing import PLAN_SIGNATURE, SKEW_S_MAX, Doubt, Steering
 from sidecar.errors import SettingsError
 
 LEG = PREFIX + b"leg"
 """Sidecar to engine: `prefill` on a prefill leg, so that a sidecar in front of that engine lets it ask for
 a ticket. A routing header: stripped from clients by the gateway."""
+PREFILL_LEG = b"prefill"
 
 # Past these a header is not a plan but an attack on the ladder's bound or on our memory.
 PREFILLS_MAX = 8
+RESUMES_MAX = 8
+RESUME_TRIES_MAX = 16
 DEADLINE_MS_MAX = 3_600_000.0
 
 Headers = list[tuple[bytes, bytes]]
 
-# SGLang 0.5.23 also takes its rendezvous from headers.
-_BOOTSTRAP_PREFIX = b"x-override-bootstrap-"
+UNSIGNED_PATHS = frozenset(
+    {
+        "/metrics",
+        "/version",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/v1/chat/completions/render",
+        "/v1/completions/render",
+    }
+)
+"""What a sidecar with keys serves without a signature: what coordinators ask of engines outside any call. No
+engine computes a token for it."""
+
 # Ours to set. Compressed answers could not be read for their first output nor for their usage.
 _REPLACED = frozenset({REQUEST_ID, b"host", b"content-length", b"accept-encoding"})
 
@@ -66,31 +84,51 @@ def read_target(text: str) -> PrefillTarget:
     return PrefillTarget(address=normal_address(address), kv_port=kv_port)
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A decode endpoint at which streams may go on, as lists name it: `host:port/decode`. Never probed."""
+
+    address: HostPort
+
+
+def read_entry(text: str) -> PrefillTarget | Peer:
+    """An entry of the allowlist: a prefill target, or a decode endpoint.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    address, _, role = text.strip().partition("/")
+    return Peer(normal_address(address)) if role == "decode" else read_target(text)
+
+
 class Told(Protocol):
-    """Prefill targets that coordinators name."""
+    """What coordinators name: prefill targets, and decode endpoints at which streams may go on."""
 
     def get(self, address: HostPort) -> PrefillTarget | None: ...
 
     def targets(self) -> Iterable[PrefillTarget]: ...
 
+    def has_decode(self, address: HostPort) -> bool: ...
+
 
 class Allowlist:
-    """The prefill targets that may be dialled; host and port both count. Empty means none.
+    """Whom this sidecar may dial; host and port both count. Empty means nobody.
 
     Attributes:
-        path: a file with one target a line; `#` begins a comment. None if there is no file.
+        path: a file with one entry a line; `#` begins a comment. None if there is no file.
     """
 
     def __init__(
-        self, targets: Iterable[PrefillTarget] = (), *, path: Path | None = None, is_open: bool = False
+        self, entries: Iterable[PrefillTarget | Peer] = (), *, path: Path | None = None, is_open: bool = False
     ) -> None:
         """Reads the file.
 
         Raises:
-            SettingsError: if the file cannot be read or has a line that is no target.
+            SettingsError: if the file cannot be read or has a line that is no entry.
         """
         self.path = path
-        self._fixed = {target.address: target for target in targets}
+        self._fixed, self._fixed_peers = _sorted_out(entries)
+        self._file_peers: frozenset[HostPort] = frozenset()
         self._from_file: dict[HostPort, PrefillTarget] = {}
         self._is_open = is_open
         self._told: Told | None = None
@@ -104,7 +142,14 @@ class Allowlist:
         """From now on whatever coordinators name is listed too."""
         self._told = told
 
+    def allows_decode(self, address: HostPort) -> bool:
+        """Whether a stream may go on there: a prefill target may well decode too."""
+        if self.allows(address) or address in self._fixed_peers or address in self._file_peers:
+            return True
+        return self._told is not None and self._told.has_decode(address)
+
     def allows(self, address: HostPort) -> bool:
+        """Whether a prefill leg may go there."""
         if self._is_open or address in self._fixed or address in self._from_file:
             return True
         return self._told is not None and self._told.get(address) is not None
@@ -141,22 +186,33 @@ class Allowlist:
             raise SettingsError(
                 "--allow-file", str(self.path), f"cannot be read ({reason}); name a readable text file"
             ) from error
-        self._from_file = {target.address: target for target in _read_lines(text, str(self.path))}
+        self._from_file, self._file_peers = _sorted_out(_read_lines(text, str(self.path)))
         return True
 
 
-def _read_lines(text: str, name: str) -> list[PrefillTarget]:
-    targets = []
+def _sorted_out(
+    entries: Iterable[PrefillTarget | Peer],
+) -> tuple[dict[HostPort, PrefillTarget], frozenset[HostPort]]:
+    """Prefill targets by address, and the addresses of peers."""
+    listed = list(entries)
+    targets = {each.address: each for each in listed if isinstance(each, PrefillTarget)}
+    return targets, frozenset(each.address for each in listed if isinstance(each, Peer))
+
+
+def _read_lines(text: str, name: str) -> list[PrefillTarget | Peer]:
+    entries = []
     for number, line in enumerate(text.splitlines(), start=1):
         entry = line.partition("#")[0].strip()
         if not entry:
             continue
         try:
-            targets.append(read_target(entry))
+            entries.append(read_entry(entry))
         except ValueError as error:
-            remedy = f"line {number}: {error}; write one host:port or host:port/kv_port a line"
+            remedy = (
+                f"line {number}: {error}; write one host:port, host:port/kv_port or host:port/decode a line"
+            )
             raise SettingsError("--allow-file", name, remedy) from error
-    return targets
+    return entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +220,24 @@ class Asked:
     """What the headers of a request ask for.
 
     Attributes:
-        plan: its prefills are in normal spelling; empty means nobody asked for a split.
+        plan: its prefills and resumes are in normal spelling; no prefills means nobody asked for a split.
         refused: those of its prefills that the allowlist turns down.
+        refused_resumes: those of its resumes.
         is_prefill_leg: another sidecar sends this as a prefill leg.
         is_counted: it is work that coordinators are told of; another sidecar tells of prefill legs.
     """
 
     plan: PlanHeader
     refused: frozenset[HostPort] = frozenset()
+    refused_resumes: frozenset[HostPort] = frozenset()
     is_prefill_leg: bool = False
     is_counted: bool = False
+
+
+class Seal(Protocol):
+    """Tells whether headers come from somebody who shares a key."""
+
+    def doubt(self, what: Steering, signature: bytes | None) -> Doubt | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +248,8 @@ class Guard:
         dialect, is_colocated_allowed, prefill_deadline_ms, transfer_deadline_ms: what a request without
             x-pdcoord-plan gets.
         make_request_id: gives a fresh request id.
+        seal: with it only signed requests are served, but for UNSIGNED_PATHS.
+        count_doubt: told of each that is not.
     """
 
     allowlist: Allowlist
@@ -192,6 +258,41 @@ class Guard:
     prefill_deadline_ms: float
     transfer_deadline_ms: float
     make_request_id: Callable[[], str]
+    seal: Seal | None = None
+    count_doubt: Callable[[Doubt], None] | None = None
+
+    def check_signature(self, target: str, headers: Headers) -> None:
+        """Let in whoever shares a key, if there are keys.
+
+        Args:
+            target: path and query as they came.
+
+        Raises:
+            RefusedError: 403, unless what the headers ask for is signed, just now, for this request's id.
+        """
+        doubt = self._doubt(headers)
+        if doubt is None or target.partition("?")[0] in UNSIGNED_PATHS:
+            return
+        if self.count_doubt is not None:
+            self.count_doubt(doubt)
+        message = (
+            f"This sidecar serves signed plans only, and the signature is {doubt}; send the request to the "
+            f"gateway, which signs with a shared key and a clock that is right within {SKEW_S_MAX} s."
+        )
+        raise RefusedError(Refusal(RefuseReason.PLAN_UNSIGNED, message))
+
+    def _doubt(self, headers: Headers) -> Doubt | None:
+        if self.seal is None:
+            return None
+        signatures = [value for name, value in headers if name == PLAN_SIGNATURE]
+        if len(signatures) > 1:
+            return Doubt.MALFORMED
+        plan, prefills, leg = (
+            b",".join(value for name, value in headers if name == wanted)
+            for wanted in (PLAN, PREFILLER_HOST_PORT, LEG)
+        )
+        what = Steering(self.request_id(headers), plan=plan, prefills=prefills, leg=leg)
+        return self.seal.doubt(what, signatures[0] if signatures else None)
 
     def read(self, headers: Headers) -> Asked:
         """What the request asks for.
@@ -212,15 +313,16 @@ class Guard:
             prefill_deadline_ms=self.prefill_deadline_ms,
             transfer_deadline_ms=self.transfer_deadline_ms,
         )
-        is_prefill_leg = not named and (LEG, b"prefill") in headers
+        is_prefill_leg = not named and (LEG, PREFILL_LEG) in headers
         return Asked(plan, is_prefill_leg=is_prefill_leg, is_counted=not is_prefill_leg)
 
-    @staticmethod
-    def read_load(headers: Headers) -> PlannedLoad | None:
+    def read_load(self, headers: Headers) -> PlannedLoad | None:
         """What the plan of a call that is never split says of its load, if there is one that can be read."""
         plans = [value for name, value in headers if name == PLAN]
+        if not plans or self._doubt(headers) is not None:
+            return None
         try:
-            return decode_plan(plans[0]).load if plans else None
+            return decode_plan(plans[0]).load
         except PlanHeaderError:
             return None
 
@@ -237,27 +339,25 @@ class Guard:
         try:
             plan = decode_plan(plans[0])
             targets = tuple(self._normal_target(target) for target in plan.prefills)
+            resumes = tuple(dict.fromkeys(normal_address(address) for address in plan.resumes))
         except PlanHeaderError as error:
             raise _invalid(PLAN, f"cannot be executed ({error})") from error
         except ValueError as error:
-            raise _invalid(PLAN, f"names a prefill target that cannot be dialled ({error})") from error
+            raise _invalid(PLAN, f"names a target that cannot be dialled ({error})") from error
         if len(targets) > PREFILLS_MAX:
             raise _invalid(PLAN, f"names {len(targets)} prefill targets; name at most {PREFILLS_MAX}")
-        longest_ms = max(plan.prefill_deadline_ms, plan.transfer_deadline_ms)
+        if len(resumes) > RESUMES_MAX or plan.resume_tries_max > RESUME_TRIES_MAX:
+            most = f"at most {RESUMES_MAX} endpoints and {RESUME_TRIES_MAX} tries"
+            raise _invalid(PLAN, f"asks for more resuming than is done here; ask for {most}")
+        longest_ms = max(plan.prefill_deadline_ms, plan.transfer_deadline_ms, plan.resume_stall_ms)
         if not longest_ms <= DEADLINE_MS_MAX:
             raise _invalid(
                 PLAN, f"has a deadline of {longest_ms:g} ms; at most {DEADLINE_MS_MAX:g} may be asked"
             )
-        plan = PlanHeader(
-            prefills=targets,
-            dialect=plan.dialect,
-            is_colocated_allowed=plan.is_colocated_allowed,
-            prefill_deadline_ms=plan.prefill_deadline_ms,
-            transfer_deadline_ms=plan.transfer_deadline_ms,
-            load=plan.load,
-        )
+        plan = msgspec.structs.replace(plan, prefills=targets, resumes=resumes)
         refused = frozenset(t.address for t in targets if not self.allowlist.allows(t.address))
-        return Asked(plan, refused, is_counted=True)
+        refused_resumes = frozenset(each for each in resumes if not self.allowlist.allows_decode(each))
+        return Asked(plan, refused, refused_resumes, is_counted=True)
 
     def _read_foreign(self, values: list[bytes]) -> tuple[PrefillTarget, ...]:
         targets: dict[HostPort, PrefillTarget] = {}
@@ -297,11 +397,7 @@ def _invalid(header: bytes, what: str) -> RefusedError:
 
 def for_engine(headers: Headers, request_id: bytes) -> Headers:
     """The client's headers as a leg carries them; hop-by-hop ones are the wire's to drop."""
-    kept = [
-        (name, value)
-        for name, value in headers
-        if name not in _REPLACED and not is_routing(name) and not name.startswith(_BOOTSTRAP_PREFIX)
-    ]
+    kept = [(name, value) for name, value in headers if name not in _REPLACED and not is_routing(name)]
     return [*kept, (REQUEST_ID, request_id)]
 
 

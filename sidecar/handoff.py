@@ -17,7 +17,7 @@ where that may lead. A pair that is not listed is an error of ours and raises Ha
     good.
 7.  Until Commit a failed decode leg of a split request takes the next rung, but a 4xx is passed on. A
     colocated leg's own answer is passed on whatever it is: nothing is left to try here.
-8.  After Commit a failure breaks the answer off.
+8.  After Commit a failure breaks the answer off, unless it is a stream that may be continued (14).
 9.  Whatever ends the request or an attempt cancels every leg that still runs.
 10. A ticket whose KV nothing shows to have been pulled leaves an orphaned lease.
 11. Every wait has a deadline: `deadline_s` is set in every state but idle and done.
@@ -25,6 +25,14 @@ where that may lead. A pair that is not listed is an error of ours and raises Ha
 13. A vLLM decode engine prefills itself if no KV comes. So in pdcoord output that is held when the prefill
     leg fails, however it fails, is a whole answer: it is committed and counts as the colocated rung. In
     sglang it is worth nothing.
+14. A stream that breaks off, stalls or is given up by its engine goes on at the decode endpoints that the
+    plan names, each once and in order, and after them at the own engine, until that does not come back in
+    time; a continuation that shows no output takes the next. Tries, age and the time without output of each
+    are bounded.
+15. What cannot be continued ends with an error event that says why. Whoever resumes above is told nothing:
+    the connection ends, and that is the word for it.
+16. Shortly before the process ends, what has not begun is refused, so that it can be asked elsewhere, and
+    what is resumed above is broken off. The rest goes on to the last moment.
 """
 
 from collections.abc import Callable
@@ -38,7 +46,6 @@ from sidecar.legs import Legs
 from sidecar.vocabulary import (
     Action,
     Begun,
-    BreakOff,
     CancelLeg,
     ClientLeft,
     DeadlinePassed,
@@ -48,6 +55,7 @@ from sidecar.vocabulary import (
     DecodeRejected,
     Event,
     Fault,
+    GraceEnding,
     LegEvent,
     LegKind,
     Outcome,
@@ -56,6 +64,7 @@ from sidecar.vocabulary import (
     PrefillRejected,
     Progressed,
     State,
+    Unresumed,
 )
 
 OVERLOAD_STATUSES = frozenset({408, 429, 503})
@@ -70,6 +79,12 @@ _DECODE_REASONS = {
     Fault.UNREACHABLE: RungReason.DECODE_UNREACHABLE,
     Fault.TIMED_OUT: RungReason.TRANSFER_TIMEOUT,
     Fault.LOST_IN_BODY: RungReason.TRANSFER_FAILED,
+}
+
+
+_TEAR_REASONS = {
+    Fault.UNREACHABLE: RungReason.DECODE_UNREACHABLE,
+    Fault.TIMED_OUT: RungReason.DECODE_TIMEOUT,
 }
 
 
@@ -204,7 +219,7 @@ def _lose_colocated(legs: Legs, event: DecodeLost, now_s: float) -> list[Action]
             return legs.fail(event.leg, RungReason.DECODE_TIMEOUT, RefuseReason.UPSTREAM_TIMEOUT, now_s)
         case Fault.UNREACHABLE:
             return legs.fail(event.leg, RungReason.DECODE_UNREACHABLE, RefuseReason.UPSTREAM_FAILED, now_s)
-        case Fault.LOST_BEFORE_HEAD | Fault.LOST_IN_BODY | Fault.MALFORMED:
+        case Fault.LOST_BEFORE_HEAD | Fault.LOST_IN_BODY | Fault.MALFORMED | Fault.TORN:
             return legs.fail(event.leg, RungReason.DECODE_ERROR, RefuseReason.UPSTREAM_FAILED, now_s)
 
 
@@ -229,20 +244,60 @@ def _finish(legs: Legs, event: DecodeEnded, now_s: float) -> list[Action]:
     return legs.end(Outcome.SERVED, now_s)
 
 
-def _break_off(legs: Legs, event: DecodeLost, now_s: float) -> list[Action]:
-    """Break the answer off (8)."""
-    is_timeout = event.fault is Fault.TIMED_OUT
-    legs.close(event.leg, RungReason.DECODE_TIMEOUT if is_timeout else RungReason.DECODE_ERROR, now_s)
-    reason = RefuseReason.UPSTREAM_TIMEOUT if is_timeout else RefuseReason.UPSTREAM_FAILED
-    return [BreakOff(reason), *legs.end(Outcome.BROKEN_OFF, now_s)]
+def _tear(legs: Legs, event: DecodeLost, now_s: float) -> list[Action]:
+    """Continue the stream, or break the answer off (8, 14, 15)."""
+    return legs.tear(event.leg, _TEAR_REASONS.get(event.fault, RungReason.DECODE_ERROR), now_s)
 
 
-def _break_off_idle(legs: Legs, _event: DeadlinePassed, now_s: float) -> list[Action]:
-    """Cancel and break the answer off (8, 9)."""
+def _tear_idle(legs: Legs, _event: DeadlinePassed, now_s: float) -> list[Action]:
+    """Cancel, and continue the stream or break the answer off (8, 9, 14, 15)."""
     leg = legs.live(LegKind.DECODE)
-    legs.close(leg, RungReason.DECODE_TIMEOUT, now_s)
-    cancel: list[Action] = [CancelLeg(leg), BreakOff(RefuseReason.UPSTREAM_TIMEOUT)]
-    return [*cancel, *legs.end(Outcome.BROKEN_OFF, now_s)]
+    reason = RungReason.DECODE_TIMEOUT if legs.order.resume is None else RungReason.DECODE_STALLED
+    return [CancelLeg(leg), *legs.tear(leg, reason, now_s)]
+
+
+def _open_continuation(legs: Legs, event: DecodeOpened, now_s: float) -> list[Action]:
+    """Commit; an error event tries the next (14)."""
+    if event.is_error:
+        return [CancelLeg(event.leg), *legs.tear(event.leg, RungReason.DECODE_ERROR, now_s)]
+    return legs.commit(event.leg, now_s)
+
+
+def _reject_continuation(legs: Legs, event: DecodeRejected, now_s: float) -> list[Action]:
+    """Try the next, whatever the status, or break the answer off (14, 15)."""
+    is_overload = event.status in OVERLOAD_STATUSES
+    return legs.tear(
+        event.leg, RungReason.DECODE_OVERLOADED if is_overload else RungReason.DECODE_ERROR, now_s
+    )
+
+
+def _lose_continuation(legs: Legs, event: DecodeLost, now_s: float) -> list[Action]:
+    """Try the next, or break the answer off (14, 15)."""
+    return _tear(legs, event, now_s)
+
+
+def _time_out_continuation(legs: Legs, _event: DeadlinePassed, now_s: float) -> list[Action]:
+    """Cancel, and try the next or break the answer off (9, 14, 15)."""
+    leg = legs.live(LegKind.DECODE)
+    return [CancelLeg(leg), *legs.tear(leg, RungReason.DECODE_TIMEOUT, now_s)]
+
+
+def _leave_off(legs: Legs, event: Unresumed, now_s: float) -> list[Action]:
+    """Break the answer off and say why (15)."""
+    legs.close(event.leg, "cancelled", now_s)
+    return legs.break_off(RefuseReason.STREAM_LOST, now_s, why=event.why)
+
+
+def _give_back(legs: Legs, _event: GraceEnding, now_s: float) -> list[Action]:
+    """Cancel what runs and refuse, draining (9, 10, 16)."""
+    return legs.give_back(now_s)
+
+
+def _end_grace(legs: Legs, event: GraceEnding, now_s: float) -> list[Action]:
+    """Break off what is resumed above; the rest at the last moment (15, 16)."""
+    if event.is_over or legs.order.is_resumed_above:
+        return legs.break_off(RefuseReason.DRAINING, now_s)
+    return []
 
 
 def _go_on(legs: Legs, event: Progressed, _now_s: float) -> list[Action]:
@@ -280,6 +335,8 @@ DONE = frozenset({S.DONE})
 RELAYING = frozenset({S.RELAYING})
 PULLING = frozenset({S.PULLING})
 HELD = frozenset({S.HELD})
+# Where a stream that broke off may lead.
+TORN = frozenset({S.RESUMING, S.DONE})
 # Where a rung may lead, with one leg after the other, with both at once, and in either: a split attempt,
 # colocated, or refused.
 RUNG_N = frozenset({S.PREFILLING, S.LOCAL, S.DONE})
@@ -295,6 +352,7 @@ TRANSITIONS: dict[tuple[State, type[object]], Row] = {
         _row(S.PREFILLING, PrefillRejected, _reject_prefill, RUNG_N),
         _row(S.PREFILLING, PrefillLost, _lose_prefill, RUNG_N),
         _row(S.PREFILLING, DeadlinePassed, _time_out_prefill, RUNG_N),
+        _row(S.PREFILLING, GraceEnding, _give_back, DONE),
         _row(S.PREFILLING, ClientLeft, _leave, DONE),
         _row(S.PAIRED, PrefillAnswered, _await_output, RUNG_S | PULLING),
         _row(S.PAIRED, PrefillRejected, _reject_prefill, RUNG_S),
@@ -303,27 +361,40 @@ TRANSITIONS: dict[tuple[State, type[object]], Row] = {
         _row(S.PAIRED, DecodeRejected, _reject_split, RUNG_S),
         _row(S.PAIRED, DecodeLost, _lose_split, RUNG_S),
         _row(S.PAIRED, DeadlinePassed, _time_out_prefill, RUNG_S),
+        _row(S.PAIRED, GraceEnding, _give_back, DONE),
         _row(S.PAIRED, ClientLeft, _leave, DONE),
         _row(S.HELD, PrefillAnswered, _release_held, RELAYING),
         _row(S.HELD, PrefillRejected, _reject_prefill_held, RUNG_S | RELAYING),
         _row(S.HELD, PrefillLost, _lose_prefill_held, RUNG_S | RELAYING),
         _row(S.HELD, DeadlinePassed, _time_out_prefill_held, RUNG_S | RELAYING),
+        _row(S.HELD, GraceEnding, _give_back, DONE),
         _row(S.HELD, ClientLeft, _leave, DONE),
         _row(S.PULLING, DecodeOpened, _open_split, RUNG | RELAYING),
         _row(S.PULLING, DecodeRejected, _reject_split, RUNG),
         _row(S.PULLING, DecodeLost, _lose_split, RUNG),
         _row(S.PULLING, DeadlinePassed, _time_out_pull, RUNG),
+        _row(S.PULLING, GraceEnding, _give_back, DONE),
         _row(S.PULLING, ClientLeft, _leave, DONE),
         _row(S.LOCAL, DecodeOpened, _open_colocated, RELAYING),
         _row(S.LOCAL, DecodeRejected, _reject_colocated, DONE),
         _row(S.LOCAL, DecodeLost, _lose_colocated, DONE),
         _row(S.LOCAL, DeadlinePassed, _time_out_answer, DONE),
+        _row(S.LOCAL, GraceEnding, _give_back, DONE),
         _row(S.LOCAL, ClientLeft, _leave, DONE),
         _row(S.RELAYING, DecodeEnded, _finish, DONE),
-        _row(S.RELAYING, DecodeLost, _break_off, DONE),
+        _row(S.RELAYING, DecodeLost, _tear, TORN),
         _row(S.RELAYING, Progressed, _go_on, RELAYING),
-        _row(S.RELAYING, DeadlinePassed, _break_off_idle, DONE),
+        _row(S.RELAYING, DeadlinePassed, _tear_idle, TORN),
+        _row(S.RELAYING, GraceEnding, _end_grace, RELAYING | DONE),
         _row(S.RELAYING, ClientLeft, _leave, DONE),
+        _row(S.RESUMING, DecodeOpened, _open_continuation, TORN | RELAYING),
+        _row(S.RESUMING, DecodeRejected, _reject_continuation, TORN),
+        _row(S.RESUMING, DecodeLost, _lose_continuation, TORN),
+        _row(S.RESUMING, DecodeEnded, _finish, DONE),
+        _row(S.RESUMING, Unresumed, _leave_off, DONE),
+        _row(S.RESUMING, DeadlinePassed, _time_out_continuation, TORN),
+        _row(S.RESUMING, GraceEnding, _end_grace, TORN),
+        _row(S.RESUMING, ClientLeft, _leave, DONE),
     )
 }
 

@@ -5,17 +5,20 @@ from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import DialectName, Mode, PrefillTarget, RungKind, RungTaken, ServedHeader
 from sidecar.vocabulary import (
     Action,
+    BreakOff,
     CancelLeg,
     Commit,
     End,
     Leg,
     LegKind,
+    NotResumed,
     Order,
     OrphanLease,
     Outcome,
     PassOn,
     PrefillAnswered,
     Refuse,
+    SendContinuation,
     SendDecode,
     SendPrefill,
     State,
@@ -40,6 +43,7 @@ LIVE_LEGS: dict[State, tuple[LegKind, ...]] = {
     State.PULLING: (LegKind.DECODE,),
     State.LOCAL: (LegKind.DECODE,),
     State.RELAYING: (LegKind.DECODE,),
+    State.RESUMING: (LegKind.DECODE,),
     State.DONE: (),
 }
 
@@ -53,6 +57,9 @@ class Legs:
         rungs: the fallbacks taken, in order.
         cached_tokens: the count of the prefill engine whose KV is used; None if it did not say.
         outcome: None until the request is over.
+        quiet_s: longest time without progress, since `deadline_s` was last set while relaying.
+        gaps_s: of each continuation that has output, from the break to that output.
+        unresumed: why a stream that broke off was not, or no longer, continued; empty where that was not so.
     """
 
     def __init__(self, order: Order) -> None:
@@ -63,9 +70,15 @@ class Legs:
         self.rungs: list[RungTaken] = []
         self.cached_tokens: int | None = None
         self.outcome: Outcome | None = None
+        self.quiet_s = order.idle_deadline_s
+        self.gaps_s: list[float] = []
+        self.unresumed = ""
         self._remaining = list(order.prefills)
         self._target: PrefillTarget | None = None
-        self._attempt = 0
+        self._attempt = self._split_attempt = 0
+        self._peers = list(order.resume.targets) if order.resume is not None else []
+        self._resume_reasons: dict[int, RungReason] = {}
+        self._torn_s = 0.0
         self._is_lease_open = False
         self._began_s = 0.0
         self._prefill_good_s: float | None = None
@@ -84,7 +97,7 @@ class Legs:
             sent_s = next(
                 leg.began_s
                 for leg in self.legs.values()
-                if leg.attempt == self._attempt and leg.kind is LegKind.PREFILL
+                if leg.attempt == self._split_attempt and leg.kind is LegKind.PREFILL
             )
             prefill_ms = _milliseconds(self._prefill_good_s - sent_s)
             if self._committed_s is not None:
@@ -100,14 +113,27 @@ class Legs:
             cached_tokens=self.cached_tokens,
         )
 
+    def resumes(self) -> list[tuple[RungReason, str]]:
+        """Why each continuation was sent, and what became of it."""
+        return [
+            (reason, leg.outcome or "cancelled")
+            for leg in self.legs.values()
+            if (reason := self._resume_reasons.get(leg.number)) is not None
+        ]
+
     def validate(self) -> None:
         """Assert what must hold between events."""
         live = sorted(leg.kind for leg in self.legs.values() if leg.is_live)
         assert tuple(live) == LIVE_LEGS[self.state], (self.state, live)
         assert (self.deadline_s is None) == (self.state in {State.IDLE, State.DONE}), self.state
         assert (self.outcome is None) == (self.state is not State.DONE), self.state
-        assert len(self.rungs) <= len(self.order.prefills) + 2, self.rungs
-        assert self._attempt <= len(self.order.prefills) + 1, self._attempt
+        tries_max = self.order.resume.tries_max if self.order.resume is not None else 0
+        refused_max = len(self.order.resume.refused) if self.order.resume is not None else 0
+        assert len(self._resume_reasons) <= tries_max, self._resume_reasons
+        assert len(self.gaps_s) <= len(self._resume_reasons), self.gaps_s
+        assert len(self.rungs) <= len(self.order.prefills) + 2 + tries_max + refused_max, self.rungs
+        assert self._attempt <= len(self.order.prefills) + 1 + tries_max, self._attempt
+        assert self.state is not State.RESUMING or self._committed_s is not None, "nothing to go on with"
         assert not self._is_lease_open or self.state is State.PULLING, self.state
         assert self._target is None or self._target.address not in self.order.refused, self._target
         assert self._target is None or self.state not in {State.LOCAL, State.IDLE}, self.state
@@ -164,13 +190,51 @@ class Legs:
         self.close(leg, reason, now_s)
         return [Refuse(refuse), *self.end(Outcome.REFUSED, now_s)]
 
+    def give_back(self, now_s: float) -> list[Action]:
+        """The process ends, and nothing was sent to the client: whoever asked may ask elsewhere."""
+        cancel = self._cancel_rest(now_s)
+        self._take(RungKind.REFUSE, RungReason.DECODE_DRAINING, self.order.engine)
+        return [*cancel, Refuse(RefuseReason.DRAINING), *self.end(Outcome.REFUSED, now_s)]
+
+    def tear(self, leg: int, reason: RungReason, now_s: float) -> list[Action]:
+        """The leg has ended and its stream is not whole: go on elsewhere, or break off."""
+        is_here = self.legs[leg].target == self.order.engine
+        # It was asked for its health until then, so that it will hardly be well in the same time again.
+        has_failed_here = is_here and self.state is State.RESUMING and reason is RungReason.DECODE_TIMEOUT
+        if self.state is State.RELAYING:
+            # What a stalled stream has waited already is part of the gap.
+            self._torn_s = now_s if reason is not RungReason.DECODE_STALLED else now_s - self.quiet_s
+        self.close(leg, reason, now_s)
+        why, resume = self._why_not_resumed(now_s), self.order.resume
+        failed = self.legs[leg].target
+        while resume is not None and why is None and (self._peers or not has_failed_here):
+            target = self._peers.pop(0) if self._peers else self.order.engine
+            self._take(RungKind.RESUME, reason, failed)
+            if target == self.order.engine or target not in resume.refused:
+                return self._send_continuation(target, reason, now_s)
+            failed, reason = target, RungReason.TARGET_NOT_ALLOWED
+        return self.break_off(_REFUSALS.get(reason, RefuseReason.UPSTREAM_FAILED), now_s, why=why)
+
+    def break_off(self, refuse: RefuseReason, now_s: float, *, why: str | None = None) -> list[Action]:
+        """End the begun answer unfinished; without a word where it is resumed above."""
+        cancel = self._cancel_rest(now_s)
+        if self.order.is_resumed_above:
+            return [*cancel, BreakOff(refuse, is_told=False), *self.end(Outcome.HANDED_BACK, now_s)]
+        if self.order.resume is not None and refuse is not RefuseReason.DRAINING:
+            refuse, self.unresumed = RefuseReason.STREAM_LOST, why or NotResumed.NO_TARGET
+        broken_off = BreakOff(refuse, why=self.unresumed)
+        return [*cancel, broken_off, *self.end(Outcome.BROKEN_OFF, now_s)]
+
     def pass_on(self, leg: int, now_s: float) -> list[Action]:
         self.close(leg, "rejected", now_s)
         return [*self._cancel_rest(now_s), PassOn(leg), *self.end(Outcome.PASSED_ON, now_s)]
 
     def commit(self, leg: int, now_s: float) -> list[Action]:
         self._is_lease_open = False
-        self._committed_s = now_s
+        if self._committed_s is None:
+            self._committed_s = now_s
+        else:
+            self.gaps_s.append(max(now_s - self._torn_s, 0.0))
         self.enter(State.RELAYING, now_s)
         return [Commit(leg)]
 
@@ -202,6 +266,10 @@ class Legs:
             case State.PULLING | State.LOCAL:
                 self.deadline_s = now_s + order.answer_deadline_s
             case State.RELAYING:
+                resume, may_go_on = order.resume, self._why_not_resumed(now_s) is None
+                self.quiet_s = resume.stall_s if resume is not None and may_go_on else order.idle_deadline_s
+                self.deadline_s = now_s + self.quiet_s
+            case State.RESUMING:
                 self.deadline_s = now_s + order.idle_deadline_s
             case State.IDLE | State.DONE:
                 self.deadline_s = None
@@ -210,6 +278,7 @@ class Legs:
 
     def _send_split(self, target: PrefillTarget, now_s: float) -> list[Action]:
         self._attempt += 1
+        self._split_attempt = self._attempt
         self._target = target
         prefill = self._open(LegKind.PREFILL, target.address, now_s)
         actions: list[Action] = [SendPrefill(prefill, self._attempt, target)]
@@ -225,6 +294,22 @@ class Legs:
         leg = self._open(LegKind.DECODE, self.order.engine, now_s)
         self.enter(State.LOCAL, now_s)
         return [SendDecode(leg, self._attempt)]
+
+    def _send_continuation(self, target: HostPort, reason: RungReason, now_s: float) -> list[Action]:
+        self._attempt += 1
+        leg = self._open(LegKind.DECODE, target, now_s)
+        self._resume_reasons[leg] = reason
+        self.enter(State.RESUMING, now_s)
+        return [SendContinuation(leg, self._attempt, target, self._target)]
+
+    def _why_not_resumed(self, now_s: float) -> NotResumed | None:
+        """Why no continuation may be sent now; None if one may."""
+        resume = self.order.resume
+        if resume is None:
+            return NotResumed.NO_TARGET
+        if len(self._resume_reasons) >= resume.tries_max:
+            return NotResumed.TRIES
+        return NotResumed.AGE if now_s >= self._began_s + resume.age_s_max else None
 
     def _descend(self, failed: HostPort, reason: RungReason, now_s: float) -> list[Action]:
         """Take the next rung; each records what failed where, and what is done instead."""
@@ -269,6 +354,12 @@ class Legs:
 
     def _take(self, rung: RungKind, reason: RungReason, failed: HostPort) -> None:
         self.rungs.append(RungTaken(rung=rung, reason=reason, target=failed))
+
+
+_REFUSALS = {
+    RungReason.DECODE_TIMEOUT: RefuseReason.UPSTREAM_TIMEOUT,
+    RungReason.DECODE_STALLED: RefuseReason.UPSTREAM_TIMEOUT,
+}
 
 
 def _milliseconds(seconds: float) -> float:

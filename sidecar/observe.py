@@ -52,7 +52,8 @@ METRICS: tuple[Metric, ...] = (
         ("mode", "outcome"),
         "Requests that ended. mode: split, colocated, prefill-leg (sent by another sidecar), pass-through "
         "(not a generative call). outcome: served, passed-on (an engine's own error), refused, broken-off "
-        "(after the first byte), client-left, error (a bug).",
+        "(after the first byte), handed-back (the same, and whoever sent it goes on elsewhere), client-left, "
+        "error (a bug).",
         "A rising share of refused or broken-off: see rungs and refusals for the reason.",
     ),
     Metric(
@@ -62,6 +63,23 @@ METRICS: tuple[Metric, ...] = (
         "Requests that the sidecar itself answered with an error, by x-pdcoord-reason.",
         "target-not-allowed: the allowlist lacks a prefill pod, or somebody probes. ladder-exhausted: "
         "prefill capacity is gone and the plan allows no colocated fallback.",
+    ),
+    Metric(
+        "unsigned",
+        "counter",
+        ("why",),
+        "Requests refused with plan-unsigned, by what is wrong with the signature: missing, malformed, "
+        "key-unknown, wrong, too-old. Only with --plan-keys-file.",
+        "key-unknown: a rotation did not reach both sides, see docs/tls.md. too-old: a clock is off, or "
+        "somebody sends again what was heard. missing: somebody goes past the gateway.",
+    ),
+    Metric(
+        "secret_reloads",
+        "counter",
+        ("files", "outcome"),
+        "Changes of certificates (listener, metrics, upstream) and of plan keys (plan-keys), accepted or "
+        "refused.",
+        "refused: the last good ones are in force until they expire; the log line secret.refused says why.",
     ),
     Metric(
         "rungs",
@@ -104,6 +122,39 @@ METRICS: tuple[Metric, ...] = (
         "From the request's whole body to its end.",
         "Read it beside the engine's own latency; what is above that is this sidecar and the prefill leg.",
         _REQUEST_BUCKETS,
+    ),
+    Metric(
+        "resumes",
+        "counter",
+        ("reason", "outcome"),
+        "Continuations of streams that broke off, by why the leg before failed, and what became of it: ok "
+        "(it came to the stream's end), cancelled, or why it failed.",
+        "decode-*: look at the engine of this pod. Outcomes that are not ok: look at the decode pods that "
+        "streams were to go on at.",
+    ),
+    Metric(
+        "unresumed",
+        "counter",
+        ("why",),
+        "Streams that broke off and ended with an error event, by what kept them from being continued: "
+        "no-target, tries, age, no-stream, or what in the request or the stream forbids it.",
+        "no-target: the plan names no decode endpoint that answers and is on the allowlist. tape-full: raise "
+        "--resume-bytes-max. Others: such requests cannot be continued faithfully anywhere.",
+    ),
+    Metric(
+        "resume_gap_seconds",
+        "histogram",
+        (),
+        "From a stream's break, or the beginning of its stall, to the first output of its continuation.",
+        "Growing: prompts are computed anew. See whether the prefill pod of the plan still has them cached.",
+        _LEG_BUCKETS,
+    ),
+    Metric(
+        "resume_bytes",
+        "gauge",
+        (),
+        "What is kept of running streams, so that they can be continued.",
+        "Near --resume-bytes-max: more streams run than can be continued.",
     ),
     Metric(
         "in_flight",
@@ -260,7 +311,9 @@ OTHER = "other"
 _CLOSED = "closed list"
 _LABELS = {
     "target": f"prefill targets that are on the allowlist; beyond {TARGETS_SHOWN_MAX} all are `{OTHER}`",
-    **dict.fromkeys(("mode", "outcome", "reason", "rung", "leg", "field", "why", "what", "state"), _CLOSED),
+    **dict.fromkeys(
+        ("mode", "outcome", "reason", "rung", "leg", "field", "why", "what", "state", "files"), _CLOSED
+    ),
 }
 LABEL_VALUES: dict[str, frozenset[str]] = {
     "mode": frozenset({*Mode, "prefill-leg", MODE_UNREAD}),
@@ -328,6 +381,12 @@ class Metrics:
             self.observe("leg_seconds", ended_s - leg.began_s, leg.kind, leg.outcome or "cancelled")
         for taken in legs.rungs:
             self.count("rungs", taken.rung, taken.reason)
+        for reason, became in legs.resumes():
+            self.count("resumes", reason, became)
+        for gap_s in legs.gaps_s:
+            self.observe("resume_gap_seconds", gap_s)
+        if legs.unresumed:
+            self.count("unresumed", legs.unresumed)
         if legs.first_output_s is not None:
             self.observe("first_output_seconds", legs.first_output_s, mode)
             transfer_ms = legs.served().transfer_ms
@@ -365,6 +424,12 @@ def log_fields(served: ServedHeader, legs: Legs) -> dict[str, Any]:
             fields[name] = value
     if legs.first_output_s is not None:
         fields["first_output_ms"] = round(legs.first_output_s * 1e3, 3)
+    resumes = legs.resumes()
+    if resumes:
+        fields["resumes"] = [f"{reason} {outcome}" for reason, outcome in resumes]
+        fields["resume_gaps_ms"] = [round(gap_s * 1e3, 3) for gap_s in legs.gaps_s]
+    if legs.unresumed:
+        fields["unresumed"] = legs.unresumed
     return fields
 
 

@@ -17,15 +17,16 @@ import structlog
 from prometheus_client import disable_created_metrics
 
 from pdcoord.protocol.paths import PathsReport, encode_paths
+from pdcoord.resume.tape import Shelf
 from pdcoord.wire.client import Client
 from pdcoord.wire.misspelt import misspelt
 from pdcoord.wire.pem import PemError, check_pem
 from pdcoord.wire.places import Place, PlaceError, check_places
+from pdcoord.wire.plankeys import PlanKeysFile
 from pdcoord.wire.server import Listener, run, serve, stop_on_signals
 from pdcoord.wire.tracing import Tracing, TracingError, start_tracing
 from sidecar.describe import SECTIONS, section
 from sidecar.errors import SettingsError
-from sidecar.exchange import Tools
 from sidecar.guard import Allowlist, Guard
 from sidecar.health import Health
 from sidecar.observe import Metrics, configure_log
@@ -33,7 +34,9 @@ from sidecar.probes import Prober, ProbeRules, ask_through
 from sidecar.proxy import Backstage, Limits, Proxy
 from sidecar.report_link import Credentials
 from sidecar.reporter import Reporter, ReporterSettings
+from sidecar.secured import Secured
 from sidecar.settings import ENV_PREFIX, FLAGS, Settings, parse
+from sidecar.tools import TAPE_BYTES_MAX, Tools
 from transfer.errors import SettingError
 from transfer.settings import read_key_file
 
@@ -41,6 +44,8 @@ USAGE_ERROR = 2
 ALLOW_FILE_POLL_S = 1.0
 NEVER_S = 86_400.0
 """The interval of probes that a page without probes names."""
+GRACE_S_MAX = 2.0
+"""Before the drain runs out, so that what is left to others goes on there while this pod still answers."""
 # After the drain, for what the server itself still has to write.
 CLOSE_S = 1.0
 
@@ -62,6 +67,7 @@ def main() -> int:
         key = read_key("--kv-key-file", settings.kv_key_file)
         control_key = read_key("--control-key-file", settings.control_key_file)
         check_start(settings)
+        secured = Secured(settings)
     except (SettingsError, PlaceError) as error:
         sys.stderr.write(f"pdcoord-sidecar: {error}\n")
         return USAGE_ERROR
@@ -71,7 +77,7 @@ def main() -> int:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     for doubt in misspelt(os.environ, ENV_PREFIX, {flag.variable for flag in FLAGS}):
         _log.warning("settings.doubtful", doubt=doubt)
-    return run(_main(settings, allowlist, key, control_key))
+    return run(_main(settings, allowlist, secured, key, control_key))
 
 
 def read_key(flag: str, path: Path | None) -> bytes:
@@ -110,7 +116,9 @@ def check_start(settings: Settings) -> None:
     check_places((own, metrics))
 
 
-async def _main(settings: Settings, allowlist: Allowlist, key: bytes, control_key: bytes) -> int:
+async def _main(
+    settings: Settings, allowlist: Allowlist, secured: Secured, key: bytes, control_key: bytes
+) -> int:
     signalled = stop_on_signals()
     stop = asyncio.Event()
     metrics = Metrics()
@@ -120,20 +128,24 @@ async def _main(settings: Settings, allowlist: Allowlist, key: bytes, control_ke
         sys.stderr.write(f"pdcoord-sidecar: {error}\n")
         return USAGE_ERROR
     metrics.set("allowed_targets", len(allowlist))
-    async with Client() as client:
+    async with Client(tls=secured.upstream, plain=(settings.engine,)) as client:
         prober = make_prober(settings, allowlist, metrics, key)
         reporter = make_reporter(settings, allowlist, metrics, control_key, prober)
         health = Health(client, settings.engine, metrics, *([] if prober is None else [prober.is_warm]))
         backstage = Backstage(metrics, health, paths_page(prober, reporter))
-        proxy = make_proxy(settings, allowlist, client, metrics, health, tracing=tracing, reporter=reporter)
+        keys = secured.plan_keys
+        proxy = make_proxy(
+            settings, allowlist, client, metrics, health, tracing=tracing, reporter=reporter, keys=keys
+        )
         listeners = [
-            Listener(proxy, settings.host, settings.port),
-            Listener(backstage, settings.metrics_host, settings.metrics_port),
+            Listener(proxy, settings.host, settings.port, secured.listener),
+            Listener(backstage, settings.metrics_host, settings.metrics_port, secured.metrics),
         ]
         status = 0
         async with asyncio.TaskGroup() as group:
             background = [
                 group.create_task(_poll_allowlist(allowlist, metrics)),
+                group.create_task(secured.run(metrics)),
                 group.create_task(_drain(signalled, stop, proxy, settings.drain_s)),
             ]
             parts = [part for part in (prober, reporter) if part is not None]
@@ -245,6 +257,7 @@ def make_proxy(
     *,
     tracing: Tracing | None = None,
     reporter: Reporter | None = None,
+    keys: PlanKeysFile | None = None,
 ) -> Proxy:
     tools = Tools(
         client=client,
@@ -254,8 +267,10 @@ def make_proxy(
         bootstrap_port=settings.bootstrap_port,
         kv_port=settings.kv_port,
         now_s=time.monotonic,  # uvloop's own clock counts whole milliseconds
+        shelf=Shelf(settings.resume_bytes_max, TAPE_BYTES_MAX),
         tracing=tracing,
         reporter=reporter,
+        keys=keys,
     )
     guard = Guard(
         allowlist=allowlist,
@@ -264,6 +279,8 @@ def make_proxy(
         prefill_deadline_ms=settings.prefill_deadline_ms,
         transfer_deadline_ms=settings.transfer_deadline_ms,
         make_request_id=lambda: uuid.uuid4().hex,
+        seal=keys,
+        count_doubt=lambda doubt: metrics.count("unsigned", doubt),
     )
     limits = Limits(
         answer_s=settings.answer_ms / 1e3,
@@ -291,6 +308,11 @@ async def _drain(signalled: asyncio.Event, stop: asyncio.Event, proxy: Proxy, dr
     await signalled.wait()
     proxy.begin_drain()
     _log.info("sidecar.draining", in_flight=proxy.in_flight, drain_s=drain_s)
-    if not await proxy.wait_idle(drain_s):
-        _log.warning("sidecar.drain_cut", in_flight=proxy.in_flight)
+    grace_s = min(GRACE_S_MAX, drain_s / 4)
+    if not await proxy.wait_idle(drain_s - grace_s):
+        proxy.end_grace(is_over=False)
+        if not await proxy.wait_idle(grace_s):
+            _log.warning("sidecar.drain_cut", in_flight=proxy.in_flight)
+            proxy.end_grace(is_over=True)
+            await proxy.wait_idle(CLOSE_S)
     stop.set()

@@ -23,12 +23,13 @@ from pdcoord.wire.asgi import (
 )
 from pdcoord.wire.errors import BodyTooLargeError
 from sidecar import dialects
-from sidecar.exchange import Call, Exchange, Tools
+from sidecar.exchange import Exchange
 from sidecar.guard import Asked, Guard, Headers, for_engine
 from sidecar.health import Health
 from sidecar.observe import CONTENT_TYPE, MODE_UNREAD, Metrics, log_fields
+from sidecar.tools import Call, Tools
 from sidecar.tracing import trace_id_of
-from sidecar.vocabulary import Order, Outcome
+from sidecar.vocabulary import Order, Outcome, Resume
 
 BODY_S_MAX = 60.0
 
@@ -61,6 +62,7 @@ class Proxy:
         self._guard = guard
         self._health = health
         self._limits = limits
+        self._live: set[Exchange] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -73,11 +75,13 @@ class Proxy:
         self.in_flight += 1
         self._idle.clear()
         self._tools.metrics.set("in_flight", self.in_flight)
+        self._tools.metrics.set("resume_bytes", float(self._tools.shelf.bytes_held))
         try:
             await self._serve(scope, receive, send)
         finally:
             self.in_flight -= 1
             self._tools.metrics.set("in_flight", self.in_flight)
+            self._tools.metrics.set("resume_bytes", float(self._tools.shelf.bytes_held))
             if self.in_flight == 0:
                 self._idle.set()
 
@@ -85,6 +89,15 @@ class Proxy:
         """From now on the pod is not ready and new requests are refused."""
         self._health.is_draining = True
         self._tools.metrics.set("draining", 1.0)
+
+    def end_grace(self, *, is_over: bool) -> None:
+        """The drain runs out, or has: hand over what others can go on with, and refuse what has not begun.
+
+        Args:
+            is_over: break off the rest too.
+        """
+        for exchange in list(self._live):
+            exchange.end_grace(is_over=is_over)
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no request is in flight; False if that took too long."""
@@ -115,7 +128,11 @@ class Proxy:
         reporter = self._tools.reporter
         if reporter is not None and asked.is_counted:
             exchange.report = reporter.begin(order, asked.plan.load)
-        await self._exchange(exchange, call, asked, scope, send)
+        self._live.add(exchange)
+        try:
+            await self._exchange(exchange, call, asked, scope, send)
+        finally:
+            self._live.discard(exchange)
 
     async def _read(self, scope: Scope, receive: Receive, request_id: bytes) -> tuple[Call, Asked]:
         """The request, fit to be sent to an engine, and what its headers ask for.
@@ -134,6 +151,7 @@ class Proxy:
         if self._health.is_draining and (method not in _SAFE_METHODS or scope["path"] == "/metrics"):
             message = "This pod is going away; send the request to another."
             raise RefusedError(Refusal(RefuseReason.DRAINING, message, retry_after_s=RETRY_AFTER_S))
+        self._guard.check_signature(target, headers)
         api = APIS.get(scope["path"]) if method == "POST" else None
         is_generative = api is not None and api.is_generative
         asked = self._guard.read(headers) if is_generative else Asked(PlanHeader())
@@ -146,7 +164,8 @@ class Proxy:
             raw = body.raw
         else:
             raw = dialects.scrub(raw, _content_type(headers))
-        return Call(method, target, for_engine(headers, request_id), raw, request_id, body), asked
+        call = Call(method, target, for_engine(headers, request_id), raw, request_id, body, asked.plan.load)
+        return call, asked
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
         bytes_max = self._limits.body_bytes_max
@@ -166,6 +185,7 @@ class Proxy:
         if prefills and (body is None or not body.splittable_in(plan.dialect)):
             self._tools.metrics.count("unsplit", (body and body.unsplittable) or "api")
             prefills = ()
+        is_stream = body is not None and body.is_stream
         return Order(
             dialect=plan.dialect,
             engine=self._tools.engine,
@@ -173,11 +193,13 @@ class Proxy:
             refused=asked.refused,
             shut=self._shut(prefills),
             is_colocated_allowed=plan.is_colocated_allowed,
-            is_stream=body is not None and body.is_stream,
+            is_stream=is_stream,
             prefill_deadline_s=plan.prefill_deadline_ms / 1e3,
             transfer_deadline_s=plan.transfer_deadline_ms / 1e3,
             answer_deadline_s=self._limits.answer_s,
             idle_deadline_s=self._limits.stream_idle_s,
+            resume=_resume(asked) if is_stream else None,
+            is_resumed_above=is_stream and plan.is_resumed_above,
         )
 
     def _shut(self, prefills: Sequence[PrefillTarget]) -> frozenset[HostPort]:
@@ -250,6 +272,20 @@ class Proxy:
             reason=str(refusal.reason),
             status=refusal.status,
         )
+
+
+def _resume(asked: Asked) -> Resume | None:
+    """How a stream may be continued here; None where it may not, or is above."""
+    plan = asked.plan
+    if plan.is_resumed_above or plan.resume_tries_max == 0:
+        return None
+    return Resume(
+        targets=plan.resumes,
+        refused=asked.refused_resumes,
+        tries_max=plan.resume_tries_max,
+        age_s_max=plan.resume_age_ms_max / 1e3,
+        stall_s=plan.resume_stall_ms / 1e3,
+    )
 
 
 def _target(scope: Scope) -> str:

@@ -1,4 +1,4 @@
-"""What coordinators tell this sidecar of its paths: prefill targets, verdicts and breakers, by replica."""
+"""What coordinators tell this sidecar, by replica: prefill targets with their paths, and decode endpoints."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,10 +20,12 @@ class _Replica:
 
     Attributes:
         lost_s: when its stream was lost; None while it is connected.
+        decodes: decode endpoints at which streams may go on.
         has_told: it has told all its targets on the stream that is up.
     """
 
     targets: dict[HostPort, Target] = field(default_factory=dict)
+    decodes: set[HostPort] = field(default_factory=set)
     lost_s: float | None = None
     has_told: bool = False
 
@@ -58,9 +60,16 @@ class TargetBook:
             return
         if told.is_whole:
             known.targets.clear()
+            known.decodes.clear()
             known.has_told = True
         for address in told.removed:
             known.targets.pop(address, None)
+        known.decodes.difference_update(told.decodes_removed)
+        for address in told.decodes:
+            if len(known.decodes) < TARGETS_MAX:
+                known.decodes.add(address)
+            else:
+                self.left_out += 1
         for target in told.changed:
             if target.address in known.targets or len(known.targets) < TARGETS_MAX:
                 known.targets[target.address] = target
@@ -84,6 +93,10 @@ class TargetBook:
 
     def get(self, address: HostPort) -> PrefillTarget | None:
         return self._told.get(address)
+
+    def has_decode(self, address: HostPort) -> bool:
+        """Whether any replica names a decode endpoint at which streams may go on."""
+        return any(address in known.decodes for known in self._replicas.values())
 
     def __len__(self) -> int:
         return len(self._told)

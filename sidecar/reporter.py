@@ -197,7 +197,7 @@ class Reporter:
                 self._up.add(place.address)
                 self.targets.connect(replica)
                 _log.info("control.connected", coordinator=place.address, replica=replica)
-            if told.changed or told.removed or told.is_whole:
+            if told.has_news:
                 self.targets.take(replica, told)
 
         def claim(replica: str) -> bool:

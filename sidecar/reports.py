@@ -26,6 +26,8 @@ from sidecar.vocabulary import LegKind, Order
 JOURNAL_MAX = 16_384
 """Events that are kept for slow streams; one that is further behind starts anew with a snapshot."""
 NO_LOAD = PlannedLoad()
+MOVED = "moved"
+"""Outcome of a request whose stream goes on at another decode endpoint."""
 
 
 class Journal:
@@ -160,6 +162,11 @@ class RequestReport:
         while self._seen_count < len(legs.legs):
             self._seen_count += 1
             leg = legs.legs[self._seen_count]
+            if leg.kind is LegKind.DECODE and leg.target != legs.order.engine:
+                # The sidecar there tells of it from now on: here it is no load any more.
+                self._journal.note(RequestEnded(self._ordinal, MOVED))
+                self._ordinal = 0
+                return True
             prefill = _prefill_of(legs, leg.attempt)
             kind = _KINDS[leg.kind]
             self._journal.note(LegBegan(self._ordinal, leg.number, kind, prefill))

@@ -1,6 +1,7 @@
 """The flags of the sidecar process, each with its environment variable, default and meaning."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any, NoReturn
 
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import KV_PORT, DialectName, PrefillTarget
+from sidecar.agreement import check_together
 from sidecar.errors import SettingsError
-from sidecar.guard import DEADLINE_MS_MAX, normal_address, read_target
+from sidecar.guard import DEADLINE_MS_MAX, Peer, normal_address, read_entry
 
 ENV_PREFIX = "PDCOORD_SIDECAR_"
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -23,7 +26,7 @@ class Settings:
     port: int
     engine: HostPort
     dialect: DialectName
-    allow: tuple[PrefillTarget, ...]
+    allow: tuple[PrefillTarget | Peer, ...]
     allow_file: Path | None
     allow_any: bool
     metrics_host: str
@@ -40,6 +43,7 @@ class Settings:
     kv_key_file: Path | None
     probe_interval_s: float
     body_bytes_max: int
+    resume_bytes_max: int
     control: tuple[HostPort, ...]
     control_address: HostPort | None
     control_key_file: Path | None
@@ -47,6 +51,14 @@ class Settings:
     control_cert_file: Path | None
     control_cert_key_file: Path | None
     allow_from_control: bool
+    tls_cert_file: Path | None
+    tls_key_file: Path | None
+    tls_client_ca_file: Path | None
+    upstream_ca_file: Path | None
+    upstream_cert_file: Path | None
+    upstream_cert_key_file: Path | None
+    upstream_tls_name: str
+    plan_keys_file: Path | None
     log_level: str
 
 
@@ -79,12 +91,13 @@ def _read_coordinators(text: str) -> tuple[HostPort, ...]:
     return tuple(dict.fromkeys(_read_address(part) for part in text.split(",") if part.strip()))
 
 
-def _read_targets(text: str) -> tuple[PrefillTarget, ...]:
+def _read_entries(text: str) -> tuple[PrefillTarget | Peer, ...]:
     try:
-        return tuple(read_target(part) for part in text.split(",") if part.strip())
+        return tuple(read_entry(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise ValueError(
-            "give host:port, or host:port/kv_port where a KV port is not --kv-port, such as 10.0.0.1:8000"
+            "give host:port, such as 10.0.0.1:8000, host:port/kv_port where a KV port is not --kv-port, or "
+            "host:port/decode"
         ) from error
 
 
@@ -93,6 +106,13 @@ def _read_host(text: str) -> str:
     if not host or any(c.isspace() or c in "/@" for c in host):
         raise ValueError("give a host name or an address to listen on, such as 0.0.0.0 or ::")
     return host
+
+
+def _read_name(text: str) -> str:
+    name = text.strip()
+    if name and not _NAME.fullmatch(name):
+        raise ValueError("give a host's name, such as sidecar.pdcoord.svc")
+    return name
 
 
 def _read_dialect(text: str) -> DialectName:
@@ -131,11 +151,14 @@ def _number(low: float, high: float, unit: str) -> Callable[[str], float]:
     return read
 
 
-def _read_body_bytes(text: str) -> int:
-    count = int(text) if text.isascii() and text.isdigit() and len(text) < 12 else 0
-    if not 1_024 <= count <= 1 << 30:
-        raise ValueError(f"give a whole number of bytes in 1024..{1 << 30}")
-    return count
+def _whole_bytes(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        count = int(text) if text.isascii() and text.isdigit() and len(text) < 15 else -1
+        if not low <= count <= high:
+            raise ValueError(f"give a whole number of bytes in {low}..{high}")
+        return count
+
+    return read
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +203,11 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(
         "--allow",
-        "HOST:PORT[/KV_PORT][,...]",
+        "HOST:PORT[/KV_PORT|/decode][,...]",
         "",
-        _read_targets,
-        "prefill targets that may be dialled; repeatable; with none given here or in the file, none may",
+        _read_entries,
+        "prefill targets that may be dialled and, with /decode, decode endpoints at which streams may go on; "
+        "repeatable; with none given here or in the file, none may",
         is_repeatable=True,
     ),
     Flag(
@@ -280,7 +304,15 @@ FLAGS: tuple[Flag, ...] = (
         _number(1, 86_400, "seconds"),
         "time between two probes of a target that answers; one that does not is asked sooner",
     ),
-    Flag("--body-bytes-max", "BYTES", "67108864", _read_body_bytes, "longest request body"),
+    Flag("--body-bytes-max", "BYTES", "67108864", _whole_bytes(1_024, 1 << 30), "longest request body"),
+    Flag(
+        "--resume-bytes-max",
+        "BYTES",
+        "268435456",
+        _whole_bytes(0, 1 << 40),
+        "what is kept of all running streams together, so that they can be continued; a stream that finds no "
+        "room is passed on all the same",
+    ),
     Flag(
         "--control",
         "HOST:PORT[,...]",
@@ -318,7 +350,48 @@ FLAGS: tuple[Flag, ...] = (
         "",
         "no",
         _read_yes_no,
-        "let the prefill targets be dialled that proven coordinators name; as a variable, yes or no",
+        "let the prefill targets and decode endpoints be dialled that proven coordinators name; as a "
+        "variable, yes or no",
+    ),
+    Flag(
+        "--tls-cert-file",
+        "FILE",
+        "",
+        _read_path,
+        "PEM file of this sidecar's certificate chain; with it both listeners speak TLS only, see tls.md",
+    ),
+    Flag("--tls-key-file", "FILE", "", _read_path, "PEM file of that certificate's key"),
+    Flag(
+        "--tls-client-ca-file",
+        "FILE",
+        "",
+        _read_path,
+        "PEM file of who signs clients' certificates; with it whoever sends requests needs one, and whoever "
+        "reads metrics does not",
+    ),
+    Flag(
+        "--upstream-ca-file",
+        "FILE",
+        "",
+        _read_path,
+        "PEM file of who signs the certificates of prefill pods and other sidecars; with it they are spoken "
+        "to over TLS only; the own engine never is",
+    ),
+    Flag("--upstream-cert-file", "FILE", "", _read_path, "PEM file of the certificate shown to them"),
+    Flag("--upstream-cert-key-file", "FILE", "", _read_path, "PEM file of that certificate's key"),
+    Flag(
+        "--upstream-tls-name",
+        "NAME",
+        "",
+        _read_name,
+        "the name that all their certificates bear, in place of the host that is dialled",
+    ),
+    Flag(
+        "--plan-keys-file",
+        "FILE",
+        "",
+        _read_path,
+        "keys shared with the gateway, one a line as NAME:SECRET; with it only signed plans are served",
     ),
     Flag("--log-level", "LEVEL", "info", _read_level, "least level that is logged: " + ", ".join(LOG_LEVELS)),
 )
@@ -354,7 +427,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
             parser.add_argument(flag.name, metavar=flag.metavar, help=shown)
     given = parser.parse_args(arguments)
     values = {flag.attribute: _value(flag, given, environment) for flag in FLAGS}
-    _check_together(values)
+    check_together(values)
     return Settings(**values)
 
 
@@ -373,33 +446,3 @@ def _value(flag: Flag, given: argparse.Namespace, environment: Mapping[str, str]
         return flag.read(text)
     except ValueError as error:
         raise SettingsError(source, text, str(error)) from error
-
-
-def _check_together(values: Mapping[str, Any]) -> None:
-    if values["allow_any"] and (values["allow"] or values["allow_file"]):
-        raise SettingsError(
-            "--allow-any", "yes", "it makes --allow and --allow-file void; leave one of them out"
-        )
-    _check_control(values)
-    if values["allow_any"] and values["kv_agent"]:
-        raise SettingsError(
-            "--kv-agent", values["kv_agent"], "with --allow-any no target is known to probe; give --allow"
-        )
-    port = values["port"]
-    if port and port == values["metrics_port"] and values["host"] == values["metrics_host"]:
-        raise SettingsError("--metrics-port", port, "it is --port too; give another")
-
-
-def _check_control(values: Mapping[str, Any]) -> None:
-    if values["allow_from_control"] and not (values["control_key_file"] or values["control_ca_file"]):
-        remedy = "give --control-key-file or --control-ca-file: a coordinator has to prove itself for that"
-        raise SettingsError("--allow-from-control", "yes", remedy)
-    if values["allow_from_control"] and not values["control"]:
-        raise SettingsError("--allow-from-control", "yes", "give --control too: nobody else names targets")
-    if (values["control_cert_file"] is None) != (values["control_cert_key_file"] is None):
-        name = "--control-cert-file" if values["control_cert_file"] else "--control-cert-key-file"
-        remedy = "certificate and key go together; give both or neither"
-        raise SettingsError(name, str(values["control_cert_file"] or values["control_cert_key_file"]), remedy)
-    if values["control_cert_file"] and not values["control_ca_file"]:
-        remedy = "give --control-ca-file too: a certificate is of use on an encrypted stream only"
-        raise SettingsError("--control-cert-file", str(values["control_cert_file"]), remedy)

@@ -19,6 +19,7 @@ class State(StrEnum):
     PULLING = "pulling"
     LOCAL = "local"
     RELAYING = "relaying"
+    RESUMING = "resuming"
     DONE = "done"
 
 
@@ -30,6 +31,7 @@ STATE_MEANINGS: dict[State, str] = {
     State.PULLING: "the prefill leg is good, the decode leg is to show its first output",
     State.LOCAL: "colocated: the engine does both phases, no output yet",
     State.RELAYING: "committed: the client has the head, output flows to it",
+    State.RESUMING: "the stream broke off; a continuation of it runs, and is to show its first output",
     State.DONE: "over",
 }
 
@@ -49,6 +51,8 @@ class Fault(StrEnum):
     LOST_IN_BODY = "lost-in-body"
     TIMED_OUT = "timed-out"
     MALFORMED = "malformed"
+    TORN = "torn"
+    """The engine itself said that it failed or gave the request up, in mid-stream or in a whole answer."""
 
 
 class Outcome(StrEnum):
@@ -58,7 +62,38 @@ class Outcome(StrEnum):
     PASSED_ON = "passed-on"
     REFUSED = "refused"
     BROKEN_OFF = "broken-off"
+    HANDED_BACK = "handed-back"
+    """Broken off without a word, for whoever sent the request to go on with it elsewhere."""
     CLIENT_LEFT = "client-left"
+
+
+class NotResumed(StrEnum):
+    """Why a stream that broke off was not, or no longer, continued; beside the reasons of its body."""
+
+    NO_TARGET = "no-target"
+    TRIES = "tries"
+    AGE = "age"
+    NO_STREAM = "no-stream"
+    """The engine answered in one piece what was asked for as a stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """How a stream that its engine lost may go on.
+
+    Attributes:
+        targets: decode endpoints in the order to try; each once, and after them the own engine.
+        refused: those of them that the allowlist turns down; their rungs are skipped.
+        tries_max: continuations of one stream, at least 1.
+        age_s_max: a stream that began longer ago is not continued.
+        stall_s: longest time in which a stream that may be continued makes no progress.
+    """
+
+    targets: tuple[HostPort, ...]
+    refused: frozenset[HostPort] = frozenset()
+    tries_max: int = 1
+    age_s_max: float = 600.0
+    stall_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +109,10 @@ class Order:
         is_stream: whether the client asked for a stream. Only a stream's first output tells that the
             KV has moved; an answer in one piece comes after the whole generation.
         answer_deadline_s: longest wait for the first output where the transfer deadline cannot apply.
-        idle_deadline_s: longest time in which a begun answer may make no progress.
+        idle_deadline_s: longest time in which a begun answer may make no progress; also of one try to
+            continue it.
+        resume: None where a stream that breaks off stays broken off.
+        is_resumed_above: whoever sent the request continues its stream.
     """
 
     dialect: DialectName
@@ -88,6 +126,8 @@ class Order:
     transfer_deadline_s: float = 20.0
     answer_deadline_s: float = 600.0
     idle_deadline_s: float = 60.0
+    resume: Resume | None = None
+    is_resumed_above: bool = False
 
 
 # Events: what can happen to a request. `leg` is the number that the Send action gave.
@@ -171,6 +211,29 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True)
+class Unresumed:
+    """What was passed on so far cannot be continued.
+
+    Attributes:
+        why: a closed list's word.
+    """
+
+    leg: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraceEnding:
+    """The process is about to end.
+
+    Attributes:
+        is_over: nothing can be waited for any more.
+    """
+
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DeadlinePassed:
     """`Handoff.deadline_s` came and nothing had happened."""
 
@@ -181,9 +244,16 @@ class ClientLeft:
 
 
 LegEvent = (
-    PrefillAnswered | PrefillRejected | PrefillLost | DecodeOpened | DecodeRejected | DecodeLost | DecodeEnded
+    PrefillAnswered
+    | PrefillRejected
+    | PrefillLost
+    | DecodeOpened
+    | DecodeRejected
+    | DecodeLost
+    | DecodeEnded
+    | Unresumed
 )
-Event = Begun | LegEvent | Progressed | DeadlinePassed | ClientLeft
+Event = Begun | LegEvent | Progressed | GraceEnding | DeadlinePassed | ClientLeft
 
 
 # Actions: what the edge must do, in order.
@@ -219,6 +289,23 @@ class SendDecode:
 
 
 @dataclass(frozen=True, slots=True)
+class SendContinuation:
+    """Send a decode leg that goes on where the stream broke off.
+
+    Its events are a decode leg's. DecodeEnded without DecodeOpened says that nothing was left to generate.
+
+    Attributes:
+        target: a decode endpoint, or the own engine, which is asked for its health until it is well.
+        prefill: the prefill pod whose KV the stream began with; its prefix cache may still have the prompt.
+    """
+
+    leg: int
+    attempt: int
+    target: HostPort
+    prefill: PrefillTarget | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CancelLeg:
     """Close the leg's connection, which is how an engine learns that it may stop."""
 
@@ -227,7 +314,7 @@ class CancelLeg:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Give the client the decode leg's head and what was held back, then relay."""
+    """Give the client the decode leg's head, if it has none yet, and what was held back, then relay."""
 
     leg: int
 
@@ -248,9 +335,16 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class BreakOff:
-    """End a begun answer with an error: an error event in a stream, and a closed connection."""
+    """End a begun answer unfinished, by closing the connection.
+
+    Attributes:
+        is_told: an error event goes before it, in a stream.
+        why: what kept the stream from being continued; empty where nobody was to.
+    """
 
     reason: RefuseReason
+    is_told: bool = True
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +361,18 @@ class End:
     outcome: Outcome
 
 
-Action = SendPrefill | SendDecode | CancelLeg | Commit | PassOn | Refuse | BreakOff | OrphanLease | End
+Action = (
+    SendPrefill
+    | SendDecode
+    | SendContinuation
+    | CancelLeg
+    | Commit
+    | PassOn
+    | Refuse
+    | BreakOff
+    | OrphanLease
+    | End
+)
 
 
 @dataclass(slots=True)

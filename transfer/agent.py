@@ -7,6 +7,7 @@ backends bring their own. The engine calls from its own thread and is never made
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Future
 
@@ -37,6 +38,7 @@ CLOSE_S_MAX = 4.0
 """Longest time to close connections."""
 WORK_END_S_MAX = 10.0
 """Longest wait for a pack or an unpack under way, before the engine is told that its blocks are its own."""
+DRAIN_PAUSE_S = 0.02
 _log = logging.getLogger("pdcoord.transfer")
 _FAILED = "the transfer agent has failed; the engine goes on without transfers"
 
@@ -58,6 +60,7 @@ class Agent:
         backends: Sequence[Backend],
     ) -> None:
         self._repacker = repacker
+        self._lease_s = settings.lease_s
         self._staging = staging
         self._backends = {backend.name: backend for backend in backends}
         self._results = Results()
@@ -174,6 +177,19 @@ class Agent:
 
     def stats(self) -> AgentStats:
         return self._counters.stats(self._control.staging_used_bytes, self._staging.region)
+
+    def drain(self) -> bool:
+        """Wait until peers have fetched what was handed over to them; whether it came to that within a lease.
+
+        An engine whose prefills are done frees their blocks as soon as they are staged, and knows of nothing
+        that it should wait for.
+        """
+        deadline_s = time.monotonic() + self._lease_s
+        while self._thread.is_alive() and self._control.offered_count:
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(DRAIN_PAUSE_S)
+        return True
 
     def close(self) -> None:
         """End everything; what was under way is reported as CLOSED. Within a few seconds, idempotent."""

@@ -160,6 +160,10 @@ class Control:
         """Held by offers and landings, without what probes have for good."""
         return self._arena.used_bytes - self._patterns.reserved_bytes
 
+    @property
+    def offered_count(self) -> int:
+        return self._outbox.live_count
+
     async def run(self, stop: asyncio.Event, started: Callable[[], None]) -> None:
         """Listen and serve until `stop`.
 

@@ -46,6 +46,7 @@ apiVersion: pdcoord.io/v1alpha1
 kind: PoolPolicy
 metadata: {{name: bench}}
 model: {{name: {MODEL}}}
+canary: {{mode: off}}
 pools:
 """
 _POOL = """\

@@ -142,6 +142,10 @@ def _split(site: Site) -> list[str]:
     return [f"x-prefiller-host-port: 127.0.0.1:{site.prefill_port}"]
 
 
+def _resumable(_site: Site) -> list[str]:
+    return ['x-pdcoord-plan: {"resume_tries_max": 3}']
+
+
 SPLICE = Contender("splice", "splice", _module("splice"))
 _SIDECAR = (BINARIES / "pdcoord-sidecar",)
 _GATEWAY = (BINARIES / "pdcoord",)
@@ -157,6 +161,14 @@ OURS = (
         _split,
         expected='"mode":"split"',
         is_held_to_bar=True,
+        needs=_SIDECAR,
+    ),
+    Contender(
+        "sidecar-resumable",
+        "sidecar",
+        _sidecar,
+        _resumable,
+        expected='"mode":"colocated"',
         needs=_SIDECAR,
     ),
     Contender(

@@ -2,7 +2,7 @@
 
 import heapq
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Fleet, Health
@@ -20,11 +20,16 @@ def alternatives(
     plan: Plan,
     allowed: frozenset[str] | None,
     count_max: int,
+    *,
+    barred: Collection[EndpointId] = (),
 ) -> list[Endpoint]:
     """Endpoints that could stand in for a plan's decode endpoint, least busy first.
 
     Only of its own pool: there layouts are equal, so that the plan's prefill endpoints suit them too. None of
     those themselves: a call would be prefilled on its own decode endpoint and moved to where it is.
+
+    Args:
+        barred: endpoints that serve badly.
     """
     chosen = plan.decode
     named = plan.endpoint_ids()
@@ -34,7 +39,9 @@ def alternatives(
             fit = [
                 (loads.get(state.endpoint.id, IDLE).request_count, index, state.endpoint)
                 for index, state in enumerate(itertools.islice(ready, LOOKED_AT_MAX))
-                if state.endpoint.id not in named and is_allowed(allowed, state.endpoint.address)
+                if state.endpoint.id not in named
+                and state.endpoint.id not in barred
+                and is_allowed(allowed, state.endpoint.address)
             ]
             in_flight_max = chosen.pool.limits.in_flight_max
             roomy = [each for each in fit if each[0] < in_flight_max]
@@ -53,17 +60,25 @@ def moved(plan: Plan, decode: Endpoint) -> Plan:
 
 
 def least_busy(
-    states: Iterable[EndpointState], loads: Mapping[EndpointId, Load], allowed: frozenset[str] | None
+    states: Iterable[EndpointState],
+    loads: Mapping[EndpointId, Load],
+    allowed: frozenset[str] | None,
+    *,
+    barred: Collection[EndpointId] = (),
 ) -> Endpoint | None:
-    """The ready endpoint with the fewest requests that answers calls itself; None if there is none."""
+    """The ready endpoint with the fewest requests that answers calls itself; None if there is none.
+
+    Args:
+        barred: endpoints that serve badly: behind all others.
+    """
     found: Endpoint | None = None
-    least: tuple[int, int] | None = None
+    least: tuple[bool, int, int] | None = None
     for state in states:
         endpoint = state.endpoint
         is_fit = state.health is Health.READY and endpoint.pool.can_decode
         if is_fit and is_allowed(allowed, endpoint.address):
             load = loads.get(endpoint.id, IDLE)
-            rank = (load.request_count, load.begun_ordinal)
+            rank = (endpoint.id in barred, load.request_count, load.begun_ordinal)
             if least is None or rank < least:
                 found, least = endpoint, rank
     return found

@@ -4,58 +4,65 @@ A request's life here, and nothing else is legal:
     RequestArrived -> Dispatch | Refuse | Wait
     Wait           -> Dispatch | Refuse (in answer to any later event) | RequestEnded
     Dispatch       -> ResponseBegan | DecodeFailed | RequestEnded
-    ResponseBegan  -> RequestEnded
+    ResponseBegan  -> StreamBroke | RequestEnded
     DecodeFailed   -> Dispatch | Refuse
+    StreamBroke    -> Dispatch | Refuse
 A refused request has ended.
 """
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from pdcoord.core import refusals
+from pdcoord.core import hedging, refusals, resumes
 from pdcoord.core.admission import Admission, Later
 from pdcoord.core.alternatives import moved
+from pdcoord.core.bookings import Bookings, Live
+from pdcoord.core.canary import Canaries
 from pdcoord.core.disagg import dialect
+from pdcoord.core.doubts import Doubt
 from pdcoord.core.events import (
     Action,
     DecodeFailed,
     DecodeMoved,
     Dispatch,
     Event,
+    HedgeAsked,
+    HedgeOver,
     ModelsReplaced,
     Refuse,
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    StreamBroke,
     TimePassed,
 )
 from pdcoord.core.fleet import (
-    Endpoint,
     EndpointDraining,
     EndpointGone,
     EndpointId,
     EndpointSeen,
-    EndpointState,
     Fleet,
     SampleFailed,
     SampleTaken,
 )
+from pdcoord.core.hedging import HedgeEnd, Hedges
 from pdcoord.core.intake import Intake
 from pdcoord.core.kvcache import KvSignal
 from pdcoord.core.ladder import FallbackBudget, rungs
 from pdcoord.core.learned import LearnedSpeed
-from pdcoord.core.ledger import Entry, Ledger
+from pdcoord.core.ledger import Ledger
 from pdcoord.core.lessons import Lessons
 from pdcoord.core.model import Model
-from pdcoord.core.paths import PathTable, PathView
+from pdcoord.core.paths import PathTable
+from pdcoord.core.pathview import PathView, path_views
 from pdcoord.core.plan import Plan
 from pdcoord.core.ports import SpeedModel
 from pdcoord.core.prefixes import Prefixes
+from pdcoord.core.progress import Progress
 from pdcoord.core.queues import Waiting
 from pdcoord.core.remote import Accounts, RemoteLoad
 from pdcoord.core.request import Request, RequestId
 from pdcoord.core.scheduler import NoChoice, Scheduler
+from pdcoord.core.served import PathEvidence, target_of
 from pdcoord.core.silent import SilentFailures
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
@@ -65,39 +72,48 @@ LIVE_REQUESTS_MAX = 65_536
 """Requests in all that one coordinator keeps account of; past it the next is refused."""
 
 
-@dataclass(slots=True)
-class _Live:
-    """One request between its first plan and its end."""
-
-    request: Request
-    plan: Plan
-    failed_decodes: frozenset[EndpointId] = frozenset()
-    has_begun: bool = False
-
-
 class Coordinator:
     """All state of routing. `handle` is the only way to change it."""
 
-    def __init__(self, speed: SpeedModel | None = None, replica: str = "") -> None:
+    def __init__(
+        self, speed: SpeedModel | None = None, replica: str = "", *, has_canaries: bool = False
+    ) -> None:
+        """Knows no model yet.
+
+        Args:
+            has_canaries: whether somebody carries out what `canaries` asks for; else none keeps a path shut.
+        """
         self.fleet = Fleet()
         self.ledger = Ledger()
         self.paths = PathTable()
         self.prefixes = Prefixes()
         self._silent = SilentFailures()
+        self._evidence = PathEvidence(self.fleet, self.paths, self._silent)
         self._speed = speed if speed is not None else LearnedSpeed()
         self.lessons = Lessons(self.fleet, self.ledger, self.paths, self._speed)
+        self.progress = Progress(self.fleet, self.model)
         self._replica = replica
-        accounts = Accounts(self.fleet, self.ledger, self.paths, self._silent, self.lessons, self._speed)
+        accounts = Accounts(
+            self.fleet, self.ledger, self.paths, self._silent, self.lessons, self._speed, self.progress
+        )
+        self._accounts = accounts
         self.remote = RemoteLoad(accounts, self.model)
-        self._intake = Intake(accounts, self.prefixes, self.remote, self.model)
+        self.canaries = Canaries(
+            self.fleet, self.ledger, self.paths, replica=replica, has_runner=has_canaries
+        )
+        self._intake = Intake(accounts, self.prefixes, self.remote, self.model, canaries=self.canaries)
+        self._bookings = Bookings(accounts, self.prefixes, self._evidence)
         self._models: dict[str, Model] = {}
         self.budgets: dict[str, FallbackBudget] = {}
-        self._live: dict[RequestId, _Live] = {}
+        self.hedges = Hedges()
+        self._live: dict[RequestId, Live] = {}
         self.admission = Admission(self.fleet, self.ledger, self._speed)
         self._scheduler = Scheduler(self.fleet, self.ledger, self.prefixes, self.paths, self._speed)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take one event in; what must be done about it, and about requests that wait, comes out."""
+        if self.progress.pass_time(now_s):
+            self.admission.wake(now_s)
         actions = self._take(event, now_s)
         # Neither an arrival nor what engines cache, told thousands of times a second, makes room.
         if self.admission.count and not isinstance(event, RequestArrived | KvSignal):
@@ -108,7 +124,8 @@ class Coordinator:
 
     def next_event_s(self) -> float | None:
         """When to pass a TimePassed in though nothing happens; None if there is no need."""
-        return self.admission.next_event_s()
+        times = (self.admission.next_event_s(), self.progress.next_event_s())
+        return min((time_s for time_s in times if time_s is not None), default=None)
 
     def _take(self, event: Event, now_s: float) -> list[Action]:
         match event:
@@ -118,16 +135,19 @@ class Coordinator:
                 self._begin_response(self._live[request_id], served, now_s)
             case DecodeFailed():
                 return [self._fail_decode(event, now_s)]
+            case StreamBroke():
+                return [self._break_stream(event, now_s)]
             case DecodeMoved(request_id, address):
                 self._move(request_id, address, now_s)
             case RequestEnded(request_id, outcome, output_tokens):
-                self.lessons.ended(request_id, outcome, output_tokens, now_s)
+                pace = self.lessons.ended(request_id, outcome, output_tokens, now_s)
+                self.progress.ended(request_id, outcome, pace, now_s)
                 self._end(request_id, now_s)
             case ModelsReplaced(models):
                 self._replace_models(models)
                 return self.admission.keep_only(self._models)
-            case TimePassed():
-                pass
+            case HedgeAsked() | HedgeOver():
+                return self._take_hedge(event, now_s)
             case EndpointSeen() | EndpointGone() | EndpointDraining() | SampleTaken() | SampleFailed():
                 self._intake.take_signal(event, now_s)
             case _:
@@ -147,6 +167,25 @@ class Coordinator:
         """Requests that are dispatched or wait."""
         return len(self._live) + self.admission.count
 
+    def silence_s_max(self, request_id: RequestId, now_s: float) -> float | None:
+        """How long a request's stream may go without a token; None where it could not go on elsewhere."""
+        live = self._live.get(request_id)
+        model = self._models.get(live.request.model) if live is not None else None
+        if live is None or model is None or live.begun_s is None:
+            return None
+        decode = live.plan.decode
+        if resumes.why_not(model, live.resume_count, now_s - live.begun_s):
+            return None
+        if not resumes.has_other(self.fleet, live.request, live.failed_decodes | {decode.id}):
+            return None
+        load = self.ledger.load(decode.id)
+        step_s = self._speed.step_s(decode, max(1, load.streaming_count), load.streaming_tokens)
+        return resumes.silence_s_max(model, step_s, load, now_s)
+
+    def doubt(self, endpoint: EndpointId) -> Doubt | None:
+        """Why the endpoint's own metrics are not believed; None if they are."""
+        return self._intake.doubts.doubt(endpoint)
+
     def fallback_share(self, model: str) -> float:
         """Share of the model's recent requests that fell back to a local prefill, 0..1."""
         budget = self.budgets.get(model)
@@ -154,24 +193,7 @@ class Coordinator:
 
     def paths_view(self, now_s: float) -> list[PathView]:
         """Every pair of endpoints that could be a path, of all models."""
-        return [view for model in self.models() for view in self._paths_of(model, now_s)]
-
-    def _paths_of(self, model: Model, now_s: float) -> Iterator[PathView]:
-        endpoints = [state.endpoint for state in self.fleet.of_model(model.name)]
-        for prefill, decode in itertools.product(endpoints, endpoints):
-            if prefill.pool.can_prefill and decode.pool.can_decode and prefill.id != decode.id:
-                seeded = self._speed.path(prefill, decode)
-                figures = self.paths.figures(prefill.id, decode.id, seeded, now_s)
-                yield PathView(
-                    prefill=prefill,
-                    decode=decode,
-                    verdict=self.paths.verdict(prefill.pool, decode.pool),
-                    state=self.paths.state(prefill.id, decode.id, now_s),
-                    bandwidth_bytes_per_s=figures.bandwidth_bytes_per_s,
-                    bytes_in_flight=self.ledger.load(decode.id).bytes_in_flight,
-                    fault=self.paths.fault(prefill.id, decode.id, now_s),
-                    probe=self.paths.probe(prefill.id, decode.id),
-                )
+        return list(path_views(self.models(), self._accounts, self.canaries, now_s))
 
     def validate(self) -> None:
         """Assert every cross-reference; tests and the simulator call this after every event."""
@@ -182,6 +204,9 @@ class Coordinator:
         self.paths.validate(known, self._live.keys() | self.remote.request_ids())
         self.remote.validate()
         self._silent.validate(known)
+        self._intake.doubts.validate(known)
+        self.progress.validate(self._live)
+        self.canaries.validate()
         self._speed.validate()
         self.lessons.validate(self._live)
         in_use = {e.id for live in self._live.values() for e in (live.plan.decode, live.plan.prefill) if e}
@@ -201,7 +226,9 @@ class Coordinator:
             self.budgets[model.name] = (
                 budget if budget is not None and budget.window == window else FallbackBudget(window)
             )
+        self.hedges.replace_models(models)
         self.paths.forget_verdicts()
+        self.canaries.replace_models(models)
         self.prefixes.replace_models(models)
 
     def _arrive(self, request: Request, now_s: float) -> list[Action]:
@@ -248,19 +275,25 @@ class Coordinator:
             return Refuse(request.id, ruling)
         if ruling is not None or plan is None:
             return ruling or Later()
-        self._live[request.id] = _Live(request, plan)
-        return self._dispatch(self._live[request.id], model, now_s)
+        self.hedges.note(model.name, is_second=False)
+        return self._dispatch(Live(request, plan), model, now_s)
 
     def _plan(
         self, request: Request, model: Model, excluded: frozenset[EndpointId], attempt: int, now_s: float
     ) -> Plan | Refusal:
-        choice = self._scheduler.choose(request, model, excluded, now_s)
+        shunned = self.progress.shunned(now_s)
+        choice = self._scheduler.choose(request, model, excluded, now_s, shunned)
         if isinstance(choice, NoChoice):
             return refusals.why_nobody(request, model, choice.drops)
         decode = self.fleet.get(choice.best.decode.id)
         assert decode is not None, "the scheduler chose an endpoint that is not in the fleet"
         budget = self.budgets[model.name]
-        if choice.is_outage and not budget.allows(model.fallback, decode):
+        if request.is_resumed:
+            within = resumes.within_budget(choice, model, budget, decode, self.paths)
+            if within is None:
+                return refusals.saturated()
+            choice = within
+        elif choice.is_outage and not budget.allows(model.fallback, decode):
             # Counted, since the share is of what was asked for: were only what is served counted, a
             # share once reached would let nothing pass any more.
             budget.note(is_fallback=False)
@@ -282,114 +315,136 @@ class Coordinator:
             attempt=attempt,
             is_outage=choice.is_outage,
             replica=self._replica,
+            hedge_after_s=hedging.after_s(request, model, choice.best.figures),
         )
 
-    def _dispatch(self, live: _Live, model: Model, now_s: float) -> Dispatch:
-        plan, request = live.plan, live.request
-        worker = plan.prefill or plan.decode
-        self.ledger.begin(
-            Entry(
-                request_id=request.id,
-                decode=plan.decode.id,
-                worker=worker.id,
-                prefill_us=round(plan.chosen.figures.prefill_s * 1e6),
-                prompt_tokens=request.prompt_tokens,
-                transfer_bytes=plan.chosen.figures.transfer_bytes,
-                uncached_tokens=plan.chosen.figures.landing_tokens,
-                is_streamed=request.is_streamed,
-            ),
-            now_s,
-        )
-        self.lessons.dispatched(request, plan, now_s)
-        if plan.prefill is not None:
-            self.paths.begin(plan.prefill.id, plan.decode.id, request.id)
-        state = self._state_of(worker)
-        if state is not None and request.is_generative:
-            self.prefixes.compare(state, request, model)
-        # Recorded when routed, not when answered, so that a burst of one prefix goes to one place.
-        for endpoint in {worker.id: worker, plan.decode.id: plan.decode}.values():
-            wait_s = plan.chosen.figures.ttft_s
-            self._record_prefix(endpoint, request, model, now_s, wait_s=wait_s)
-        return Dispatch(plan)
+    def _dispatch(self, live: Live, model: Model, now_s: float) -> Dispatch:
+        self._live[live.request.id] = live
+        self._bookings.open(live, model, now_s)
+        return Dispatch(live.plan)
 
-    def _record_prefix(
-        self, endpoint: Endpoint, request: Request, model: Model, now_s: float, *, wait_s: float = 0.0
-    ) -> None:
-        state = self._state_of(endpoint)
-        if state is not None and request.is_generative:
-            self.prefixes.record(state, request, model, now_s, wait_s=wait_s)
-
-    def _state_of(self, endpoint: Endpoint) -> EndpointState | None:
-        """The endpoint of a plan as it is now; None if it is gone or is another process by now."""
-        state = self.fleet.get(endpoint.id)
-        return state if state is not None and state.endpoint.address == endpoint.address else None
-
-    def _begin_response(self, live: _Live, served: ServedHeader | None, now_s: float) -> None:
+    def _begin_response(self, live: Live, served: ServedHeader | None, now_s: float) -> None:
         assert not live.has_begun, f"response {live.request.id} began twice"
         live.has_begun = True
+        if live.begun_s is None:
+            live.begun_s = now_s
         model = self._models.get(live.request.model)
         bandwidth_min = model.disaggregation.bandwidth_bytes_per_s_min if model is not None else 0.0
         self.lessons.began(live.request.id, served, bandwidth_min, now_s)
+        self.progress.began(live.request.id, served, now_s)
         self.ledger.finish_prefill(live.request.id, now_s)
-        self._learn_path(live, served, now_s)
+        self._evidence.take(live.plan, served, now_s)
         fell_back = served is not None and any(r.rung is RungKind.COLOCATED for r in served.rungs)
-        self._note_budget(live, is_fallback=fell_back or live.plan.is_outage)
+        if fell_back or not live.resume_count:  # A continuation was noted when it was planned.
+            self._note_budget(live, is_fallback=fell_back or live.plan.is_outage)
         if model is not None and served is not None and served.prefill is not None:
-            used = self._target(live.plan, served.prefill)
+            used = target_of(live.plan, served.prefill)
             if used is not None:
-                self._record_prefix(used, live.request, model, now_s)
+                self._bookings.record_prefix(used, live.request, model, now_s)
 
-    def _note_budget(self, live: _Live, *, is_fallback: bool) -> None:
+    def _note_budget(self, live: Live, *, is_fallback: bool) -> None:
         budget = self.budgets.get(live.request.model)
         if budget is not None:
             budget.note(is_fallback=is_fallback)
 
-    def _learn_path(self, live: _Live, served: ServedHeader | None, now_s: float) -> None:
-        plan, request_id = live.plan, live.request.id
-        if self._state_of(plan.decode) is None:
-            return  # Its breakers went with it.
-        judged: set[EndpointId] = set()
-        if served is not None:
-            for taken in served.rungs:
-                prefill = self._target(plan, taken.target)
-                if prefill is not None and self._state_of(prefill) is not None:
-                    judged.add(prefill.id)
-                    self.paths.fail((prefill.id, plan.decode.id), taken.reason, request_id, now_s)
-            used = self._target(plan, served.prefill) if served.prefill is not None else None
-            if served.mode is Mode.SPLIT and used is not None and self._state_of(used) is not None:
-                judged.add(used.id)
-                self.paths.succeed(used.id, plan.decode.id)
-                moved_tokens = plan.chosen.figures.transfer_bytes // max(1, used.pool.kv_bytes_per_token)
-                self._silent.answered(used.id, plan.decode.id, moved_tokens)
-        if plan.prefill is not None and plan.prefill.id not in judged:
-            self.paths.abandon(plan.prefill.id, plan.decode.id, request_id)
-
-    @staticmethod
-    def _target(plan: Plan, address: HostPort) -> Endpoint | None:
-        """The prefill endpoint of this plan with that address."""
-        for endpoint in (plan.prefill, *(rung.prefill for rung in plan.rungs)):
-            if endpoint is not None and endpoint.address == address:
-                return endpoint
-        return None
-
     def _fail_decode(self, event: DecodeFailed, now_s: float) -> Action:
         live = self._live[event.id]
         assert not live.has_begun, f"request {event.id} failed over after its response began"
-        self._learn_path(live, event.served, now_s)
-        self._close(live, now_s)
-        failed = live.plan.decode.id
-        if event.reason is RungReason.DECODE_UNREACHABLE:
-            self.fleet.mark_unreachable(failed)
-        excluded = live.failed_decodes | {failed}
+        self._evidence.take(live.plan, event.served, now_s)
+        self.progress.failed(event.id, event.reason, event.served, now_s)
+        excluded = self._give_up(live, event.reason, now_s)
         attempt = live.plan.attempt + 1
         model = self._models.get(live.request.model)
+        if live.resume_count and not event.is_final:
+            return self._resume(live, excluded, now_s)
         if model is None or event.is_final or not _may_try_other(model, attempt):
             return Refuse(event.id, refusals.exhausted(attempt))
         planned = self._plan(live.request, model, excluded, attempt, now_s)
         if isinstance(planned, Refusal):
             return Refuse(event.id, refusals.exhausted(attempt))
-        self._live[event.id] = replace(live, plan=planned, failed_decodes=excluded)
-        return self._dispatch(self._live[event.id], model, now_s)
+        return self._dispatch(replace(live, plan=planned, failed_decodes=excluded), model, now_s)
+
+    def _give_up(self, live: Live, reason: RungReason, now_s: float) -> frozenset[EndpointId]:
+        """Close the account of a plan whose endpoint failed; all that failed the request."""
+        self._close(live, now_s)
+        failed = live.plan.decode.id
+        if reason is RungReason.DECODE_UNREACHABLE:
+            self.fleet.mark_unreachable(failed)
+        return live.failed_decodes | {failed}
+
+    def _break_stream(self, event: StreamBroke, now_s: float) -> Action:
+        live = self._live[event.id]
+        assert live.has_begun, f"the stream of {event.id} broke off before it began"
+        reason = resumes.blamed(self.fleet.get(live.plan.decode.id), event.reason)
+        self.progress.broke(event.id, reason, now_s)
+        excluded = self._give_up(live, event.reason, now_s)
+        tokens = max(live.output_tokens, event.output_tokens)
+        request = resumes.grown(live.request, tokens - live.output_tokens)
+        return self._resume(replace(live, request=request, output_tokens=tokens), excluded, now_s)
+
+    def _resume(self, live: Live, excluded: frozenset[EndpointId], now_s: float) -> Action:
+        """Have what is left of an answer made elsewhere; its old account is closed."""
+        request, plan = live.request, live.plan
+        model = self._models.get(request.model)
+        if model is None:
+            return Refuse(request.id, refusals.stream_lost("its model is no longer served"))
+        assert live.begun_s is not None, f"the stream of {request.id} goes on though it never began"
+        why = resumes.why_not(model, live.resume_count, now_s - live.begun_s)
+        if why:
+            return Refuse(request.id, refusals.stream_lost(why))
+        planned = self._plan(request, model, excluded, plan.attempt + 1, now_s)
+        if isinstance(planned, Refusal):
+            why = f"no other endpoint can take it ({planned.reason})"
+            return Refuse(request.id, refusals.stream_lost(why))
+        live = replace(
+            live, plan=planned, failed_decodes=excluded, has_begun=False, resume_count=live.resume_count + 1
+        )
+        return self._dispatch(live, model, now_s)
+
+    def _take_hedge(self, event: HedgeAsked | HedgeOver, now_s: float) -> list[Action]:
+        """Send a request to a second endpoint beside the first, if one may be asked; or leave one of two."""
+        if isinstance(event, HedgeOver):
+            self._end_hedge(event, now_s)
+            return []
+        request_id = event.id
+        live, second = self._live[request_id], hedging.id_of(request_id)
+        model = self._models.get(live.request.model)
+        barred = self.progress.quarantine.barred
+        is_due = model is not None and not live.has_begun and second not in self._live
+        attempt = live.plan.attempt + 1
+        if model is None or not is_due or not _may_try_other(model, attempt):
+            return []
+        if not self.hedges.allows(model, live.plan, barred):
+            self.hedges.count(model.name, HedgeEnd.WITHHELD)
+            return []
+        request = replace(live.request, id=second)
+        for excluded in hedging.exclusions(live.plan, live.failed_decodes, barred):
+            planned = self._plan(request, model, excluded, attempt, now_s)
+            if isinstance(planned, Plan):
+                self.hedges.note(model.name, is_second=True)
+                return [self._dispatch(replace(live, request=request, plan=planned), model, now_s)]
+        return []
+
+    def _end_hedge(self, event: HedgeOver, now_s: float) -> None:
+        first, second = self._live[event.id], self._live[hedging.id_of(event.id)]
+        slower = first if event.is_won else second
+        self.hedges.count(first.request.model, hedging.end_of(event))
+        if event.reason is not None:
+            self.progress.failed(slower.request.id, event.reason, event.served, now_s)
+        elif event.is_won:
+            self.progress.outrun(event.id, now_s)
+        if event.reason is not None or event.is_won:
+            excluded = first.failed_decodes | {slower.plan.decode.id}
+            first.failed_decodes = second.failed_decodes = excluded
+        self._evidence.take(slower.plan, event.served, now_s)
+        if event.reason is RungReason.DECODE_UNREACHABLE:
+            self.fleet.mark_unreachable(slower.plan.decode.id)
+        if event.is_won:
+            del self._live[second.request.id]
+        self._close(slower, now_s)
+        if event.is_won:
+            self._bookings.adopt(second, event.id)
+            self._live[event.id] = second
 
     def _move(self, request_id: RequestId, address: HostPort, now_s: float) -> None:
         live = self._live[request_id]
@@ -399,28 +454,24 @@ class Coordinator:
         if model is None or decode is None or decode.id == plan.decode.id:
             return
         assert not live.has_begun, f"request {request_id} was moved after its response began"
-        self._learn_path(live, None, now_s)
+        self._evidence.take(live.plan, None, now_s)
         self._close(live, now_s)
-        self._live[request_id] = replace(live, plan=moved(plan, decode))
-        self._dispatch(self._live[request_id], model, now_s)
+        self._dispatch(replace(live, plan=moved(plan, decode)), model, now_s)
 
     def _end(self, request_id: RequestId, now_s: float) -> None:
         if self.admission.drop(request_id):
             return
         live = self._live[request_id]
         if not live.has_begun:
-            self._learn_path(live, None, now_s)
+            self._evidence.take(live.plan, None, now_s)
         self._close(live, now_s)
 
-    def _close(self, live: _Live, now_s: float) -> None:
-        """Take a plan off the accounts, and with it those of endpoints that are gone."""
-        plan = live.plan
-        del self._live[live.request.id]
-        self.lessons.dropped(live.request.id, now_s)
-        self.ledger.end(live.request.id, now_s)
-        for endpoint in (plan.decode, plan.prefill):
-            if endpoint is not None and self.fleet.get(endpoint.id) is None:
-                self.ledger.forget(endpoint.id)
+    def _close(self, live: Live, now_s: float) -> None:
+        """Take a plan off the accounts, and with it a second attempt that was made beside it."""
+        for each in (live, self._live.get(hedging.id_of(live.request.id))):
+            if each is not None:
+                del self._live[each.request.id]
+                self._bookings.close(each, now_s)
 
 
 def _may_try_other(model: Model, attempt: int) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pdcoord.core.canary import CanaryBegan, CanaryJudged
 from pdcoord.core.fleet import EndpointId, Signal
 from pdcoord.core.kvcache import KvSignal
 from pdcoord.core.model import Model
@@ -75,6 +76,57 @@ class DecodeFailed:
     reason: RungReason
     served: ServedHeader | None = None
     is_final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBroke:
+    """A stream broke off behind its first byte, or made no progress, and could be continued elsewhere.
+
+    Answered with a Dispatch of what is left of it or a Refuse, as the ladder and its bounds say. After that
+    Dispatch a DecodeFailed is one continuation that failed, and answered likewise.
+
+    Attributes:
+        output_tokens: that the client has had by now, of this attempt and those before.
+    """
+
+    id: RequestId
+    reason: RungReason
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStalled:
+    """A stream stands still and cannot be continued elsewhere, so it is waited for; may be told again."""
+
+    id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class HedgeAsked:
+    """A request shows no output for its plan's `hedge_after_s` or longer: may another endpoint be asked too?
+
+    Answered with the Dispatch of a second attempt, under an id of its own, or with nothing: ask again later.
+    While there are two, all that is told of the request is of its first; HedgeOver leaves one of them.
+    """
+
+    id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class HedgeOver:
+    """One of two attempts is given up; the request goes on with the other.
+
+    Attributes:
+        id: of the request, not of the second attempt.
+        is_won: it goes on with the second one.
+        reason: why the one that is given up failed; None where it was merely slower.
+        served: what its sidecar says it did.
+    """
+
+    id: RequestId
+    is_won: bool
+    reason: RungReason | None = None
+    served: ServedHeader | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +209,16 @@ Event = (
     Signal
     | KvSignal
     | PathProbed
+    | CanaryBegan
+    | CanaryJudged
     | ModelsReplaced
     | RequestArrived
     | ResponseBegan
     | DecodeFailed
+    | StreamBroke
+    | StreamStalled
+    | HedgeAsked
+    | HedgeOver
     | DecodeMoved
     | RequestEnded
     | SidecarReported

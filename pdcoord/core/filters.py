@@ -16,6 +16,13 @@ _HEALTH_DROPS = {
 }
 
 
+_NOBODY: frozenset[EndpointId] = frozenset()
+
+RESUMED_SHARE_MAX = 2
+"""Of `in_flight_max` for requests that were admitted once: the streams of an endpoint that died go to the
+others, whose engines queue what is more than they can run."""
+
+
 # Not frozen, though nobody changes it: that would double what making it costs each request.
 @dataclass(slots=True)
 class PoolFit:
@@ -41,9 +48,18 @@ class Eligible:
 
 
 def eligible(
-    groups: Iterable[PoolGroup], request: Request, ledger: Ledger, excluded: frozenset[EndpointId]
+    groups: Iterable[PoolGroup],
+    request: Request,
+    ledger: Ledger,
+    excluded: frozenset[EndpointId],
+    shunned: frozenset[EndpointId] = _NOBODY,
 ) -> Eligible:
-    """Sort out which endpoints may serve this request."""
+    """Sort out which endpoints may serve this request.
+
+    Args:
+        excluded: those that failed it.
+        shunned: those that serve badly.
+    """
     found = Eligible([], Counter())
     for group in groups:
         for health, endpoints_of in group.by_health.items():
@@ -53,7 +69,14 @@ def eligible(
         if ready and _is_too_long(request, group.pool):
             found.drops[DropReason.CONTEXT_TOO_LONG] += len(ready)
         elif ready:
-            endpoints = _within_limits(group.pool, ready, ledger, excluded, found.drops)
+            in_flight_max = group.pool.limits.in_flight_max
+            if request.is_resumed:
+                in_flight_max *= RESUMED_SHARE_MAX
+            apart = {
+                **dict.fromkeys(shunned, DropReason.QUARANTINED),
+                **dict.fromkeys(excluded, DropReason.EXCLUDED),
+            }
+            endpoints = _within_limits(in_flight_max, ready, ledger, apart, found.drops)
             if endpoints:
                 found.pools.append(PoolFit(group.pool, endpoints, len(endpoints)))
     return found
@@ -82,29 +105,27 @@ def _is_too_long(request: Request, pool: Pool) -> bool:
 
 
 def _within_limits(
-    pool: Pool,
+    in_flight_max: int,
     ready: dict[EndpointId, EndpointState],
     ledger: Ledger,
-    excluded: frozenset[EndpointId],
+    apart: dict[EndpointId, DropReason],
     drops: Counter[DropReason],
 ) -> list[tuple[EndpointState, Load, int]]:
-    in_flight_max, loads = pool.limits.in_flight_max, ledger.accounts
+    loads = ledger.accounts
     endpoints: list[tuple[EndpointState, Load, int]] = []
-    excluded_count = full_count = 0
+    full_count = 0
     # A thousand times for each request: `Ledger.load` and `Load.others`, without their calls.
     for endpoint_id, state in ready.items():
         load = loads.get(endpoint_id, IDLE)
         sample, others = state.sample, 0
         if sample is not None and (seen := sample.running + sample.waiting) > load.own_at_sample:
             others = seen - load.own_at_sample
-        if excluded and endpoint_id in excluded:
-            excluded_count += 1
+        if apart and endpoint_id in apart:
+            drops[apart[endpoint_id]] += 1
         elif load.request_count + others >= in_flight_max:
             full_count += 1
         else:
             endpoints.append((state, load, others))
-    if excluded_count:
-        drops[DropReason.EXCLUDED] += excluded_count
     if full_count:
         drops[DropReason.AT_LIMIT] += full_count
     return endpoints

@@ -1,33 +1,67 @@
 """Takes in what feeds, sidecars and engines tell: each fact goes to every account that it touches."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from pdcoord.core.events import PathProbed, SidecarLost, SidecarReported
-from pdcoord.core.fleet import EndpointGone, EndpointId, EndpointSeen, Sample, SampleTaken, Signal
+from pdcoord.core.canary import Canaries, CanaryBegan, CanaryJudged
+from pdcoord.core.doubts import Doubts
+from pdcoord.core.events import PathProbed, SidecarLost, SidecarReported, StreamStalled, TimePassed
+from pdcoord.core.fleet import (
+    EndpointGone,
+    EndpointId,
+    EndpointSeen,
+    Health,
+    Sample,
+    SampleTaken,
+    Signal,
+)
 from pdcoord.core.kvcache import KvCleared, KvLost, KvRemoved, KvSignal, KvStored
 from pdcoord.core.model import Model
 from pdcoord.core.prefixes import Prefixes
 from pdcoord.core.remote import Accounts, RemoteLoad
 
+Report = (
+    PathProbed
+    | SidecarReported
+    | SidecarLost
+    | StreamStalled
+    | KvSignal
+    | CanaryBegan
+    | CanaryJudged
+    | TimePassed
+)
+
 
 class Intake:
-    """Holds no state of its own.
+    """Holds no state of its own but which endpoints' samples are doubted.
 
     Args:
         model: the model of a name or alias.
+
+    Attributes:
+        doubts: those.
     """
 
     def __init__(
-        self, accounts: Accounts, prefixes: Prefixes, remote: RemoteLoad, model: Callable[[str], Model | None]
+        self,
+        accounts: Accounts,
+        prefixes: Prefixes,
+        remote: RemoteLoad,
+        model: Callable[[str], Model | None],
+        *,
+        canaries: Canaries,
     ) -> None:
         self._fleet = accounts.fleet
         self._ledger = accounts.ledger
         self._paths = accounts.paths
         self._silent = accounts.silent
+        self._progress = accounts.progress
+        self.doubts = Doubts()
         self._speed = accounts.speed
         self._prefixes = prefixes
         self._remote = remote
         self._model = model
+        self._canaries = canaries
 
     def take_signal(self, signal: Signal, now_s: float) -> None:
         """Take in a fact about one endpoint."""
@@ -37,8 +71,10 @@ class Intake:
         elif isinstance(signal, EndpointGone):
             before = self._fleet.get(signal.id)
         elif isinstance(signal, SampleTaken):
+            signal = self._believed(signal)
             self._ledger.note_sample(signal.id, now_s)
             self._judge_paths(signal.id, signal.sample, now_s)
+            self._doubt_canaries(signal.id, now_s)
         self._fleet.handle(signal)
         if isinstance(signal, EndpointSeen):
             self._remote.endpoints_changed(now_s)
@@ -50,20 +86,43 @@ class Intake:
             self._prefixes.forget(before.ordinal)
             self._paths.forget(before.endpoint.id)
             self._silent.forget(before.endpoint.id)
+            self._progress.forget(before.endpoint.id, now_s)
+            self.doubts.forget(before.endpoint.id)
             self._speed.forget(before.endpoint.id)
             self._ledger.forget(before.endpoint.id)
+            self._canaries.forget(before.endpoint.id, now_s)
 
-    def take_report(self, event: PathProbed | SidecarReported | SidecarLost | KvSignal, now_s: float) -> None:
-        """Take in what a sidecar or an engine told."""
+    def _doubt_canaries(self, endpoint_id: EndpointId, now_s: float) -> None:
+        """What answers for the first time is to be tried, and what answers again may be another engine."""
+        state = self._fleet.get(endpoint_id)
+        if state is not None and state.health in {Health.UNKNOWN, Health.UNREACHABLE}:
+            self._canaries.forget(endpoint_id, now_s)
+            self._canaries.look(state.endpoint.pool, now_s)
+
+    def take_report(self, event: Report, now_s: float) -> None:
+        """Take in what a sidecar, an engine or a canary told."""
         match event:
+            case CanaryBegan() | CanaryJudged():
+                self._canaries.handle(event, now_s)
             case PathProbed():
                 self._take_probe(event, now_s)
             case SidecarReported(sidecar, epoch, report):
                 self._remote.take(sidecar, epoch, report, now_s)
+            case StreamStalled(request_id):
+                self._progress.stalled(request_id, now_s)
+            case TimePassed():
+                pass  # Whoever waits for a time has looked at it.
             case SidecarLost(sidecar):
                 self._remote.lose(sidecar, now_s)
             case KvStored() | KvRemoved() | KvCleared() | KvLost():
                 self._take_kv_signal(event)
+
+    def _believed(self, taken: SampleTaken) -> SampleTaken:
+        """The sample, or our own account in its place where that contradicts it."""
+        if self._fleet.get(taken.id) is None:
+            return taken
+        load = self._ledger.load(taken.id)
+        return replace(taken, sample=self.doubts.sampled(taken.id, taken.sample, load))
 
     def _judge_paths(self, decode: EndpointId, sample: Sample, now_s: float) -> None:
         """Hold what sidecars told against the counters of the engine behind them."""

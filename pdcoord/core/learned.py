@@ -123,6 +123,13 @@ class LearnedSpeed:
         weight = of_tenant.count / (of_tenant.count + _TENANT_PRIOR_COUNT)
         return of_model.value + weight * (of_tenant.value - of_model.value)
 
+    def pace(self, seen: StepsSeen) -> float | None:
+        pool = self._pool(seen.endpoint.pool)
+        if not is_sane(seen) or pool.step.count <= _EARLY_COUNT:
+            return None  # The policy's figures may be far from true of every endpoint.
+        usual_s = pool.step.line.time_s((1.0, seen.context_tokens, seen.batch)) * seen.step_count
+        return seen.took_s / usual_s if usual_s > 0.0 else None
+
     def learn(self, observation: Observation) -> None:
         if not is_sane(observation):
             self._left_out[kind_of(observation)] += 1
@@ -230,6 +237,11 @@ class _Phase:
         self._heard: set[EndpointId] = set()
         self._count = 0
         self._centred_count = 0
+
+    @property
+    def count(self) -> int:
+        """Times that were taken in."""
+        return self._count
 
     def learn(self, endpoint_id: EndpointId, row: Row, took_s: float, weight: float) -> bool:
         """Take in one time; whether endpoints other than this one may have changed beside their pool."""

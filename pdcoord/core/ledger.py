@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdcoord.core.fleet import EndpointId, Sample
 from pdcoord.core.request import RequestId
@@ -61,6 +61,7 @@ class Load:
         batch_s, context_token_s: `streaming_count` and `streaming_tokens` summed over time, up to `summed_s`.
         prefilled_us: predicted work of all prefills that were ever done or given up here.
         prefilled_s: when the last of them is known to have ended.
+        ended_count: requests whose decode leg here has ended, since the account was opened.
         recent_prefill_s: predicted work of prefills sent here, fading over PREFILL_MEMORY_S, as of
             `recent_at_s`.
     """
@@ -85,6 +86,7 @@ class Load:
     prefilled_s: float = 0.0
     recent_prefill_s: float = 0.0
     recent_at_s: float = 0.0
+    ended_count: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -243,6 +245,19 @@ class Ledger:
         decode.streaming_tokens += entry.prompt_tokens
         decode.pending_tokens -= entry.uncached_tokens
 
+    def rename(self, request_id: RequestId, to: RequestId) -> None:
+        """An entry goes on under another id, at the same place in every account."""
+        assert to not in self._entries, f"{to} is already in the ledger"
+        entry = self._entries[to] = replace(self._entries.pop(request_id), request_id=to)
+        worker = self._own(entry.worker)
+        if request_id in worker.prefills:
+            renamed = {to if name == request_id else name: us for name, us in worker.prefills.items()}
+            worker.prefills = renamed
+        for names in (self._unheard, self._remote):
+            if request_id in names:
+                names.remove(request_id)
+                names.add(to)
+
     def note_prefilled(self, endpoint_id: EndpointId, at_s: float) -> None:
         """A prefill is known to have ended here then."""
         load = self._loads.get(endpoint_id)
@@ -263,6 +278,7 @@ class Ledger:
         decode = self._own(entry.decode)
         decode.request_count -= 1
         decode.decode_count -= 1
+        decode.ended_count += 1
         decode.sum_up(now_s)
         decode.streaming_count -= 1
         decode.streaming_tokens -= entry.prompt_tokens

@@ -7,7 +7,7 @@ is another process by now, says nothing of its prefill.
 
 from collections import deque
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdcoord.core.events import Outcome
 from pdcoord.core.fleet import Endpoint, Fleet, ModelName
@@ -60,6 +60,7 @@ class _Watch:
         bytes_ahead: what was under way on its links then, without its own.
         begun_s: when the first byte came; None before it, and where its time says nothing of steps.
         batch_s, context_token_s, prefilled_us: of the decode endpoint's account then.
+        tokens_before: of its answer, from endpoints that it was at before.
     """
 
     request: Request
@@ -72,6 +73,7 @@ class _Watch:
     batch_s: float = 0.0
     context_token_s: float = 0.0
     prefilled_us: int = 0
+    tokens_before: int = 0
 
 
 class Lessons:
@@ -96,8 +98,12 @@ class Lessons:
         self._ttfts.clear()
         return taken
 
-    def dispatched(self, request: Request, plan: Plan, now_s: float) -> None:
-        """It was sent; told right after the ledger has its entry."""
+    def dispatched(self, request: Request, plan: Plan, now_s: float, tokens_before: int = 0) -> None:
+        """It was sent; told right after the ledger has its entry.
+
+        Args:
+            tokens_before: of its answer, where it is continued; its prompt has them.
+        """
         worker = self._ledger.load((plan.prefill or plan.decode).id)
         own_bytes = plan.chosen.figures.transfer_bytes
         self._watches[request.id] = _Watch(
@@ -107,6 +113,7 @@ class Lessons:
             worker.begun_ordinal,
             worker.request_count == 1,
             self._bytes_in_flight(plan) - own_bytes if own_bytes else 0,
+            tokens_before=tokens_before,
         )
 
     def began(
@@ -139,17 +146,27 @@ class Lessons:
             self._learn_split(watch, served, plan.prefill, now_s)
             self._learn_transfer(watch, served.transfer_ms / 1e3, bandwidth_min, now_s)
 
-    def ended(self, request_id: RequestId, outcome: Outcome, output_tokens: int | None, now_s: float) -> None:
-        """It ended; told while the ledger still has it."""
+    def ended(
+        self, request_id: RequestId, outcome: Outcome, output_tokens: int | None, now_s: float
+    ) -> float | None:
+        """It ended; told while the ledger still has it.
+
+        Returns how many times longer its steps took than its pool's do; None where that cannot be told.
+
+        Args:
+            output_tokens: of the whole answer, wherever they came from.
+        """
         watch = self._watches.get(request_id)
         if watch is None or outcome is not Outcome.OK or output_tokens is None:
-            return
+            return None
         request = watch.request
         if not request.is_generative or request.choice_count > 1:
-            return
+            return None
         self._speed.learn(OutputSeen(request.model, request.tenant, output_tokens))
-        if watch.begun_s is not None and output_tokens >= OUTPUT_TOKENS_MIN:
-            self._learn_steps(watch, watch.begun_s, output_tokens, now_s)
+        own_tokens = output_tokens - watch.tokens_before
+        if watch.begun_s is not None and own_tokens >= OUTPUT_TOKENS_MIN:
+            return self._learn_steps(watch, watch.begun_s, own_tokens, now_s)
+        return None
 
     def dropped(self, request_id: RequestId, now_s: float) -> None:
         """It is sent nowhere any more; told while the ledger still has it."""
@@ -158,6 +175,13 @@ class Lessons:
             worker = (watch.plan.prefill or watch.plan.decode).id
             if request_id in self._ledger.load(worker).prefills:
                 self._ledger.note_prefilled(worker, now_s)
+
+    def rename(self, request_id: RequestId, to: RequestId, plan: Plan) -> None:
+        """Its account goes on under another id, and with a plan of that."""
+        watch = self._watches.pop(request_id, None)
+        if watch is not None:
+            watch.request, watch.plan = replace(watch.request, id=to), plan
+            self._watches[to] = watch
 
     def validate(self, live: Container[RequestId]) -> None:
         """Assert that only requests under way are watched."""
@@ -248,21 +272,24 @@ class Lessons:
             now_s=now_s,
         )
 
-    def _learn_steps(self, watch: _Watch, begun_s: float, output_tokens: int, now_s: float) -> None:
+    def _learn_steps(self, watch: _Watch, begun_s: float, output_tokens: int, now_s: float) -> float | None:
         decode = watch.plan.decode
         state = self._fleet.get(decode.id)
         wall_s = now_s - begun_s
         if state is None or not self._is_there(decode) or wall_s <= 0.0:
-            return
+            return None
         load = self._ledger.summed_load(decode.id, now_s)
         prefilled_s = (load.prefilled_us - watch.prefilled_us) / 1e6
         if prefilled_s > PREFILLED_SHARE_MAX * wall_s:
-            return
+            return None
         others = load.others(state.sample)
         batch = max(1.0, (load.batch_s - watch.batch_s) / wall_s) + others
         # Half of the answers are there on average; nothing is known of others' prompts.
         context = (load.context_token_s - watch.context_token_s) / wall_s + batch * output_tokens / 2.0
-        self._speed.learn(StepsSeen(decode, output_tokens - 1, wall_s - prefilled_s, batch, context))
+        seen = StepsSeen(decode, output_tokens - 1, wall_s - prefilled_s, batch, context)
+        pace = self._speed.pace(seen)
+        self._speed.learn(seen)
+        return pace
 
     def _bytes_in_flight(self, plan: Plan) -> int:
         ends = (plan.decode.id,) if plan.prefill is None else (plan.decode.id, plan.prefill.id)

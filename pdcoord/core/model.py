@@ -28,6 +28,14 @@ class LegOrder(StrEnum):
     CONCURRENT = "concurrent"
 
 
+class CanaryMode(StrEnum):
+    """What canaries are for: nothing, to be looked at, or to keep unlike pairs shut until they passed."""
+
+    OFF = "off"
+    OBSERVE = "observe"
+    ENFORCE = "enforce"
+
+
 class PrefixMode(StrEnum):
     """What is believed of where a prompt's beginning is cached.
 
@@ -86,14 +94,33 @@ class Fallback:
         colocated_share_max: share of requests that may fall back to a local prefill, 0..1, over the
             last `window` requests, so that a prefill outage does not become a decode outage.
         decode_kv_usage_max: no local prefill on a decode pod whose KV pool is fuller than this, 0..1.
+        resume_tries_max: continuations of one stream.
+        resume_age_s_max: a stream whose first byte is longer ago is not continued.
+        resume_stall_s_min: shortest silence of a stream that counts as a stall.
+        hedge_share_max: share of requests that may be asked of a second decode endpoint while the first shows
+            no output, 0..1, over the last `window` requests; 0.0 for none.
+        hedge_after_s_min: none is before it has waited so long.
+        quarantine_share_max: share of the endpoints that could stand in for each other that may be out of the
+            choice at a time for how they serve, 0..1; 0.0 for none.
     """
 
-    rungs: tuple[RungKind, ...] = (RungKind.OTHER_PREFILL, RungKind.COLOCATED, RungKind.OTHER_DECODE)
+    rungs: tuple[RungKind, ...] = (
+        RungKind.OTHER_PREFILL,
+        RungKind.COLOCATED,
+        RungKind.OTHER_DECODE,
+        RungKind.RESUME,
+    )
     other_prefill_max: int = 2
     other_decode_max: int = 2
     colocated_share_max: float = 1.0
     decode_kv_usage_max: float = 0.95
     window: int = 200
+    resume_tries_max: int = 3
+    resume_age_s_max: float = 600.0
+    resume_stall_s_min: float = 10.0
+    hedge_share_max: float = 0.05
+    hedge_after_s_min: float = 0.25
+    quarantine_share_max: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +154,26 @@ class AdmissionRules:
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryRules:
+    """How unlike pairs of pools are tried: those of unequal layouts, or of unlike vendors.
+
+    Attributes:
+        interval_s: about how often each endpoint of a pair that passed is tried again.
+        timeout_s: longest wait for one of the two answers; later the canary says nothing.
+        prompt_tokens: about how long the prompt is, as the model's bytes per token tell; at least two and a
+            half of the model's largest blocks.
+        logprob_tolerance: how far logprobs of two engines may be apart, in nats, for the answers to be equal.
+    """
+
+    mode: CanaryMode = CanaryMode.ENFORCE
+    interval_s: float = 600.0
+    timeout_s: float = 30.0
+    prompt_tokens: int = 400
+    output_tokens: int = 16
+    logprob_tolerance: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """One model's policy.
 
@@ -155,6 +202,7 @@ class Model:
     precise_block_tokens: int = 16
     precise_blocks_max: int = 1_000_000
     tokenizing: Tokenizing = field(default_factory=Tokenizing)
+    canary: CanaryRules = field(default_factory=CanaryRules)
 
     @property
     def prefix_block_bytes(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.fleet import Endpoint, EndpointId, Pool, Role
+from pdcoord.core.gates import UNTRIED
 from pdcoord.core.ledger import IDLE
 from pdcoord.core.legs import Leg, PoolLegs
 from pdcoord.core.model import Model, SplitMode
@@ -216,6 +217,8 @@ class Pairs:
     def _way(self, worker: Leg, decode: Leg, link: PathFigures) -> PathFigures | DropReason:
         """What one path costs, given what the way between its pools does, or why it is not used."""
         prefill_id, decode_id, now_s = worker.endpoint.id, decode.endpoint.id, self._now_s
+        if self._paths.gates.end_fault(worker.endpoint, decode.endpoint):
+            return DropReason.CANARY_FAILED
         if prefill_id in self._troubled and not self._paths.lets_pass(prefill_id, decode_id, now_s):
             is_shut = self._paths.fault(prefill_id, decode_id, now_s)
             return DropReason.PROBE_FAILED if is_shut else DropReason.BREAKER_OPEN
@@ -297,6 +300,9 @@ class Pairs:
         """
         if not self._paths.verdict(prefill, decode).is_possible:
             return DropReason.VERDICT_IMPOSSIBLE
+        gate = self._paths.gates.pair_fault(prefill, decode)
+        if gate:
+            return DropReason.CANARY_UNTRIED if gate == UNTRIED else DropReason.CANARY_FAILED
         if worker_leg is None or decode_leg is None:
             return None
         figures = self._speed.path(worker_leg.endpoint, decode_leg.endpoint)
@@ -364,11 +370,13 @@ def _bytes_ahead(worker: Leg, decode: Leg) -> int:
 def has_way_to_split(model: Model, paths: PathTable) -> bool:
     """Whether the policy has prefill pods whose KV could reach a decode pod, were all of them well.
 
-    A fleet without such pods, or without a way from them, serves together by design, not by an outage.
+    A fleet without such pods, or without a way from them, serves together by design, not by an outage. So
+    does one whose ways still wait for their first canary: none has carried a request that is missed now.
     """
     bandwidth_min = max(model.disaggregation.bandwidth_bytes_per_s_min, 1.0)
     return any(
         paths.verdict(prefill, decode).is_possible
+        and paths.gates.pair_fault(prefill, decode) != UNTRIED
         and min(prefill.link_bytes_per_s, decode.link_bytes_per_s) >= bandwidth_min
         for prefill in model.pools
         for decode in model.pools

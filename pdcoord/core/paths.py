@@ -7,7 +7,8 @@ from enum import StrEnum
 
 from pdcoord.core.bandwidths import PathBandwidths
 from pdcoord.core.costs import PathFigures
-from pdcoord.core.fleet import Endpoint, EndpointId, EngineKind, PathKey, Pool, Role
+from pdcoord.core.fleet import EndpointId, EngineKind, PathKey, Pool, Role
+from pdcoord.core.gates import CanaryGates
 from pdcoord.core.probes import Probe, ProbeState
 from pdcoord.core.request import RequestId
 from pdcoord.protocol.errors import RungReason
@@ -119,9 +120,13 @@ class PathTable:
 
     Only paths that failed since their last success have a breaker, so memory follows trouble, not
     the square of the fleet. Probes do follow the square where sidecars probe; their number is bounded.
+
+    Attributes:
+        gates: what canaries keep shut besides; sidecars are not told, or no canary could open it again.
     """
 
     def __init__(self) -> None:
+        self.gates = CanaryGates()
         self._verdicts: dict[tuple[Side, Side], Verdict] = {}
         self._of_pools: dict[tuple[int, int], tuple[Pool, Pool, Verdict]] = {}
         self._breakers: dict[PathKey, Breaker] = {}
@@ -148,11 +153,12 @@ class PathTable:
 
     @property
     def troubled(self) -> Collection[EndpointId]:
-        """Endpoints with a path that is tripped, shut by its last probe, or slow by that or by transfers.
+        """Endpoints with a path that is tripped, shut by a probe or canary, or slow by probes or transfers.
 
-        Every path of any other lets requests pass and is as fast as its pools' links, or nearly so.
+        Every path between others lets requests pass and is as fast as its pools' links, or nearly so.
         """
-        return self._trouble_counts
+        shut = self.gates.endpoints
+        return self._trouble_counts.keys() | shut if shut else self._trouble_counts
 
     def verdict(self, prefill: Pool, decode: Pool) -> Verdict:
         """What the layouts of two pools allow; also impossible where the engines differ in dialect."""
@@ -378,23 +384,3 @@ def _engines_differ(prefill: Pool, decode: Pool) -> Verdict:
     return Verdict(
         VerdictKind.IMPOSSIBLE, f"a {prefill.engine} prefill cannot hand over to a {decode.engine} decode"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class PathView:
-    """One path as the admin listener shows it.
-
-    Attributes:
-        bandwidth_bytes_per_s: what decisions count with: of the policy, no more than measured lately.
-        fault: why the last probe shuts the path; empty if it does not.
-        probe: the last one, be it fresh or not; None if there was none.
-    """
-
-    prefill: Endpoint
-    decode: Endpoint
-    verdict: Verdict
-    state: BreakerState
-    bandwidth_bytes_per_s: float
-    bytes_in_flight: int
-    fault: str
-    probe: Probe | None

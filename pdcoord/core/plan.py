@@ -42,10 +42,14 @@ class DropReason(StrEnum):
     VERDICT_IMPOSSIBLE = "verdict-impossible"
     BREAKER_OPEN = "breaker-open"
     PROBE_FAILED = "probe-failed"
+    CANARY_UNTRIED = "canary-untried"
+    CANARY_FAILED = "canary-failed"
     BANDWIDTH_UNKNOWN = "bandwidth-unknown"
     BANDWIDTH_TOO_LOW = "bandwidth-too-low"
     EXCLUDED = "excluded"
     NOT_ALLOWED = "not-allowed"
+    QUARANTINED = "quarantined"
+    """It passes for ready and serves badly; used only where nobody else can serve."""
 
 
 # Not frozen, though nobody changes it: that would double what making it costs each request.
@@ -136,6 +140,7 @@ class Plan:
         is_outage: the request stays together because no path is open; counts as a fallback.
         attempt: 0 for the first plan of a request, one more for each other decode tried.
         replica: the coordinator process that made it; empty where no sidecar tells others of it.
+        hedge_after_s: without any output for so long it may be asked of another endpoint too; None for never.
     """
 
     request_id: RequestId
@@ -150,6 +155,7 @@ class Plan:
     attempt: int = 0
     is_outage: bool = False
     replica: str = ""
+    hedge_after_s: float | None = None
 
     @property
     def mode(self) -> Mode:

@@ -6,7 +6,7 @@ from typing import Protocol
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.events import Action, Event
 from pdcoord.core.fleet import Endpoint, EndpointId, ModelName
-from pdcoord.core.observations import Observation, ObservationKind
+from pdcoord.core.observations import Observation, ObservationKind, StepsSeen
 
 
 class SpeedModel(Protocol):
@@ -40,6 +40,10 @@ class SpeedModel(Protocol):
 
     def output_tokens(self, model: ModelName, tenant: str) -> float | None:
         """How many tokens an answer is expected to have; None where nothing is known."""
+        ...
+
+    def pace(self, seen: StepsSeen) -> float | None:
+        """How many times longer these steps took than its pool's do; None while little is known of them."""
         ...
 
     def learn(self, observation: Observation) -> None:

@@ -43,6 +43,12 @@ def exhausted(attempt: int) -> Refusal:
     )
 
 
+def stream_lost(why: str) -> Refusal:
+    """`why` completes "it could not be continued:"."""
+    message = f"The stream broke off, and it could not be continued: {why}. What came before is incomplete."
+    return Refusal(RefuseReason.STREAM_LOST, message)
+
+
 def queue_full(drain_s: float) -> Refusal:
     return Refusal(
         RefuseReason.QUEUE_FULL,
@@ -109,7 +115,8 @@ def why_nobody(request: Request, model: Model, drops: Mapping[DropReason, int]) 
     never = why_never(request, model)
     if never is not None:
         return never
-    if drops.get(DropReason.AT_LIMIT):
+    # The first canary of a pair takes a second or so: who can only be split waits for it in the line.
+    if drops.get(DropReason.AT_LIMIT) or drops.get(DropReason.CANARY_UNTRIED):
         return AT_LIMIT
     return Refusal(
         RefuseReason.NO_ENDPOINTS,

@@ -10,10 +10,13 @@ from pdcoord.core.model import Model
 from pdcoord.core.observations import TransferSeen
 from pdcoord.core.paths import PathTable
 from pdcoord.core.ports import SpeedModel
+from pdcoord.core.progress import Progress
+from pdcoord.core.quarantine import Track
 from pdcoord.core.request import RequestId
 from pdcoord.core.silent import SilentFailures
 from pdcoord.protocol.control import (
     REQUESTS_MAX,
+    ControlLegKind,
     Events,
     LegBegan,
     LegEnded,
@@ -31,6 +34,8 @@ REMOTE_MAX = 65_536
 """Requests of others in all; of more, the rest is left out and counted."""
 AGE_S_MAX = 600.0
 """An older request counts as of this age: the past beyond it changes no figure."""
+SERVED = "served"
+"""The outcome that a sidecar tells of a request whose answer came to its end."""
 OWN_SHARE_MIN = 0.2
 """Of the time to the first output after the prefill, what is the transfer's at least."""
 
@@ -76,6 +81,7 @@ class Accounts:
     silent: SilentFailures
     lessons: Lessons
     speed: SpeedModel
+    progress: Progress
 
 
 class RemoteLoad:
@@ -167,8 +173,11 @@ class RemoteLoad:
         match event:
             case OutputBegan(_, served):
                 self._begin_output(remote, served, now_s)
-            case RequestEnded(ordinal, _, served):
+            case RequestEnded(ordinal, outcome, served):
                 del known.requests[ordinal]
+                decode = self._there(remote.decode)
+                if outcome == SERVED and decode is not None:
+                    self._to.progress.served(decode, Track.FLOW, now_s)
                 self._end(remote, served, now_s)
             case LegEnded():
                 self._end_leg(remote, event, now_s)
@@ -252,10 +261,12 @@ class RemoteLoad:
         decode, worker = self._there(remote.decode), self._there(remote.worker)
         if decode is not None and worker is not None:
             used = self._judge(remote, decode, served, now_s)
+            self._to.progress.served(decode, Track.START, now_s)
             waited_s = (served.transfer_ms or 0.0) / 1e3
             if remote.id in self._to.ledger.load(worker.id).prefills:
                 self._to.ledger.note_prefilled(worker.id, now_s - waited_s)
             if used is not None:
+                self._to.progress.served(used, Track.PREFILL, now_s)
                 tokens = remote.told.load.transfer_bytes // max(1, used.pool.kv_bytes_per_token)
                 self._to.silent.answered(used.id, decode.id, tokens)
             if used is worker and not served.rungs and served.transfer_ms is not None:
@@ -287,9 +298,18 @@ class RemoteLoad:
     def _end_leg(self, remote: _Remote, leg: LegEnded, now_s: float) -> None:
         """A leg that failed speaks of its path at once, though the request may go on for long."""
         decode = self._there(remote.decode)
-        if decode is None or leg.prefill is None or leg.outcome not in _REASONS:
+        if decode is None or leg.outcome not in _REASONS:
             return
-        self._blame(remote, decode, leg.prefill, RungReason(leg.outcome), now_s)
+        reason = RungReason(leg.outcome)
+        if leg.prefill is not None:
+            self._blame(remote, decode, leg.prefill, reason, now_s)
+        progress = self._to.progress
+        if leg.kind is ControlLegKind.DECODE:
+            progress.decode_failed(decode, reason, remote.id, now_s, had_output=remote.has_output)
+        elif leg.prefill is not None:
+            prefill = self._find(leg.prefill, remote.told.load.model, is_prefill=True)
+            if prefill is not None:
+                progress.prefill_failed(prefill, decode, reason, remote.id, now_s)
 
     def _end(self, remote: _Remote, served: ServedHeader | None, now_s: float) -> None:
         self._count -= 1

@@ -37,6 +37,7 @@ class Request:
         token_keys: keys of the prompt's full blocks made from its token ids, where its model's prefixes
             are precise and the tokens are known; else empty.
         token_block_tokens: prompt tokens that one of those keys stands for.
+        is_resumed: it is what is left of an answer that broke off elsewhere; what came of that is prompt now.
         allowed: addresses (`host:port`, or a host alone for all its ports) that legs may go to; None for all.
     """
 
@@ -57,6 +58,7 @@ class Request:
     token_keys: tuple[BlockKey, ...] = ()
     token_block_tokens: int = 16
     allowed: frozenset[str] | None = None
+    is_resumed: bool = False
 
     def allows(self, address: HostPort) -> bool:
         """Whether a leg may go there."""

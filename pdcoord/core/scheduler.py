@@ -20,6 +20,7 @@ from pdcoord.core.pruning import pruned
 from pdcoord.core.request import Request
 
 _NO_SLO = Slo()
+_NOBODY: frozenset[EndpointId] = frozenset()
 _SPLIT = frozenset({Why.SPLIT_FASTER, Why.SPLIT_PREFERRED, Why.SPLIT_ALWAYS})
 
 
@@ -62,14 +63,39 @@ class Scheduler:
         self._speed = speed
 
     def choose(
-        self, request: Request, model: Model, excluded: frozenset[EndpointId], now_s: float
+        self,
+        request: Request,
+        model: Model,
+        excluded: frozenset[EndpointId],
+        now_s: float,
+        shunned: frozenset[EndpointId] = _NOBODY,
     ) -> Choice | NoChoice:
-        """Least SLO violation, then least time, then least price, over all open pairs and all alone."""
+        """Least SLO violation, then least time, then least price, over all open pairs and all alone.
+
+        Args:
+            shunned: endpoints that serve badly; they are among the rest where nobody else can serve it. That
+                others have as many requests as they may is no such case.
+        """
+        choice = self._choose(request, model, excluded, shunned, now_s)
+        if isinstance(choice, NoChoice) and shunned:
+            drops = choice.drops
+            if drops.get(DropReason.QUARANTINED) and not drops.get(DropReason.AT_LIMIT):
+                return self._choose(request, model, excluded, _NOBODY, now_s)
+        return choice
+
+    def _choose(
+        self,
+        request: Request,
+        model: Model,
+        excluded: frozenset[EndpointId],
+        shunned: frozenset[EndpointId],
+        now_s: float,
+    ) -> Choice | NoChoice:
         if request.slo != _NO_SLO:
             own = Slo(request.slo.ttft_s or model.slo.ttft_s, request.slo.tpot_s or model.slo.tpot_s)
             model = replace(model, slo=own)
         objective = Objective(model, request.priority)
-        found = eligible(self._fleet.groups(model.name), request, self._ledger, excluded)
+        found = eligible(self._fleet.groups(model.name), request, self._ledger, excluded, shunned)
         drops = found.drops
         cached = self._prefixes.cached_tokens(request, model, now_s)
         troubled = self._paths.troubled

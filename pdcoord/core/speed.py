@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from pdcoord.core.costs import PathFigures
 from pdcoord.core.fleet import Endpoint, EndpointId, ModelName
-from pdcoord.core.observations import Observation, ObservationKind
+from pdcoord.core.observations import Observation, ObservationKind, StepsSeen
 
 PATH_LATENCY_S = 0.002
 """Asking for KV until its first byte: upper end of RDMA set-up (0.5-2 ms, llm-d latency profiles)."""
@@ -35,6 +35,9 @@ class SeededSpeed:
         return PathFigures(PATH_LATENCY_S, min(prefill.pool.link_bytes_per_s, decode.pool.link_bytes_per_s))
 
     def output_tokens(self, model: ModelName, tenant: str) -> float | None:  # noqa: ARG002  # the port's
+        return None
+
+    def pace(self, seen: StepsSeen) -> float | None:  # noqa: ARG002  # the port's
         return None
 
     def learn(self, observation: Observation) -> None:

@@ -1,4 +1,4 @@
-"""The prefill targets of decode endpoints as sidecars are told of them: verdict and breaker of each path."""
+"""What sidecars are told of: prefill targets, with verdict and breaker of each path, and their own peers."""
 
 from collections.abc import Mapping
 
@@ -51,6 +51,22 @@ class TargetLists:
                     if is_new or (known is not None and known.is_shut):
                         found[address] = self._target(prefill, decode, now_s)
         return found
+
+    def peers(self, sidecar: HostPort) -> frozenset[HostPort]:
+        """The other decode endpoints of the pools that are served there, at most TARGETS_MAX.
+
+        A stream may go on there: pools are of one layout, so the plan's prefill endpoints suit them too.
+        """
+        found: set[HostPort] = set()
+        for decode in self._fleet.at(sidecar):
+            pool = decode.endpoint.pool
+            if not pool.can_decode:
+                continue
+            for group in self._fleet.groups(pool.model):
+                if group.pool == pool:
+                    found.update(state.endpoint.address for state in group.states())
+        found.discard(sidecar)
+        return frozenset(sorted(found)[:TARGETS_MAX] if len(found) > TARGETS_MAX else found)
 
     def _target(self, prefill: EndpointState, decode: EndpointState, now_s: float) -> Target:
         endpoint = prefill.endpoint

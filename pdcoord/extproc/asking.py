@@ -96,6 +96,8 @@ class RequestHalf:
 
     def on_head(self, head: RequestHead) -> list[Action]:
         """Ask for a route at once, or read on."""
+        if head.refusal is not None:
+            return [Immediate(head.refusal)]
         self._head = head
         self.modes = head.modes
         modes = head.modes or Modes()

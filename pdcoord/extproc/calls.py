@@ -30,14 +30,16 @@ from pdcoord.extproc.vocabulary import (
 from pdcoord.front.account import Account
 from pdcoord.front.answers import outcome_of, too_many_calls
 from pdcoord.front.asked import Asked, asked_of
+from pdcoord.front.gate import Gate, Visa
 from pdcoord.front.intake import build_request, check_reserved, client_request_id, model_unknown
 from pdcoord.front.ports import CallRecord, Limits, Observer, Picking, Tokens
 from pdcoord.front.tracing import CallTrace, begin_call
-from pdcoord.front.upstream import plan_headers, with_model
+from pdcoord.front.upstream import Sign, plan_header, resumed_below, steering_headers
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.openai import APIS, Call, parse_call
+from pdcoord.protocol.signing import Steering
 from pdcoord.wire.tracing import Tracing
 
 _OWN_ID_CUT = 80
@@ -52,7 +54,7 @@ class _Asking:
     """A call that is being planned.
 
     Attributes:
-        body: in place of the client's, where its model has another name.
+        body: in place of the client's, where its model has another name or it is salted.
     """
 
     head: RequestHead
@@ -91,6 +93,8 @@ class Picker:
 
     Attributes:
         tracing: makes spans of calls; None where nothing is traced. Set once, before serving.
+        gate: lets calls in by their keys; every call until it is set, once, before serving.
+        sign: signs plans; None where they are not signed. Set once, before serving.
     """
 
     def __init__(
@@ -112,6 +116,8 @@ class Picker:
         self.tokens = tokens
         self.rules = rules
         self.tracing: Tracing | None = None
+        self.gate = Gate(clock=clock, wall=clock)
+        self.sign: Sign | None = None
         self.live: set[str] = set()
 
     def open(self, head: RequestHead) -> "PickedCall":
@@ -125,7 +131,17 @@ class Picker:
         record = CallRecord(id=RequestId(own_id), path=path[:_PATH_SHOWN_MAX], began_s=self.clock())
         trace = begin_call(self.tracing, self.clock, head.headers, record)
         self.observer.call_began()
-        return PickedCall(self, record, shown_id.encode(), trace)
+        return PickedCall(self, record, shown_id.encode(), head.headers, trace)
+
+    def identify(self, headers: Headers) -> Visa:
+        """Whose call it is.
+
+        Raises:
+            RefusedError: if it is not let in, or there is no room.
+        """
+        if len(self.live) > self.limits.live_max:
+            raise RefusedError(too_many_calls())
+        return self.gate.identify(headers)
 
 
 class PickedCall:
@@ -133,19 +149,33 @@ class PickedCall:
 
     Attributes:
         record: what is known of the call so far; its id is the core's.
+        barred: why the call is not let in, which its head alone tells; None if it is.
     """
 
-    __slots__ = ("_account", "_asking", "_picker", "_shown_id", "_trace", "record")
+    __slots__ = ("_account", "_asking", "_picker", "_shown_id", "_trace", "_visa", "barred", "record")
 
     def __init__(
-        self, picker: Picker, record: CallRecord, shown_id: bytes, trace: CallTrace | None = None
+        self,
+        picker: Picker,
+        record: CallRecord,
+        shown_id: bytes,
+        headers: Headers,
+        trace: CallTrace | None = None,
     ) -> None:
         self._picker = picker
         self._trace = trace
         self._shown_id = shown_id
         self._asking: _Asking | None = None
         self._account = Account(picker.coordination, record)
+        self._visa: Visa | None = None
+        self.barred: Refusal | None = None
         self.record = record
+        try:
+            self._visa = picker.identify(headers)
+            record.key_name = self._visa.key_name
+            self._visa.take_request()
+        except RefusedError as error:
+            self.barred = error.refusal
 
     def ask(self, head: RequestHead, body: bytes | None) -> Routed | Refused | None:
         """Have the call planned; None if that takes a while, and then `ask_on`."""
@@ -212,9 +242,16 @@ class PickedCall:
             else:
                 record.outcome = Outcome.OK
 
+    @property
+    def _entered(self) -> Visa:
+        assert self._visa is not None, "a call that was not let in is given a route"
+        return self._visa
+
     def close(self) -> None:
         """The stream is over: the core hears of the end, if it has not yet, and so does who counts."""
         self._account.end(self.record.outcome, None)
+        if self._visa is not None:
+            self._visa.settle(self.record.output_tokens, has_begun=self.record.first_byte_s is not None)
         self._picker.live.discard(self.record.id)
         self.record.ended_s = self._picker.clock()
         self._picker.observer.call_ended(self.record)
@@ -223,8 +260,8 @@ class PickedCall:
 
     def _ask(self, head: RequestHead, body: bytes | None) -> Route | None:
         picker, record = self._picker, self.record
-        if len(picker.live) > picker.limits.live_max:
-            raise RefusedError(too_many_calls())
+        if self.barred is not None:
+            raise RefusedError(self.barred)
         if head.subset is not None and not head.subset:
             raise RefusedError(_no_endpoints("The gateway's subset names no endpoint"))
         if picker.rules.is_conformance and header(head.headers, _TEST_SELECTION) is not None:
@@ -235,16 +272,18 @@ class PickedCall:
             if endpoint is None:
                 raise RefusedError(_no_endpoints("No endpoint is ready"))
             return self._plain_route(endpoint.address, head)
-        call = parse_call(APIS[record.path], body)
+        visa = self._entered
+        call = visa.salted(parse_call(APIS[record.path], body))
         check_reserved(call)
-        asked = asked_of(head.headers)
+        asked = asked_of(visa.headers(head.headers))
         model = picker.coordination.model(call.model)
         if model is None:
             raise RefusedError(model_unknown(call.model))
+        visa.check_model(model)
         record.model = model.name
         record.has_unknown_objective = asked.has_unknown_objective(model)
-        changed = None if call.model == model.name else with_model(body, model.name)
-        self._asking = asking = _Asking(head, call, model, asked, changed)
+        changed = visa.body(body, call, model)
+        self._asking = asking = _Asking(head, call, model, asked, None if changed is body else changed)
         is_precise = call.api.is_generative and model.prefix_mode is PrefixMode.PRECISE
         if is_precise and picker.tokens is not None:
             return None
@@ -257,10 +296,15 @@ class PickedCall:
         refusal = why_not(header(head.headers, b":method"), path, rules.passed)
         if refusal is not None and not rules.is_conformance:
             raise RefusedError(refusal)
+        if path in APIS and not head.is_end and not self._picker.gate.is_open:
+            # Unseen, it would go on for any model and without the tenant's salt.
+            message = "request_body_mode of Envoy's ext_proc filter is NONE; with API keys, set BUFFERED."
+            raise RefusedError(Refusal(RefuseReason.INTERNAL, message))
 
     def _arrive(self, asking: _Asking, token_ids: Sequence[int] | None) -> Plan | None:
         """Ask the core; None if the call must wait."""
         request = build_request(self.record.id, asking.call, asking.model, token_ids, asking.asked)
+        self._entered.take_prompt(request)
         self.record.note_request(asking.call, request, asking.model)
         if asking.head.subset is not None:
             request = replace(request, allowed=asking.head.subset)
@@ -268,8 +312,13 @@ class PickedCall:
 
     def _route(self, asking: _Asking, plan: Plan) -> Route:
         picker, head, body = self._picker, asking.head, asking.body
-        others = picker.coordination.alternatives(plan, head.subset, picker.rules.fallbacks_max)
-        headers = plan_headers(plan, self.record.id.encode())
+        fallback, fallbacks_max = asking.model.fallback, picker.rules.fallbacks_max
+        count_max = max(fallbacks_max, fallback.resume_tries_max)
+        others = picker.coordination.alternatives(plan, head.subset, count_max)
+        # Envoy sends nothing twice that has begun to come back.
+        is_stream = asking.call.is_stream
+        steering = resumed_below(plan, fallback, others) if is_stream else plan_header(plan)
+        headers = steering_headers(steering, self.record.id.encode(), picker.sign) + self._entered.added()
         if self._trace is not None:
             headers += self._trace.headers()
         if body is not None:
@@ -279,18 +328,23 @@ class PickedCall:
             # What is accounted for is what the engine is asked, whatever it takes for the same path.
             headers.append((b":path", self.record.path.encode("latin-1") + mark + query))
         return Route(
-            destination=",".join([plan.decode.address, *(other.address for other in others)]),
+            destination=",".join([plan.decode.address, *(other.address for other in others[:fallbacks_max])]),
             headers=headers,
-            removed=_removed(head.headers, headers),
+            removed=self._removed(head, headers),
             body=body,
             plan=plan,
             request_id=self._shown_id,
         )
 
     def _plain_route(self, destination: str, head: RequestHead) -> Route:
-        headers = [(names.REQUEST_ID, self._shown_id)]
-        removed = _removed(head.headers, headers)
+        headers = [(names.REQUEST_ID, self._shown_id), *self._entered.added()]
+        if self._picker.sign is not None:
+            headers += self._picker.sign(Steering(self._shown_id))
+        removed = self._removed(head, headers)
         return Route(destination, headers, removed, request_id=self._shown_id)
+
+    def _removed(self, head: RequestHead, kept: Headers) -> list[bytes]:
+        return _removed(head.headers, kept, self._entered.removed())
 
     def _selected(self, head: RequestHead) -> Route:
         """The endpoints that a conformance test names, by host or address, in its order."""
@@ -311,11 +365,11 @@ class PickedCall:
         return route
 
 
-def _removed(client: Headers, kept: Headers) -> list[bytes]:
-    """Names by which a client could steer, without those that are set anyway."""
+def _removed(client: Headers, kept: Headers, secret: frozenset[bytes]) -> list[bytes]:
+    """Names by which a client could steer, and `secret` ones, without those that are set anyway."""
     own = {name for name, _ in kept} | {names.DESTINATION_ENDPOINT}
-    steering = {name for name, _ in client if names.is_routing(name)}
-    return sorted(steering - own)
+    dropped = {name for name, _ in client if names.is_routing(name) or name in secret}
+    return sorted(dropped - own)
 
 
 def _no_endpoints(what: str) -> Refusal:

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import grpc
@@ -214,6 +215,7 @@ class _Exchange:
                 self.request_bytes += len(data)
             case RequestHead() if self._call is None:
                 self._call = self._processor.picker.open(event)
+                event = replace(event, refusal=self._call.barred)
             case ResponseHead() if self._call is None:
                 self._rebound(self._processor.picker.limits.request_deadline_s)
             case _:

@@ -52,6 +52,7 @@ class RequestHead:
         subset: addresses that may be picked, as Envoy was told by its own subsetting; None for all.
         modes: None if Envoy does not say.
         is_watched: Envoy only watches (observability_mode): no answer is taken.
+        refusal: why nobody is let in by this head; None if somebody is.
     """
 
     headers: Headers
@@ -59,6 +60,7 @@ class RequestHead:
     subset: frozenset[str] | None = None
     modes: Modes | None = None
     is_watched: bool = False
+    refusal: Refusal | None = None
 
 
 @dataclass(slots=True)

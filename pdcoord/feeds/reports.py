@@ -66,6 +66,7 @@ class Session:
     interval_s: float = 0.0
     told_ids: tuple[EndpointId, ...] = ()
     targets: dict[HostPort, Target] = field(default_factory=dict)
+    decodes: frozenset[HostPort] = frozenset()
     generation: int = -1
     was_troubled: bool = False
     told_s: float = 0.0
@@ -250,11 +251,23 @@ class ReportsFeed:
         """What it is to be told now; None if nothing has changed and it was told something lately."""
         now_s = self._clock()
         is_first = session.generation < 0
+        decodes = session.decodes
+        if session.generation != self._targets.generation:
+            decodes = self._targets.peers(session.address)
+        new, gone = decodes - session.decodes, session.decodes - decodes
+        session.decodes = decodes
         session.generation = self._targets.generation
         targets = self._targets.of(session.address, now_s)
         changed, removed = changes(session.targets, targets)
         session.targets = targets
-        if not (changed or removed or is_first) and now_s < session.told_s + HEARTBEAT_S:
+        told = Targets(
+            changed,
+            removed,
+            is_whole=is_first,
+            decodes=tuple(sorted(new)),
+            decodes_removed=tuple(sorted(gone)),
+        )
+        if not told.has_news and now_s < session.told_s + HEARTBEAT_S:
             return None
         session.told_s = now_s
-        return Targets(changed, removed, is_whole=is_first)
+        return told

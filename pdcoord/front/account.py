@@ -1,11 +1,24 @@
 """One call before the core: asked for, waited for, and ended exactly once."""
 
 import asyncio
+from dataclasses import replace
 
-from pdcoord.core.events import DecodeFailed, Dispatch, Outcome, Refuse, RequestArrived, RequestEnded, Wait
+from pdcoord.core.events import (
+    DecodeFailed,
+    Dispatch,
+    HedgeAsked,
+    HedgeOver,
+    Outcome,
+    Refuse,
+    RequestArrived,
+    RequestEnded,
+    StreamBroke,
+    Wait,
+)
 from pdcoord.core.plan import Plan
 from pdcoord.front.ports import CallRecord, Coordination
-from pdcoord.protocol.errors import Refusal, RefusedError
+from pdcoord.protocol.errors import Refusal, RefusedError, RungReason
+from pdcoord.protocol.plans import ServedHeader
 
 
 class Account:
@@ -19,17 +32,18 @@ class Account:
         is_live: the core keeps an account of it and must hear of its end.
     """
 
-    __slots__ = ("_coordination", "_decided", "_record", "_refusal", "is_asked", "is_live")
+    __slots__ = ("_coordination", "_decided", "_record", "_refusal", "_second", "is_asked", "is_live")
 
     def __init__(self, coordination: Coordination, record: CallRecord) -> None:
         self._coordination = coordination
         self._record = record
         self._decided: asyncio.Event | None = None
         self._refusal: Refusal | None = None
+        self._second: Plan | None = None
         self.is_asked = False
         self.is_live = False
 
-    def ask(self, event: RequestArrived | DecodeFailed) -> Plan | None:
+    def ask(self, event: RequestArrived | DecodeFailed | StreamBroke) -> Plan | None:
         """Have the call planned, first or anew; None if it must wait, and then `planned`.
 
         Raises:
@@ -54,6 +68,32 @@ class Account:
         assert self._decided is not None, "asked for the plan of a call that does not wait"
         await self._decided.wait()
         return self._plan()
+
+    def ask_second(self) -> Plan | None:
+        """Ask for a second attempt beside the one that shows no output; None if there may be none now."""
+        if not self.is_live:
+            return None
+        for action in self._coordination.handle(HedgeAsked(self._record.id)):
+            if isinstance(action, Dispatch):
+                self._second = action.plan
+                return action.plan
+        return None
+
+    def take_second(self, reason: RungReason | None = None, served: ServedHeader | None = None) -> None:
+        """The call goes on with its second attempt.
+
+        Args:
+            reason: why the first failed; None where it was merely slower.
+        """
+        assert self._second is not None, "there is no second attempt"
+        self._record.plan = replace(self._second, request_id=self._record.id)
+        self._second = None
+        self._coordination.handle(HedgeOver(self._record.id, is_won=True, reason=reason, served=served))
+
+    def leave_second(self, reason: RungReason | None = None, served: ServedHeader | None = None) -> None:
+        """The call goes on with its first attempt alone."""
+        self._second = None
+        self._coordination.handle(HedgeOver(self._record.id, is_won=False, reason=reason, served=served))
 
     def end(self, outcome: Outcome, output_tokens: int | None) -> None:
         """Tell the core that the call has ended, unless it knows."""

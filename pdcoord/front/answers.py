@@ -5,7 +5,12 @@ from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
 
 _TOO_MANY_REQUESTS = 429
 _UPSTREAM_REASONS = frozenset(
-    {RefuseReason.UPSTREAM_FAILED, RefuseReason.UPSTREAM_TIMEOUT, RefuseReason.LADDER_EXHAUSTED}
+    {
+        RefuseReason.UPSTREAM_FAILED,
+        RefuseReason.UPSTREAM_TIMEOUT,
+        RefuseReason.LADDER_EXHAUSTED,
+        RefuseReason.STREAM_LOST,
+    }
 )
 
 
@@ -32,6 +37,11 @@ def body_too_large(bytes_max: int) -> Refusal:
 def body_too_slow(timeout_s: float) -> Refusal:
     message = f"The body had not come whole after {timeout_s:g} s; send it without pausing."
     return Refusal(RefuseReason.BODY_TOO_SLOW, message)
+
+
+def bodies_full() -> Refusal:
+    message = "The gateway holds as many bytes of bodies as it may; retry after the time in Retry-After."
+    return Refusal(RefuseReason.SATURATED, message, retry_after_s=RETRY_AFTER_S)
 
 
 def too_many_calls() -> Refusal:

@@ -9,6 +9,13 @@ _END_OF_EVENT = b"\n\n"
 _USAGE = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*([0-9]{1,9})')
 _ROLE = b'"role"'
 _DONE = b"data: [DONE]"
+_COMMENT = b"\n\n:"
+
+
+def count_kept(passed: bytes) -> int:
+    """Output tokens of an event stream, or of as much of it as there is, that was kept as a whole."""
+    counter = OutputCounter(passed, is_stream=True, events_before=-passed.count(_COMMENT))
+    return counter.count() or 0
 
 
 class OutputCounter:
@@ -19,14 +26,15 @@ class OutputCounter:
 
     Args:
         first: the answer's first part.
+        events_before: those of parts that went by before it, without one that names a role.
     """
 
     __slots__ = ("_before", "_event_count", "_has_role", "_is_stream", "_last")
 
-    def __init__(self, first: bytes, *, is_stream: bool) -> None:
+    def __init__(self, first: bytes, *, is_stream: bool, events_before: int = 0) -> None:
         self._is_stream = is_stream
-        self._has_role = _ROLE in first
-        self._event_count = first.count(_END_OF_EVENT)
+        self._has_role = _ROLE in first[:TAIL_BYTES]
+        self._event_count = events_before + first.count(_END_OF_EVENT)
         self._before = b""
         self._last = first
 

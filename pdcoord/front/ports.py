@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from pdcoord.core.events import Dispatch, Outcome, Refuse
-from pdcoord.core.fleet import Endpoint
+from pdcoord.core.fleet import Endpoint, EndpointId
 from pdcoord.core.model import Model, Slo
 from pdcoord.core.plan import Plan
 from pdcoord.core.ports import Handler
 from pdcoord.core.request import Request, RequestId
-from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.openai import Call
 from pdcoord.protocol.plans import Mode, ServedHeader
+from pdcoord.resume.continuation import Unresumable
 
 Decided = Callable[[Dispatch | Refuse], None]
 """Hears what became of a request that was told to wait."""
@@ -40,6 +42,17 @@ class Coordination(Handler, Protocol):
 
     def unready(self) -> Refusal | None:
         """Why no traffic should be sent here; None when ready."""
+        ...
+
+
+class Relaying(Coordination, Protocol):
+    """What a front asks that sends calls on itself, and can have a stream go on elsewhere."""
+
+    def silence_s_max(self, request_id: RequestId) -> float | None:
+        """How long the request's stream may go without a token before it is better off elsewhere.
+
+        None where it could not go on elsewhere, and so must be waited for.
+        """
         ...
 
 
@@ -73,6 +86,7 @@ class Limits:
 
     Attributes:
         body_bytes_max: longest request body.
+        bodies_bytes_max: bodies of all calls together that are being read or have no answer yet.
         body_timeout_s: longest wait for a request body to arrive whole.
         head_timeout_s: longest wait for a stream's head, and again for its first byte, queueing and the
             sidecar's ladder included: more than the sidecar's own wait for an answer (600 s).
@@ -82,9 +96,13 @@ class Limits:
         attempts_max: decode endpoints tried for one call, whatever the policy says.
         live_max: calls being read or served at a time; one more is refused before its body is read.
         held_bytes_max: longest answer of a failed attempt that is kept to be relayed if nothing is left.
+        resume_bytes_max: of all streams, kept so that they can be continued; past it the next cannot.
+        resume_stream_bytes_max: of one stream and its request likewise.
+        count_timeout_s: longest wait for an engine to count the tokens of a text.
     """
 
     body_bytes_max: int = 32 << 20
+    bodies_bytes_max: int = 256 << 20
     body_timeout_s: float = 60.0
     head_timeout_s: float = 900.0
     answer_timeout_s: float = 1_800.0
@@ -93,6 +111,42 @@ class Limits:
     attempts_max: int = 8
     held_bytes_max: int = 1 << 20
     live_max: int = 16_384
+    resume_bytes_max: int = 256 << 20
+    resume_stream_bytes_max: int = 4 << 20
+    count_timeout_s: float = 5.0
+
+
+class BreakOutcome(StrEnum):
+    """What became of a stream that broke off in its middle; closed, and a label of metrics."""
+
+    CONTINUED = "continued"
+    FINISHED = "finished"
+    """Nothing was left to generate: the gateway ended the stream itself."""
+    UNRESUMABLE = "unresumable"
+    REFUSED = "refused"
+    """The policy or the fleet had no way to go on, or all that were tried failed."""
+    LEFT = "left"
+    """The client left, or the call's time ran out, before any of these."""
+
+
+@dataclass(slots=True)
+class Break:
+    """One time that a stream broke off.
+
+    Attributes:
+        decode: where it did.
+        output_tokens: that the client had by then.
+        why: what of the call or its answer cannot be continued; None unless it is unresumable.
+        gap_s: from when it was noticed to the first byte that came of it elsewhere; None if none did.
+    """
+
+    reason: RungReason
+    decode: EndpointId
+    output_tokens: int
+    noticed_s: float
+    outcome: BreakOutcome = BreakOutcome.LEFT
+    why: Unresumable | None = None
+    gap_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -113,6 +167,9 @@ class CallRecord:
         trace_id: of the trace that the call belongs to, the client's or our own; None if there is none.
         output_tokens: as counted in the answer; None before its end, and where they cannot be counted.
         slo: the call's own objectives, or the model's.
+        began_plan: the plan that was in force when the answer began; None before.
+        breaks: times that its stream broke off, in order.
+        key_name: of the API key it came with; None where none is asked for.
     """
 
     id: RequestId
@@ -131,6 +188,9 @@ class CallRecord:
     output_tokens: int | None = None
     is_stream: bool = False
     slo: Slo = field(default_factory=Slo)
+    began_plan: Plan | None = None
+    breaks: tuple[Break, ...] = ()
+    key_name: str | None = None
 
     def note_request(self, call: Call, request: Request, model: Model) -> None:
         """What was read of the call, before anything is decided."""
@@ -146,16 +206,23 @@ class CallRecord:
         """How the call was served in the end, which a fallback may have made other than planned."""
         if self.served is not None:
             return self.served.mode
-        return self.plan.mode if self.plan is not None else None
+        plan = self._plan
+        return plan.mode if plan is not None else None
+
+    @property
+    def _plan(self) -> Plan | None:
+        """What `served` is of; where a stream went on later, its breaks tell."""
+        return self.began_plan or self.plan
 
     @property
     def prefill(self) -> str | None:
         """The endpoint whose KV was used, or would be; its address if it is none of the plan's."""
-        if self.plan is None:
+        plan = self._plan
+        if plan is None:
             return None
         if self.served is None:
-            return self.plan.prefill.id if self.plan.prefill is not None else None
-        for endpoint in (self.plan.prefill, *(rung.prefill for rung in self.plan.rungs)):
+            return plan.prefill.id if plan.prefill is not None else None
+        for endpoint in (plan.prefill, *(rung.prefill for rung in plan.rungs)):
             if endpoint is not None and endpoint.address == self.served.prefill:
                 return endpoint.id
         return self.served.prefill
@@ -163,16 +230,18 @@ class CallRecord:
     @property
     def prompt_tokens(self) -> int | None:
         """Counted or estimated, as the decision was made on; what a replay of the log needs."""
-        if self.plan is None:
-            return None
-        return self.plan.chosen.figures.cached_tokens + self.plan.chosen.figures.uncached_tokens
+        plan = self._plan
+        return (
+            None if plan is None else plan.chosen.figures.cached_tokens + plan.chosen.figures.uncached_tokens
+        )
 
     @property
     def cached_tokens(self) -> int | None:
         """As the sidecar saw it, else as it was predicted."""
         if self.served is not None and self.served.cached_tokens is not None:
             return self.served.cached_tokens
-        return None if self.plan is None else self.plan.chosen.figures.cached_tokens
+        plan = self._plan
+        return None if plan is None else plan.chosen.figures.cached_tokens
 
 
 class Observer(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pdcoord.core.events import Outcome
 from pdcoord.core.plan import Plan
-from pdcoord.front.ports import CallRecord
+from pdcoord.front.ports import Break, CallRecord
 from pdcoord.protocol.headers import parse_host_port
 from pdcoord.protocol.trace import Headers, read_trace, with_trace
 from pdcoord.wire.tracing import Attributes, Kind, Span, Tracing
@@ -90,6 +90,8 @@ class CallTrace:
             ttft_s = record.first_byte_s - record.began_s
             span.event("first_byte", {"pdcoord.ttft_ms": round(ttft_s * 1e3, 3)}, record.first_byte_s)
             span.set({"gen_ai.response.time_to_first_chunk": ttft_s})
+        for broke in record.breaks:
+            span.event("break", _of_break(broke), broke.noticed_s)
         plan = record.plan
         span.set(_of_record(record) | ({} if plan is None else dict(_of_plan(plan))))
         if plan is not None:
@@ -145,6 +147,17 @@ def _of_plan(plan: Plan) -> dict[str, str | int | None]:
     }
 
 
+def _of_break(broke: Break) -> dict[str, str | int | float | None]:
+    return {
+        "pdcoord.reason": str(broke.reason),
+        "pdcoord.decode": str(broke.decode),
+        "pdcoord.outcome": str(broke.outcome),
+        "pdcoord.why": None if broke.why is None else str(broke.why),
+        "pdcoord.output_tokens": broke.output_tokens,
+        "pdcoord.gap_ms": None if broke.gap_s is None else round(broke.gap_s * 1e3, 3),
+    }
+
+
 def _of_record(record: CallRecord) -> dict[str, str | int | None]:
     return {
         "gen_ai.request.model": record.model,
@@ -156,4 +169,5 @@ def _of_record(record: CallRecord) -> dict[str, str | int | None]:
         "pdcoord.outcome": str(record.outcome),
         "pdcoord.reason": None if record.reason is None else str(record.reason),
         "pdcoord.served_by_prefill": record.prefill,
+        "pdcoord.breaks": len(record.breaks) or None,
     }

@@ -1,10 +1,13 @@
 """What goes to a decode endpoint with a call, and what its answer means; pure."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
+from pdcoord.core.fleet import Endpoint
+from pdcoord.core.model import Fallback
 from pdcoord.core.plan import Plan
+from pdcoord.core.resumes import STALL_STEPS
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.plans import (
@@ -17,8 +20,12 @@ from pdcoord.protocol.plans import (
     decode_served,
     encode_plan,
 )
+from pdcoord.protocol.signing import Steering
 from pdcoord.wire.errors import ConnectError, HeadTimeoutError, ResetError, WireError
 from pdcoord.wire.heads import Headers, end_to_end
+
+Sign = Callable[[Steering], Headers]
+"""Gives the signature of what steers a sidecar, as headers."""
 
 # Names that an answer's own connection or pdcoord itself decides, in either direction.
 _NOT_SENT_ON = names.HOP_BY_HOP | {b"host", b"content-length", b"expect", names.REQUEST_ID}
@@ -40,6 +47,7 @@ _SIDECAR_FAILURES: dict[str, RungReason] = {
     RefuseReason.STREAM_LOST: RungReason.DECODE_ERROR,
     RefuseReason.TARGET_NOT_ALLOWED: RungReason.TARGET_NOT_ALLOWED,
     RefuseReason.PLAN_UNSIGNED: RungReason.DECODE_ERROR,
+    RefuseReason.PLAN_UNSIGNED: RungReason.DECODE_ERROR,
     RefuseReason.INTERNAL: RungReason.DECODE_ERROR,
 }
 
@@ -50,19 +58,25 @@ _DETAIL_MAX = 2_000
 _top_level = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def with_model(raw: bytes, name: str) -> bytes:
-    """A JSON object that was already read, with its top-level "model" replaced.
+def with_fields(raw: bytes, texts: Mapping[str, str]) -> bytes:
+    """A JSON object that was already read, with some of its top-level fields set to texts.
 
     Every other value keeps its bytes: a number that no float holds, or a key order that a prompt
-    template depends on, must reach the engine as the client wrote it.
+    template depends on, must reach the engine as the client wrote it. A field that was there twice is there
+    once, with its last value, as engines read it.
     """
     fields = _top_level.decode(raw)
-    fields["model"] = msgspec.Raw(msgspec.json.encode(name))
+    for name, text in texts.items():
+        fields[name] = msgspec.Raw(msgspec.json.encode(text))
     return msgspec.json.encode(fields)
 
 
-def plan_header(plan: Plan) -> PlanHeader:
-    """The part of a plan that its sidecar executes."""
+def plan_header(plan: Plan, *, is_resumed_above: bool = False) -> PlanHeader:
+    """The part of a plan that its sidecar executes.
+
+    Args:
+        is_resumed_above: whoever sends it continues the stream if it breaks off.
+    """
     targets = [plan.prefill, *(rung.prefill for rung in plan.rungs if rung.kind is RungKind.OTHER_PREFILL)]
     return PlanHeader(
         prefills=tuple(
@@ -75,6 +89,26 @@ def plan_header(plan: Plan) -> PlanHeader:
         prefill_deadline_ms=plan.prefill_deadline_s * 1e3,
         transfer_deadline_ms=plan.transfer_deadline_s * 1e3,
         load=_planned_load(plan) if plan.replica else None,
+        is_resumed_above=is_resumed_above,
+    )
+
+
+def resumed_below(plan: Plan, rules: Fallback, others: Iterable[Endpoint]) -> PlanHeader:
+    """The same for a sidecar that continues the stream itself, where nobody above it can.
+
+    Args:
+        others: decode endpoints that could stand in for the plan's own, best first.
+    """
+    header = plan_header(plan)
+    if RungKind.RESUME not in rules.rungs:
+        return header
+    stall_s = max(rules.resume_stall_s_min, STALL_STEPS * plan.chosen.figures.step_s)
+    return msgspec.structs.replace(
+        header,
+        resumes=tuple(each.address for each in others)[: rules.resume_tries_max],
+        resume_tries_max=rules.resume_tries_max,
+        resume_age_ms_max=rules.resume_age_s_max * 1e3,
+        resume_stall_ms=stall_s * 1e3,
     )
 
 
@@ -91,20 +125,41 @@ def _planned_load(plan: Plan) -> PlannedLoad:
     )
 
 
-def headers_for(plan: Plan, client: Iterable[tuple[bytes, bytes]], request_id: bytes) -> Headers:
+def headers_for(
+    plan: Plan,
+    client: Iterable[tuple[bytes, bytes]],
+    request_id: bytes,
+    sign: Sign | None = None,
+    *,
+    is_resumed_above: bool = False,
+) -> Headers:
     """A client's headers with the plan in place of whatever could steer routing.
 
     A foreign sidecar reads only the prefill's address.
+
+    Args:
+        is_resumed_above: as of `plan_header`.
     """
     headers = [pair for pair in end_to_end(client, _NOT_SENT_ON) if not names.is_routing(pair[0])]
-    return headers + plan_headers(plan, request_id)
+    return headers + plan_headers(plan, request_id, sign, is_resumed_above=is_resumed_above)
 
 
-def plan_headers(plan: Plan, request_id: bytes) -> Headers:
-    """The headers that a request is sent with because of its plan."""
-    headers = [(names.REQUEST_ID, request_id), (names.PLAN, encode_plan(plan_header(plan)))]
-    if plan.prefill is not None:
-        headers.append((names.PREFILLER_HOST_PORT, plan.prefill.address.encode()))
+def plan_headers(
+    plan: Plan, request_id: bytes, sign: Sign | None = None, *, is_resumed_above: bool = False
+) -> Headers:
+    """The headers that a request is sent with because of its plan, signed where keys are shared."""
+    return steering_headers(plan_header(plan, is_resumed_above=is_resumed_above), request_id, sign)
+
+
+def steering_headers(plan: PlanHeader, request_id: bytes, sign: Sign | None = None) -> Headers:
+    """What steers a sidecar, with the first prefill target in the words of a foreign one."""
+    encoded = encode_plan(plan)
+    headers = [(names.REQUEST_ID, request_id), (names.PLAN, encoded)]
+    prefills = plan.prefills[0].address.encode() if plan.prefills else b""
+    if prefills:
+        headers.append((names.PREFILLER_HOST_PORT, prefills))
+    if sign is not None:
+        headers += sign(Steering(request_id, plan=encoded, prefills=prefills))
     return headers
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 
 from pdcoord.core.model import Model
 from pdcoord.front.intake import client_request_id, model_unknown
@@ -18,6 +18,7 @@ from pdcoord.front.ports import Coordination, Observer
 from pdcoord.gateway import schemas
 from pdcoord.gateway.pages import add_error_handlers, json_response, refusal_response, with_request_id
 from pdcoord.gateway.relay import Relay
+from pdcoord.protocol.errors import Refusal, RefusedError
 from pdcoord.protocol.openai import APIS, Api
 from pdcoord.wire.asgi import Receive, Scope, Send
 
@@ -122,7 +123,12 @@ class GatewayApp(FastAPI):
 
     def _add_pages(self) -> None:
         pages: list[tuple[str, Callable[..., Any], str, dict[int | str, schemas.Schema]]] = [
-            ("/v1/models", self._list_models, "Models", schemas.json_answer("All models.", schemas.MODELS)),
+            (
+                "/v1/models",
+                self._list_models,
+                "Models",
+                schemas.json_answer("All models that the key is for.", schemas.MODELS) | schemas.errors(),
+            ),
             (
                 "/v1/models/{model_id:path}",
                 self._show_model,
@@ -154,17 +160,29 @@ class GatewayApp(FastAPI):
                 tags=["api" if path.startswith("/v1/") else "operation"],
             )
 
-    async def _list_models(self) -> Response:
-        cards = [card for model in self._coordination.models() for card in self._cards(model)]
-        return json_response(ModelList(data=cards))
+    async def _list_models(self, request: Request) -> Response:
+        try:
+            visa = self._relay.gate.identify(request.headers.raw)
+        except RefusedError as error:
+            return self._refuse(error.refusal)
+        models = [model for model in self._coordination.models() if visa.may_use(model)]
+        return json_response(ModelList(data=[card for model in models for card in self._cards(model)]))
 
-    async def _show_model(self, model_id: str) -> Response:
+    async def _show_model(self, model_id: str, request: Request) -> Response:
         model = self._coordination.model(model_id)
+        try:
+            visa = self._relay.gate.identify(request.headers.raw)
+            if model is not None:
+                visa.check_model(model)
+        except RefusedError as error:
+            return self._refuse(error.refusal)
         if model is None:
-            refusal = model_unknown(model_id)
-            self._observer.refused(refusal.reason)
-            return refusal_response(refusal)
+            return self._refuse(model_unknown(model_id))
         return json_response(self._card(model_id, model))
+
+    def _refuse(self, refusal: Refusal) -> Response:
+        self._observer.refused(refusal.reason)
+        return refusal_response(refusal)
 
     async def _livez(self) -> Response:
         return json_response({"status": "ok"})

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass
 
 from pdcoord.core.events import (
@@ -11,60 +11,65 @@ from pdcoord.core.events import (
     RequestArrived,
     ResponseBegan,
 )
+from pdcoord.core.hedging import is_second
 from pdcoord.core.model import PrefixMode
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId
 from pdcoord.front import upstream as wires
 from pdcoord.front.account import Account
-from pdcoord.front.answers import body_too_large, body_too_slow, internal_error, outcome_of, too_many_calls
+from pdcoord.front.answers import (
+    bodies_full,
+    body_too_large,
+    body_too_slow,
+    internal_error,
+    outcome_of,
+    too_many_calls,
+)
 from pdcoord.front.asked import asked_of
+from pdcoord.front.gate import Gate, Visa
 from pdcoord.front.intake import build_request, check_reserved, client_request_id, model_unknown
-from pdcoord.front.outputs import OutputCounter
-from pdcoord.front.ports import CallRecord, Coordination, Limits, Observer, Tokens
+from pdcoord.front.ports import CallRecord, Limits, Observer, Relaying, Tokens
 from pdcoord.front.tracing import CallTrace, begin_call
+from pdcoord.gateway.hedging import Failure, Opened, Race
+from pdcoord.gateway.held import Held, hold
+from pdcoord.gateway.resuming import Call, Means, Resumer, reason_of
+from pdcoord.gateway.streams import Answer, Fate, is_plain_stream
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason, RungReason
 from pdcoord.protocol.openai import Api, parse_call
-from pdcoord.protocol.plans import ServedHeader
+from pdcoord.protocol.plans import RungKind
+from pdcoord.resume.call import CHAT, COMPLETIONS
+from pdcoord.resume.continuation import Unresumable
+from pdcoord.resume.tape import Shelf, Tape
 from pdcoord.wire.asgi import (
     BodyTimeoutError,
     ClientGoneError,
+    NoRoomError,
     Receive,
     Scope,
     Send,
     read_body,
-    send_head,
     send_json,
     watch_disconnect,
 )
 from pdcoord.wire.client import Client, Response
 from pdcoord.wire.errors import BodyTooLargeError, InvalidRequestError, StreamError, WireError
 from pdcoord.wire.heads import Headers
-from pdcoord.wire.relay import relay_body
+from pdcoord.wire.room import ByteRoom
 from pdcoord.wire.tracing import Tracing
 
-_EVENT_STREAM = b"text/event-stream"
-_ERROR_EVENT = b'data: {"error"'
+_OK = 200
+_CONTINUED_PATHS = frozenset({CHAT, COMPLETIONS})
 _OWN_ID_CUT = 80
 """What is kept of an id that needs a suffix, so that sidecars still take it over (128 bytes at most)."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    """An engine's whole answer to a failed attempt, kept to be relayed if no other is left."""
+class _Broken:
+    """One attempt whose stream broke off, or whose end is in doubt, and that may go on elsewhere."""
 
-    status: int
-    headers: Headers
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """One attempt that ended before a byte reached the client."""
-
-    reason: RungReason
-    served: ServedHeader | None = None
-    answer: _Answer | None = None
+    fate: Fate
+    resumer: Resumer
 
 
 class Relay:
@@ -75,12 +80,16 @@ class Relay:
         new_id: makes a request id for calls that bring none, unique for all practical purposes.
         tokens: asked where a model's prefixes are precise; without it they are approximate.
         tracing: makes spans of calls; None where nothing is traced.
+
+    Attributes:
+        gate: lets calls in by their keys; every call until it is set, once, before serving.
+        sign: signs plans; None where they are not signed. Set once, before serving.
     """
 
     def __init__(
         self,
         *,
-        coordination: Coordination,
+        coordination: Relaying,
         upstream: Client,
         observer: Observer,
         limits: Limits,
@@ -97,7 +106,20 @@ class Relay:
         self.new_id = new_id
         self.tokens = tokens
         self.tracing = tracing
+        self.bodies = ByteRoom(limits.bodies_bytes_max)
+        self.gate = Gate(clock=clock, wall=clock)
+        self.sign: wires.Sign | None = None
+        self.shelf = Shelf(limits.resume_bytes_max, limits.resume_stream_bytes_max)
+        self.means = Means(coordination, upstream, limits, clock, self.headers_for)
         self._live: set[str] = set()
+
+    def headers_for(self, plan: Plan, client: Headers, request_id: bytes, *, is_kept: bool = True) -> Headers:
+        """The headers that a call is sent with.
+
+        Args:
+            is_kept: its stream is continued from here if it breaks off.
+        """
+        return wires.headers_for(plan, client, request_id, self.sign, is_resumed_above=is_kept)
 
     @property
     def live_count(self) -> int:
@@ -109,7 +131,8 @@ class Relay:
         client_id = client_request_id(scope["headers"])
         shown_id = client_id if client_id is not None else self.new_id()
         # The core keeps an account per id, so two live calls under one id need two accounts.
-        own_id = shown_id if shown_id not in self._live else f"{shown_id[:_OWN_ID_CUT]}-{self.new_id()}"
+        is_taken = shown_id in self._live or is_second(shown_id)
+        own_id = f"{shown_id[:_OWN_ID_CUT]}-{self.new_id()}" if is_taken else shown_id
         self._live.add(own_id)
         record = CallRecord(id=RequestId(own_id), path=api.path, began_s=self.clock())
         trace = begin_call(self.tracing, self.clock, scope["headers"], record)
@@ -144,8 +167,12 @@ class _Exchange:
         shown_id: the request id that the client is told.
         trace: the call's spans; None where nothing is traced.
         body: what goes upstream; let go of once an answer has begun.
-        outputs: counts the answer's tokens; None before an answer, and where it is compressed.
+        is_continued: the policy has the call's stream go on elsewhere if it breaks off.
+        why_not_kept: why that cannot be done whatever is in the stream; None if it can.
+        answer: what goes to the client of an engine's answer; None before one.
         has_begun: the head of the answer has been sent, so nothing can be taken back.
+        visa: what the call's key allows; None before it was looked at.
+        group: where what is done for the call runs; None before it is sent on.
     """
 
     relay: Relay
@@ -158,9 +185,14 @@ class _Exchange:
     shown_id: str
     trace: CallTrace | None = None
     body: bytes = b""
+    body_bytes_held: int = 0
     is_stream: bool = False
     has_begun: bool = False
-    outputs: OutputCounter | None = None
+    is_continued: bool = False
+    why_not_kept: Unresumable | None = None
+    answer: Answer | None = None
+    visa: Visa | None = None
+    group: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
         """Serve the call; whatever happens, the client gets one answer and the core one end."""
@@ -189,22 +221,34 @@ class _Exchange:
         """
         if self.relay.live_count > self.relay.limits.live_max:
             raise RefusedError(too_many_calls())
+        visa = self.visa = self.relay.gate.identify(self.scope["headers"])
+        self.record.key_name = visa.key_name
+        visa.take_request()
+        # From here on the key is nowhere: not in what goes upstream, nor in what is traced.
+        self.scope["headers"] = visa.headers(self.scope["headers"])
         raw = await self._read()
-        call = parse_call(self.api, raw)
+        call = visa.salted(parse_call(self.api, raw))
         check_reserved(call)
         asked = asked_of(self.scope["headers"])
         model = self.relay.coordination.model(call.model)
         if model is None:
             raise RefusedError(model_unknown(call.model))
+        visa.check_model(model)
         self.record.model = model.name
         self.record.has_unknown_objective = asked.has_unknown_objective(model)
         self.is_stream = call.is_stream
-        self.body = raw if call.model == model.name else wires.with_model(raw, model.name)
+        self.body = visa.body(raw, call, model)
         token_ids = None
         tokens = self.relay.tokens
         if tokens is not None and self.api.is_generative and model.prefix_mode is PrefixMode.PRECISE:
             token_ids = await tokens.tokens(call, model)
         request = build_request(self.record.id, call, model, token_ids, asked)
+        visa.take_prompt(request)
+        self.is_continued = self.is_stream and RungKind.RESUME in model.fallback.rungs
+        if self.api.path not in _CONTINUED_PATHS:
+            self.why_not_kept = Unresumable.API
+        elif request.choice_count > 1:
+            self.why_not_kept = Unresumable.MANY_CHOICES
         self.record.note_request(call, request, model)
         return self.account.ask(RequestArrived(request))
 
@@ -216,13 +260,25 @@ class _Exchange:
             if name == b"content-length" and value.isdigit() and int(value) > limits.body_bytes_max:
                 raise RefusedError(too_large)
         try:
-            return await read_body(
-                self.receive, bytes_max=limits.body_bytes_max, timeout_s=limits.body_timeout_s
+            raw = await read_body(
+                self.receive,
+                bytes_max=limits.body_bytes_max,
+                timeout_s=limits.body_timeout_s,
+                room=self.relay.bodies,
             )
         except BodyTooLargeError as error:
             raise RefusedError(too_large) from error
         except BodyTimeoutError as error:
             raise RefusedError(body_too_slow(limits.body_timeout_s)) from error
+        except NoRoomError as error:
+            raise RefusedError(bodies_full()) from error
+        self.body_bytes_held = len(raw)
+        return raw
+
+    def _let_body_go(self) -> None:
+        self.body = b""
+        self.relay.bodies.give(self.body_bytes_held)
+        self.body_bytes_held = 0
 
     async def _planned(self) -> Plan:
         with nullcontext() if self.trace is None else self.trace.waiting():
@@ -234,6 +290,7 @@ class _Exchange:
         is_gone = False
         try:
             async with asyncio.TaskGroup() as group:
+                self.group = group
                 watcher = group.create_task(self._watch_client())
                 try:
                     await self._forward(plan if plan is not None else await self._planned())
@@ -253,9 +310,12 @@ class _Exchange:
 
     async def _forward(self, plan: Plan) -> None:
         """Try decode endpoints until one answers; the core says which, and when it is enough."""
-        held: _Answer | None = None
+        held: Held | None = None
         for _ in range(self.relay.limits.attempts_max):
             failure = await self._attempt(plan)
+            if isinstance(failure, _Broken):
+                await failure.resumer.run(failure.fate)
+                return
             if failure is None:
                 return
             held = failure.answer or held
@@ -270,126 +330,127 @@ class _Exchange:
         message = f"{self.relay.limits.attempts_max} endpoints failed this request; retry later."
         raise RefusedError(Refusal(RefuseReason.LADDER_EXHAUSTED, message))
 
-    async def _attempt(self, plan: Plan) -> _Failure | None:
-        """Send the call to one decode endpoint; None if its answer went to the client."""
-        if self.trace is None:
-            return await self._send_to(plan, self.scope["headers"])
-        with self.trace.attempt(plan) as attempt:
-            failure = await self._send_to(plan, attempt.headers(self.scope["headers"]))
-            attempt.error = "" if failure is None else failure.reason
-            return failure
+    async def _attempt(self, plan: Plan) -> Failure | _Broken | None:
+        """Send the call to one decode endpoint, or two; None if its answer went to the client to its end."""
+        assert self.group is not None, "an attempt outside its call"
+        opened = await Race(self.account, self._open, self.group).run(plan)
+        if isinstance(opened, Failure):
+            return opened
+        async with opened.stack:
+            self.relay.coordination.handle(ResponseBegan(self.record.id, opened.served))
+            decision = wires.decision_header(opened.plan, opened.served)
+            self.record.served = opened.served
+            if opened.held is not None:
+                opened.held.headers.append((names.DECISION, decision))
+                await self._answer(opened.held)
+                return None
+            self.record.began_plan = self.record.plan
+            broken = await self._relay(opened.response, opened.first, decision)
+            if broken is not None and opened.trace is not None:
+                opened.trace.error = reason_of(broken.fate)
+            return broken
 
-    async def _send_to(self, plan: Plan, client_headers: Headers) -> _Failure | None:
+    async def _open(self, plan: Plan) -> Opened | Failure:
+        """Send the call where a plan says, until there is something for the client."""
+        async with AsyncExitStack() as stack:
+            headers, trace = self.scope["headers"], None
+            if self.trace is not None:
+                trace = stack.enter_context(self.trace.attempt(plan))
+                headers = trace.headers(headers)
+            opened = await self._reach(plan, headers, stack)
+            if isinstance(opened, Failure):
+                if trace is not None:
+                    trace.error = opened.reason
+                return opened
+            opened.trace, opened.stack = trace, stack.pop_all()
+            return opened
+
+    async def _reach(self, plan: Plan, headers: Headers, stack: AsyncExitStack) -> Opened | Failure:
         limits = self.relay.limits
         wait_s = limits.head_timeout_s if self.is_stream else limits.answer_timeout_s
+        request_id = plan.request_id.encode()
         try:
             response = await self.relay.upstream.request(
                 "POST",
                 plan.decode.address,
                 self._target(),
-                headers=wires.headers_for(plan, client_headers, self.record.id.encode()),
+                headers=self.relay.headers_for(plan, headers, request_id, is_kept=self.is_kept),
                 body=self.body,
                 head_timeout_s=wait_s,
             )
         except InvalidRequestError as error:
             raise RefusedError(Refusal(RefuseReason.INVALID_FIELD, f"The call's {error}.")) from error
         except WireError as error:
-            return _Failure(wires.failure_of_error(error))
-        async with response:
-            served = wires.served_of(response.header(names.SERVED))
-            reason = wires.failure_of_answer(response.status, response.header(names.REASON))
-            if reason is not None:
-                return _Failure(reason, served, await self._hold(response))
-            if response.status >= 400:
-                return await self._relay_error(response, plan, served)
-            try:
-                # An engine sends a stream's head at once and may still die in its prefill. The client
-                # has seen nothing until the first byte, so until then another endpoint can take over.
-                first = await response.read_chunk(idle_timeout_s=wait_s)
-            except StreamError:
-                return _Failure(RungReason.DECODE_ERROR, served)
-            self.relay.coordination.handle(ResponseBegan(self.record.id, served))
-            self.record.served = served
-            await self._relay(response, first, wires.decision_header(plan, served))
-        return None
+            return Failure(wires.failure_of_error(error))
+        await stack.enter_async_context(response)
+        served = wires.served_of(response.header(names.SERVED))
+        reason = wires.failure_of_answer(response.status, response.header(names.REASON))
+        if reason is not None:
+            # A sidecar's own error is not kept: the core's refusal says more.
+            is_engines = response.header(names.REASON) is None
+            return Failure(reason, served, await hold(response, limits) if is_engines else None)
+        if response.status >= 400:
+            # What an engine, or a sidecar for it, says is wrong with the call.
+            held = await hold(response, limits)
+            if held is None:
+                return Failure(RungReason.DECODE_ERROR, served)
+            return Opened(plan, response, served, held=held)
+        try:
+            # An engine sends a stream's head at once and may still die in its prefill. The client
+            # has seen nothing until the first byte, so until then another endpoint can take over.
+            first = await response.read_chunk(idle_timeout_s=wait_s)
+        except StreamError:
+            return Failure(RungReason.DECODE_ERROR, served)
+        return Opened(plan, response, served, first)
 
     def _target(self) -> str:
         query = self.scope.get("query_string", b"")
         return f"{self.api.path}?{query.decode('latin-1')}" if query else self.api.path
 
-    async def _relay_error(
-        self, response: Response, plan: Plan, served: ServedHeader | None
-    ) -> _Failure | None:
-        """Pass on what an engine, or a sidecar for it, says is wrong with the call."""
-        answer = await self._read_answer(response)
-        if answer is None:
-            return _Failure(RungReason.DECODE_ERROR, served)
-        self.relay.coordination.handle(ResponseBegan(self.record.id, served))
-        self.record.served = served
-        answer.headers.append((names.DECISION, wires.decision_header(plan, served)))
-        await self._answer(answer)
-        return None
-
-    async def _hold(self, response: Response) -> _Answer | None:
-        """An engine's own error, whole; a sidecar's is not kept, the core's refusal says more."""
-        return None if response.header(names.REASON) is not None else await self._read_answer(response)
-
-    async def _read_answer(self, response: Response) -> _Answer | None:
-        """An error, whole and in OpenAI's form; None if it broke off."""
-        limits = self.relay.limits
-        try:
-            body = await response.read_all(timeout_s=limits.stream_idle_s, bytes_max=limits.held_bytes_max)
-        except WireError:
-            return None
-        headers = wires.headers_to_client(response.headers)
-        is_plain = response.header(b"content-encoding") is None
-        shown = wires.error_body(response.status, body) if is_plain else body
-        if shown is not body:
-            headers = [pair for pair in headers if pair[0] != b"content-type"]
-        return _Answer(response.status, headers, shown)
-
-    async def _relay(self, response: Response, first: bytes, decision: bytes) -> None:
+    async def _relay(self, response: Response, first: bytes, decision: bytes) -> _Broken | None:
         """Pass an answer on as it comes; per part there is only what `relay_body` does."""
-        self.body = b""
         self.has_begun = True
         self.record.status = response.status
         self.record.first_byte_s = self.relay.clock()
         headers = wires.headers_to_client(response.headers)
         headers += [(names.REQUEST_ID, self.shown_id.encode()), (names.DECISION, decision)]
-        await send_head(self.send, response.status, headers)
-        if response.header(b"content-encoding") is None:
-            is_stream = (response.header(b"content-type") or b"").startswith(_EVENT_STREAM)
-            self.outputs = OutputCounter(first, is_stream=is_stream)
-        try:
-            if first:
-                await self.send({"type": "http.response.body", "body": first, "more_body": True})
-                idle_timeout_s = self.relay.limits.stream_idle_s
-                await relay_body(
-                    self.scope, self.send, response, idle_timeout_s=idle_timeout_s, change=self.outputs
-                )
-        except StreamError:
+        is_continued = self.is_continued and response.status == _OK and is_plain_stream(response)
+        tape = Tape(self.relay.shelf, self.body) if is_continued and self.is_kept else None
+        why_not_kept = self.why_not_kept or Unresumable.API
+        answer = Answer(self.scope, self.send, response, tape=tape, why_not_kept=why_not_kept)
+        self._let_body_go()
+        self.answer = answer
+        await answer.begin(headers)
+        resumer = Resumer(self.relay.means, self._as_call(), answer)
+        fate = await answer.relay(response, first, resumer.watch())
+        is_whole = fate is Fate.WHOLE and (not is_continued or resumer.is_whole())
+        if is_continued and not is_whole:
+            return _Broken(fate, resumer)
+        if is_whole:
+            self.record.outcome = Outcome.OK if response.status < 400 else Outcome.CLIENT_ERROR
+            await answer.end()
+        else:
             self.record.outcome = Outcome.UPSTREAM_ERROR
-            await self._break_off(response, response.last or first)
-            return
-        self.record.outcome = Outcome.OK if response.status < 400 else Outcome.CLIENT_ERROR
-        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+            message = "The engine's stream broke off; what came before is incomplete."
+            await answer.break_off(Refusal(RefuseReason.UPSTREAM_FAILED, message))
+        return None
 
-    async def _break_off(self, response: Response, last: bytes) -> None:
-        """End a broken answer so that it cannot pass for a whole one: its last chunk is never sent.
+    @property
+    def is_kept(self) -> bool:
+        """Whether its stream is kept while it passes, to be continued from here."""
+        return self.is_continued and self.why_not_kept is None
 
-        The error goes out as an event only where an event may stand: behind a whole one, in a stream
-        that is not compressed, and that the sidecar has not ended so already. Elsewhere it would be garbage.
-        """
-        is_stream = (response.header(b"content-type") or b"").startswith(_EVENT_STREAM)
-        is_plain = response.header(b"content-encoding") is None
-        has_said_so = last.rstrip().rpartition(b"\n\n")[2].startswith(_ERROR_EVENT)
-        if is_stream and is_plain and last.endswith((b"\n\n", b"\r\n\r\n")) and not has_said_so:
-            event = Refusal(
-                RefuseReason.UPSTREAM_FAILED, "The engine's stream broke off; what came before is incomplete."
-            ).event()
-            await self.send({"type": "http.response.body", "body": event, "more_body": True})
+    def _as_call(self) -> Call:
+        return Call(
+            path=self.api.path,
+            headers=self.scope["headers"],
+            record=self.record,
+            account=self.account,
+            trace=self.trace,
+            planned=self._planned,
+        )
 
-    async def _answer(self, held: _Answer) -> None:
+    async def _answer(self, held: Held) -> None:
         self.has_begun = True
         self.record.status = held.status
         self.record.outcome = Outcome.UPSTREAM_ERROR if held.status >= 500 else Outcome.CLIENT_ERROR
@@ -426,6 +487,10 @@ class _Exchange:
             await self._refuse(internal_error())
 
     def _end(self) -> None:
-        if self.account.is_live:
-            tokens = self.record.output_tokens = self.outputs.count() if self.outputs is not None else None
-            self.account.end(self.record.outcome, tokens)
+        self._let_body_go()
+        if self.answer is not None:
+            self.record.output_tokens = self.answer.output_tokens()
+            self.answer.close()
+        self.account.end(self.record.outcome, self.record.output_tokens)
+        if self.visa is not None:
+            self.visa.settle(self.record.output_tokens, has_begun=self.record.first_byte_s is not None)

@@ -8,18 +8,45 @@ from typing import Any
 
 import msgspec
 
+from pdcoord.core.canary import CanaryView
+from pdcoord.core.doubts import Doubt
 from pdcoord.core.fleet import Endpoint, EndpointState
 from pdcoord.core.ledger import Load
 from pdcoord.core.model import Model
-from pdcoord.core.paths import PathView
+from pdcoord.core.pathview import PathView, layout_words
 from pdcoord.core.plan import Candidate, Figures, Plan
 from pdcoord.core.probes import Probe
+from pdcoord.core.quarantine import Phase, Trouble
 
 _GBIT_PER_BYTE = 8e-9
 
 
+class QuarantineView(msgspec.Struct, frozen=True, kw_only=True):
+    """An endpoint of which requests tell something bad.
+
+    Attributes:
+        phase: suspected, out, or readmitting.
+        reason: the symptom that it is out for, or the last one.
+        age_ms: of the phase.
+        out_ms: how long it is or was out the last time; 0 before the first.
+        left_ms: until a request is let in; 0 where it may be now.
+        requests_max: that may be on trial there at a time, while it is being readmitted; None else.
+    """
+
+    phase: str
+    reason: str
+    age_ms: float
+    out_ms: float
+    left_ms: float
+    requests_max: int | None
+
+
 class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
-    """One endpoint with its last signals and the coordinator's own account of it."""
+    """One endpoint with its last signals and the coordinator's own account of it.
+
+    Attributes:
+        doubt: why its own metrics are not believed; running, waiting and kv_usage are the account's then.
+    """
 
     id: str
     model: str
@@ -37,6 +64,8 @@ class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     pending_prefill_ms: float
     bytes_in_flight: int
+    quarantine: QuarantineView | None
+    doubt: str | None
 
 
 class FleetView(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,11 +97,33 @@ class ProbeView(msgspec.Struct, frozen=True, kw_only=True):
     age_ms: float
 
 
+class CanaryRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What canaries say of a path whose pools are unlike.
+
+    Attributes:
+        state: of the pair of pools: untried, passed, failed, unjudged.
+        fault: why the path is shut, or would be were canaries enforced; empty if nothing speaks against it.
+        detail: of the pair's last canary that said something; `position` is the output token, from 0, at
+            which its answers parted first.
+    """
+
+    state: str
+    is_enforced: bool
+    fault: str
+    detail: str
+    position: int | None
+    age_ms: float | None
+    prefill_layout: str
+    decode_layout: str
+
+
 class PathRow(msgspec.Struct, frozen=True, kw_only=True):
     """One pair of endpoints that could be a path.
 
     Attributes:
-        breaker: open too where the last probe shuts the path; `fault` says why then, else it is empty.
+        breaker: open too where the last probe or its canary shuts the path; `fault` says why then, else it
+            is empty.
+        canary: None where the pools are alike, and where canaries are off.
         bandwidth_gbit_per_s: what decisions count with: of the policy, no more than measured lately.
         probe: None if nobody probed the path, or told of it.
     """
@@ -86,6 +137,7 @@ class PathRow(msgspec.Struct, frozen=True, kw_only=True):
     bandwidth_gbit_per_s: float
     bytes_in_flight: int
     probe: ProbeView | None
+    canary: CanaryRow | None
 
 
 class PathsView(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,7 +217,10 @@ class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
     """One plan of a request and what became of it.
 
     Attributes:
-        failure: why the decode endpoint gave no answer; None if it did, or has not yet.
+        failure: why the decode endpoint gave no answer, or not all of it; None if it did, or has not yet.
+        broke_after_tokens: output tokens that the client had when the stream broke off; None if it did not.
+        is_second: it was made beside the one before, which showed no output.
+        is_outrun: of two attempts at a time the other was faster.
     """
 
     mode: str
@@ -180,6 +235,9 @@ class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
     is_outage: bool
     failure: str | None
     served: ServedView | None
+    broke_after_tokens: int | None = None
+    is_second: bool = False
+    is_outrun: bool = False
 
 
 class DecisionView(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,7 +288,9 @@ class DecisionsView(msgspec.Struct, frozen=True, kw_only=True):
     decisions: list[DecisionSummary]
 
 
-def endpoint_view(state: EndpointState, load: Load, now_s: float) -> EndpointView:
+def endpoint_view(
+    state: EndpointState, load: Load, trouble: Trouble | None, doubt: Doubt | None, *, now_s: float
+) -> EndpointView:
     endpoint, sample = state.endpoint, state.sample
     return EndpointView(
         id=endpoint.id,
@@ -249,6 +309,20 @@ def endpoint_view(state: EndpointState, load: Load, now_s: float) -> EndpointVie
         requests=load.request_count,
         pending_prefill_ms=load.pending_prefill_s(now_s) * 1e3,
         bytes_in_flight=load.bytes_in_flight,
+        quarantine=None if trouble is None else _quarantine_view(trouble, now_s),
+        doubt=doubt,
+    )
+
+
+def _quarantine_view(trouble: Trouble, now_s: float) -> QuarantineView:
+    is_out, is_back = trouble.phase is Phase.OUT, trouble.phase is Phase.READMITTING
+    return QuarantineView(
+        phase=trouble.phase,
+        reason=trouble.symptom,
+        age_ms=(now_s - trouble.since_s) * 1e3,
+        out_ms=trouble.out_s * 1e3,
+        left_ms=max(trouble.until_s - now_s, 0.0) * 1e3 if is_out else 0.0,
+        requests_max=trouble.limit if is_back else None,
     )
 
 
@@ -263,6 +337,21 @@ def path_row(view: PathView, now_s: float) -> PathRow:
         bandwidth_gbit_per_s=view.bandwidth_bytes_per_s * _GBIT_PER_BYTE,
         bytes_in_flight=view.bytes_in_flight,
         probe=None if view.probe is None else _probe_view(view.probe, now_s),
+        canary=None if view.canary is None else _canary_row(view.canary),
+    )
+
+
+def _canary_row(canary: CanaryView) -> CanaryRow:
+    finding = canary.finding
+    return CanaryRow(
+        state=canary.state,
+        is_enforced=canary.is_enforced,
+        fault=canary.fault,
+        detail=finding.detail if finding is not None else "",
+        position=finding.position if finding is not None else None,
+        age_ms=None if canary.age_s is None else canary.age_s * 1e3,
+        prefill_layout=layout_words(canary.prefill),
+        decode_layout=layout_words(canary.decode),
     )
 
 

@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pdcoord.core.fleet import Endpoint, ModelName, Pool
-from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, Model, Slo, Tokenizing
+from pdcoord.core.model import AdmissionRules, CanaryRules, Disaggregation, Fallback, Model, Slo, Tokenizing
 from pdcoord.policy.advice import warnings_of
 from pdcoord.policy.errors import Problem
+from pdcoord.policy.fallbackschema import FallbackSpec
 from pdcoord.policy.load import PolicyDocument, parts_of
 from pdcoord.policy.pools import BYTES_PER_GBIT, compile_pool, make_endpoint
 from pdcoord.policy.poolschema import PoolSpec
 from pdcoord.policy.schema import (
     AdmissionSpec,
+    CanarySpec,
     DisaggregationSpec,
-    FallbackSpec,
     PoolPolicy,
     SloSpec,
     TokenizerSpec,
@@ -87,6 +88,7 @@ def _compile_model(spec: PoolPolicy, pools: tuple[Pool, ...]) -> Model:
         fallback=_compile_fallback(spec.fallback),
         slo=_compile_slo(spec.slo),
         admission=_compile_admission(spec.admission),
+        canary=_compile_canary(spec.canary),
         bytes_per_token=spec.model.bytes_per_token,
         prefix_block_tokens=spec.model.prefix.block_tokens,
         prefix_blocks_per_endpoint_max=spec.model.prefix.blocks_per_endpoint_max,
@@ -121,6 +123,12 @@ def _compile_fallback(spec: FallbackSpec) -> Fallback:
         colocated_share_max=spec.budget.colocated_share_max,
         decode_kv_usage_max=spec.budget.decode_kv_usage_max,
         window=spec.budget.window_requests,
+        resume_tries_max=spec.resume.tries_max,
+        resume_age_s_max=spec.resume.age_s_max,
+        resume_stall_s_min=spec.resume.stall_ms_min / 1e3,
+        hedge_share_max=spec.hedge.share_max,
+        hedge_after_s_min=spec.hedge.after_ms_min / 1e3,
+        quarantine_share_max=spec.quarantine.share_max,
     )
 
 
@@ -132,6 +140,17 @@ def _compile_admission(spec: AdmissionSpec) -> AdmissionRules:
         deadline_excess_max=spec.deadline_excess_max,
         low_share_min=spec.low_share_min,
         objectives=dict(spec.objectives),
+    )
+
+
+def _compile_canary(spec: CanarySpec) -> CanaryRules:
+    return CanaryRules(
+        mode=spec.mode,
+        interval_s=spec.interval_s,
+        timeout_s=spec.timeout_ms / 1e3,
+        prompt_tokens=spec.prompt_tokens,
+        output_tokens=spec.output_tokens,
+        logprob_tolerance=spec.logprob_tolerance,
     )
 
 

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from pdcoord.core.model import LegOrder, PrefixMode, SplitMode
+from pdcoord.core.model import CanaryMode, LegOrder, PrefixMode, SplitMode
 from pdcoord.policy.expect import EXPECTED
+from pdcoord.policy.fallbackschema import FallbackSpec
 from pdcoord.policy.poolschema import PoolSpec
 from pdcoord.policy.values import (
     Address,
@@ -18,7 +19,6 @@ from pdcoord.policy.values import (
     Spec,
 )
 from pdcoord.policy.yamltext import FaultsError
-from pdcoord.protocol.plans import RungKind
 
 
 class PrefixSpec(Spec):
@@ -207,74 +207,6 @@ class DisaggregationSpec(Spec):
         return self
 
 
-def _rung(rung: RungKind) -> RungKind:
-    if rung is RungKind.REFUSE:
-        raise ValueError("is refuse, which always comes last and is not listed; remove it")
-    return rung
-
-
-_RUNGS = [rung.value for rung in RungKind if rung is not RungKind.REFUSE]
-LadderRung = Annotated[RungKind, AfterValidator(_rung), Field(json_schema_extra={"enum": _RUNGS})]
-
-
-class BudgetSpec(Spec):
-    """What keeps a prefill outage from becoming a decode outage."""
-
-    colocated_share_max: Share = Field(
-        default=1.0,
-        description=(
-            "Share of requests that may fall back to a prefill on their decode endpoint, 0 to 1; beyond it "
-            "they take the next rung. 1 refuses nobody, and a prefill outage slows every stream instead."
-        ),
-    )
-    decode_kv_usage_max: Share = Field(
-        default=0.95,
-        description=(
-            "No such prefill on a decode endpoint whose KV pool is fuller than this, 0 to 1: above 0.95 it "
-            "would push running requests out."
-        ),
-    )
-    window_requests: int = Field(
-        default=200,
-        ge=1,
-        le=100_000,
-        description="Requests over which the share is counted; 200 tell shares 0.1 apart.",
-    )
-
-
-class FallbackSpec(Spec):
-    """What is tried, in order, when a leg of a request fails."""
-
-    ladder: tuple[LadderRung, ...] = Field(
-        default=(RungKind.OTHER_PREFILL, RungKind.COLOCATED, RungKind.OTHER_DECODE),
-        description=(
-            "other-prefill: another prefill endpoint. colocated: prefill on the decode endpoint itself. "
-            "other-decode: another decode endpoint. Each at most once; refuse follows the last."
-        ),
-    )
-    other_prefill_max: int = Field(
-        default=2,
-        ge=0,
-        le=16,
-        description="Prefill endpoints to try after the first. 2 outlives one dead pod and one restarting.",
-    )
-    other_decode_max: int = Field(
-        default=2, ge=0, le=16, description="Decode endpoints to try after the first, for the same reason."
-    )
-    budget: BudgetSpec = Field(default_factory=BudgetSpec, description="Bounds on the colocated rung.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        faults = [
-            (("ladder", i), f"is {rung} a second time; list it once")
-            for i, rung in enumerate(self.ladder)
-            if rung in self.ladder[:i]
-        ]
-        if faults:
-            raise FaultsError(faults)
-        return self
-
-
 class SloSpec(Spec):
     """Objectives; a choice that is predicted to miss them loses to one that is not."""
 
@@ -349,6 +281,61 @@ class AdmissionSpec(Spec):
     )
 
 
+class CanarySpec(Spec):
+    """How pairs of pools of unlike vendors or layouts are tried: one prompt split and served alone."""
+
+    mode: CanaryMode = Field(
+        default=CanaryMode.ENFORCE,
+        description=(
+            "off: nothing is tried. observe: tried and told, and nothing is shut. enforce: such a pair "
+            "carries no request before its first canary passed, and none while its last one failed. enforce, "
+            "since a wrong pair answers 200 with wrong tokens, and a right one waits a second or so. With a "
+            "sidecar that is not pdcoord's nothing says that a prompt was split: there use observe."
+        ),
+    )
+    interval_s: float = Field(
+        default=600.0,
+        ge=1,
+        le=604_800,
+        description=(
+            "About how often each endpoint of a pair that passed is tried again, in s. At 600 it costs an "
+            "endpoint two prompts in ten minutes."
+        ),
+    )
+    timeout_ms: DeadlineMs = Field(
+        default=30_000.0,
+        description=(
+            "Longest wait for either answer, in ms; later the canary says nothing and is tried again. 30000 "
+            "is a prompt in a queue behind others."
+        ),
+    )
+    prompt_tokens: int = Field(
+        default=400,
+        ge=16,
+        le=100_000,
+        description=(
+            "About how long the prompt is; at least two and a half of the largest block, whatever this says. "
+            "400 is three blocks of 128 and a part of one, 25 of 16."
+        ),
+    )
+    output_tokens: int = Field(
+        default=16,
+        ge=1,
+        le=1_024,
+        description="Tokens that are compared. 16 take 0.2 s of an engine with steps of 12 ms.",
+    )
+    logprob_tolerance: float = Field(
+        default=0.5,
+        ge=0,
+        le=100,
+        description=(
+            "How far the logprobs of two engines may be apart, in nats, for a token to be the same or a tie: "
+            "vendors round differently, fp8 KV more so. 0.5 is a start: the log line canary.judged tells how "
+            "far a pair is apart. 0 wants equal numbers."
+        ),
+    )
+
+
 class PoolPolicy(Spec):
     """How one model is served by its pools."""
 
@@ -366,4 +353,7 @@ class PoolPolicy(Spec):
     slo: SloSpec = Field(default_factory=SloSpec, description="Objectives.")
     admission: AdmissionSpec = Field(
         default_factory=AdmissionSpec, description="Who waits, and who is refused."
+    )
+    canary: CanarySpec = Field(
+        default_factory=CanarySpec, description="How unlike pairs of pools are tried before they are used."
     )

@@ -206,6 +206,8 @@ class Targets:
     """Prefill targets that changed; none at all is a sign of life.
 
     Attributes:
+        decodes: decode endpoints at which the sidecar's streams may go on, those that are new.
+        decodes_removed: those that are gone.
         is_whole: what was told before is void.
         has_more: this is not the last part; nothing counts before that has come.
     """
@@ -214,6 +216,13 @@ class Targets:
     removed: tuple[HostPort, ...] = ()
     is_whole: bool = False
     has_more: bool = False
+    decodes: tuple[HostPort, ...] = ()
+    decodes_removed: tuple[HostPort, ...] = ()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether it is more than a sign of life."""
+        return bool(self.is_whole or self.changed or self.removed or self.decodes or self.decodes_removed)
 
 
 CoordinatorMessage = CoordinatorHello | Targets
@@ -243,14 +252,19 @@ def joined(parts: Sequence[Targets]) -> Targets | None:
     last = parts[-1]
     if len(parts) == 1 and not last.has_more:
         return last
-    counts = sum(len(part.changed) for part in parts), sum(len(part.removed) for part in parts)
+    lists = [(part.changed, part.removed, part.decodes, part.decodes_removed) for part in parts]
+    counts = [sum(map(len, column)) for column in zip(*lists, strict=True)]
     if max(counts) > TARGETS_MAX or len(parts) > TARGETS_MAX:
         raise ControlError(f"a message has more than {TARGETS_MAX} targets")
     if last.has_more:
         return None
-    changed = tuple(target for part in parts for target in part.changed)
-    removed = tuple(address for part in parts for address in part.removed)
-    return Targets(changed, removed, is_whole=parts[0].is_whole)
+    return Targets(
+        changed=tuple(target for part in parts for target in part.changed),
+        removed=tuple(address for part in parts for address in part.removed),
+        is_whole=parts[0].is_whole,
+        decodes=tuple(address for part in parts for address in part.decodes),
+        decodes_removed=tuple(address for part in parts for address in part.decodes_removed),
+    )
 
 
 def sidecar_proof(key: bytes, hello: SidecarHello, answer: CoordinatorHello) -> bytes:

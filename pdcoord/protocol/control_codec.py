@@ -104,6 +104,8 @@ def encode_notice(message: CoordinatorMessage) -> list[bytes]:
                 changed=map(_target, changed),
                 removed=map(_text, removed),
                 has_more=has_more,
+                decodes=map(_text, message.decodes),
+                decodes_removed=map(_text, message.decodes_removed),
             )
             notice = pb.CoordinatorNotice(targets=targets)
     raw = notice.SerializeToString()
@@ -149,13 +151,17 @@ def _notice_parts(notice: pb.CoordinatorNotice) -> Iterator[pb.CoordinatorNotice
         return
     told = notice.targets
     lists = [pb.Targets(changed=each) for each in _grouped(told.changed, pb.Target.ByteSize)]
-    lists += [
-        pb.Targets(removed=each) for each in _grouped(told.removed, lambda text: len(text.encode()) + 4)
-    ]
+    lists += [pb.Targets(removed=each) for each in _grouped(told.removed, _text_bytes)]
+    lists += [pb.Targets(decodes=each) for each in _grouped(told.decodes, _text_bytes)]
+    lists += [pb.Targets(decodes_removed=each) for each in _grouped(told.decodes_removed, _text_bytes)]
     for number, part in enumerate(lists, 1):
         part.is_whole = told.is_whole
         part.has_more = told.has_more or number < len(lists)
         yield pb.CoordinatorNotice(targets=part)
+
+
+def _text_bytes(text: str) -> int:
+    return len(text.encode()) + 4
 
 
 def _grouped(entries: Iterable[_Entry], size: Callable[[_Entry], int]) -> list[Sequence[_Entry]]:
@@ -408,9 +414,20 @@ def _read_target(told: pb.Target) -> Target:
 def _read_targets(told: pb.Targets) -> Targets:
     _bound("changed", told.changed, TARGETS_MAX)
     _bound("removed", told.removed, TARGETS_MAX)
-    removed = tuple(HostPort(_text(each)) for each in told.removed)
-    changed = tuple(map(_read_target, told.changed))
-    return Targets(changed, removed, is_whole=told.is_whole, has_more=told.has_more)
+    _bound("decodes", told.decodes, TARGETS_MAX)
+    _bound("decodes_removed", told.decodes_removed, TARGETS_MAX)
+    removed, decodes, decodes_removed = (
+        tuple(HostPort(_text(each)) for each in addresses)
+        for addresses in (told.removed, told.decodes, told.decodes_removed)
+    )
+    return Targets(
+        tuple(map(_read_target, told.changed)),
+        removed,
+        is_whole=told.is_whole,
+        has_more=told.has_more,
+        decodes=decodes,
+        decodes_removed=decodes_removed,
+    )
 
 
 _EVENTS: dict[str, Callable[[Any], LoadEvent]] = {

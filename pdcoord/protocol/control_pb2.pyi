@@ -229,16 +229,20 @@ class CoordinatorHello(_message.Message):
     def __init__(self, version: _Optional[int] = ..., replica: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Targets(_message.Message):
-    __slots__ = ("is_whole", "changed", "removed", "has_more")
+    __slots__ = ("is_whole", "changed", "removed", "has_more", "decodes", "decodes_removed")
     IS_WHOLE_FIELD_NUMBER: _ClassVar[int]
     CHANGED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
     HAS_MORE_FIELD_NUMBER: _ClassVar[int]
+    DECODES_FIELD_NUMBER: _ClassVar[int]
+    DECODES_REMOVED_FIELD_NUMBER: _ClassVar[int]
     is_whole: bool
     changed: _containers.RepeatedCompositeFieldContainer[Target]
     removed: _containers.RepeatedScalarFieldContainer[str]
     has_more: bool
-    def __init__(self, is_whole: _Optional[bool] = ..., changed: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., removed: _Optional[_Iterable[str]] = ..., has_more: _Optional[bool] = ...) -> None: ...
+    decodes: _containers.RepeatedScalarFieldContainer[str]
+    decodes_removed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, is_whole: _Optional[bool] = ..., changed: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., removed: _Optional[_Iterable[str]] = ..., has_more: _Optional[bool] = ..., decodes: _Optional[_Iterable[str]] = ..., decodes_removed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("address", "bootstrap_port", "kv_port", "verdict", "verdict_reason", "breaker")

@@ -9,6 +9,8 @@ import msgspec
 class RefuseReason(StrEnum):
     """Why a request was answered with an error by pdcoord itself; the value of x-pdcoord-reason."""
 
+    MALFORMED_HTTP = "malformed-http"
+    HEAD_TOO_LARGE = "head-too-large"
     MALFORMED_JSON = "malformed-json"
     INVALID_FIELD = "invalid-field"
     BODY_TOO_LARGE = "body-too-large"
@@ -72,6 +74,8 @@ class _Kind:
 
 # The only table from reason to status. Types are OpenAI's own vocabulary where it has a word.
 _KINDS: dict[RefuseReason, _Kind] = {
+    RefuseReason.MALFORMED_HTTP: _Kind(400, "invalid_request_error"),
+    RefuseReason.HEAD_TOO_LARGE: _Kind(431, "invalid_request_error"),
     RefuseReason.MALFORMED_JSON: _Kind(400, "invalid_request_error"),
     RefuseReason.INVALID_FIELD: _Kind(400, "invalid_request_error"),
     RefuseReason.BODY_TOO_LARGE: _Kind(413, "invalid_request_error"),
@@ -158,6 +162,8 @@ class Refusal:
             (b"content-type", b"application/json"),
             (b"x-pdcoord-reason", self.reason.value.encode()),
         ]
+        if self.reason is RefuseReason.UNAUTHORIZED:
+            headers.append((b"www-authenticate", b"Bearer"))
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
         return headers

@@ -60,9 +60,15 @@ ROUTING_FROM_OUTSIDE = frozenset(
         DATA_PARALLEL_HOST_PORT,
         KV_CACHE_SOURCE_HOST_PORT,
         DESTINATION_ENDPOINT,
+        b"x-data-parallel-rank",
+        b"x-vllm-priority",
     }
 )
-"""Headers that choose where a request goes: the gateway strips them from clients."""
+"""Headers that choose where or when a request is served: the gateway strips them from clients. The last two
+are vLLM 0.32's own."""
+_BOOTSTRAP_PREFIX = b"x-override-bootstrap-"
+"""SGLang 0.5.23 also takes its rendezvous from headers."""
+_STEERING_PREFIXES = (PREFIX, b"x-prefiller-", _BOOTSTRAP_PREFIX)
 
 HOP_BY_HOP = frozenset(
     {
@@ -87,8 +93,12 @@ _HOST_V6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?")
 
 
 def is_routing(name: bytes) -> bool:
-    """Whether a (lower-case) header name could steer routing and must not come from a client."""
-    return name in ROUTING_FROM_OUTSIDE or name.startswith(PREFIX)
+    """Whether a header name could steer routing and must not come from a client.
+
+    An underscore counts as a hyphen: some servers and proxies take one for the other.
+    """
+    spelled = name.lower().replace(b"_", b"-")
+    return spelled.startswith(_STEERING_PREFIXES) or spelled in ROUTING_FROM_OUTSIDE
 
 
 def parse_host_port(text: str) -> tuple[str, int]:

@@ -93,6 +93,7 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             order to try; empty where it is resumed above, or not at all.
         resume_tries_max: continuations of one stream.
         resume_age_ms_max: a stream that is older is not continued.
+        resume_stall_ms: longest time in which a stream that may be continued makes no progress.
     """
 
     prefills: tuple[PrefillTarget, ...] = ()
@@ -106,6 +107,7 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     resumes: tuple[HostPort, ...] = ()
     resume_tries_max: int = 0
     resume_age_ms_max: float = 600_000.0
+    resume_stall_ms: float = 10_000.0
 
 
 class RungTaken(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,6 +167,8 @@ def decode_plan(raw: bytes) -> PlanHeader:
         raise PlanHeaderError(f"x-pdcoord-plan: version is {plan.version}, expected {PLAN_VERSION}")
     if plan.prefill_deadline_ms <= 0 or plan.transfer_deadline_ms <= 0:
         raise PlanHeaderError("x-pdcoord-plan: a deadline is not positive")
+    if plan.resume_tries_max < 0 or plan.resume_age_ms_max <= 0 or plan.resume_stall_ms <= 0:
+        raise PlanHeaderError("x-pdcoord-plan: a bound of resuming is not positive")
     if plan.load is not None and not _is_sane(plan.load):
         raise PlanHeaderError("x-pdcoord-plan: a figure of the load is negative or beyond reason")
     return plan

@@ -5,10 +5,15 @@ The table in docs/metrics-gateway.md is made from this: `python -m pdcoord.runti
 
 import sys
 
+from pdcoord.runtime.canary_metrics import CANARY_METRICS
 from pdcoord.runtime.control_metrics import CONTROL_METRICS
 from pdcoord.runtime.extproc_metrics import EXTPROC_METRICS
+from pdcoord.runtime.gray_metrics import GRAY_METRICS
+from pdcoord.runtime.key_metrics import KEY_METRICS
 from pdcoord.runtime.metricspec import METRIC_LABELS, Bound, MetricSpec, MetricType, bound_of
 from pdcoord.runtime.objectives import OBJECTIVE_METRICS
+from pdcoord.runtime.resume_metrics import RESUME_METRICS
+from pdcoord.runtime.secured import RELOADS as SECRET_RELOADS
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENIZE_SECONDS = (2.5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
@@ -375,8 +380,13 @@ METRICS = (
     KV_HEARD,
     DECISION_SECONDS,
     *OBJECTIVE_METRICS,
+    *RESUME_METRICS,
     *EXTPROC_METRICS,
     *CONTROL_METRICS,
+    *CANARY_METRICS,
+    *GRAY_METRICS,
+    *KEY_METRICS,
+    SECRET_RELOADS,
     SPANS,
     INFO,
 )

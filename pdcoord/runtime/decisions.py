@@ -3,7 +3,17 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from pdcoord.core.events import Action, DecodeFailed, Dispatch, Outcome, Refuse, Wait
+from pdcoord.core.events import (
+    Action,
+    DecodeFailed,
+    Dispatch,
+    HedgeAsked,
+    HedgeOver,
+    Outcome,
+    Refuse,
+    StreamBroke,
+    Wait,
+)
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import Request, RequestId
 from pdcoord.gateway.views import (
@@ -26,6 +36,9 @@ class _Attempt:
     plan: Plan
     failure: RungReason | None = None
     served: ServedHeader | None = None
+    broke_after_tokens: int | None = None
+    is_second: bool = False
+    is_outrun: bool = False
 
 
 @dataclass(slots=True)
@@ -92,6 +105,35 @@ class DecisionLog:
             decision.attempts[-1].served = event.served
         _act(decision, actions, Outcome.UPSTREAM_ERROR, now_s)
 
+    def broke(self, event: StreamBroke, actions: list[Action], *, now_s: float) -> None:
+        """The last attempt's stream broke off; the core decided on what is next."""
+        decision = self._decisions.get(event.id)
+        if decision is None:
+            return
+        if decision.attempts:
+            decision.attempts[-1].failure = event.reason
+            decision.attempts[-1].broke_after_tokens = event.output_tokens
+        _act(decision, actions, Outcome.UPSTREAM_ERROR, now_s)
+
+    def hedged(self, event: HedgeAsked | HedgeOver, actions: list[Action]) -> None:
+        """A second attempt was asked for, and may have been sent; or one of two was given up.
+
+        The one that goes on is the last from then on.
+        """
+        decision = self._decisions.get(event.id)
+        if decision is None:
+            return
+        if isinstance(event, HedgeAsked):
+            sent = [action.plan for action in actions if isinstance(action, Dispatch)]
+            decision.attempts += [_Attempt(plan, is_second=True) for plan in sent]
+            return
+        if len(decision.attempts) < 2:
+            return  # A client used the id again meanwhile.
+        if not event.is_won:
+            decision.attempts[-2:] = reversed(decision.attempts[-2:])
+        left = decision.attempts[-2]
+        left.failure, left.served, left.is_outrun = event.reason, event.served, event.reason is None
+
     def waited(self, action: Dispatch | Refuse, *, now_s: float) -> None:
         """A request that was told to wait is sent or refused."""
         decision = self._decisions.get(action.id)
@@ -102,7 +144,8 @@ class DecisionLog:
     def began(self, request_id: RequestId, served: ServedHeader | None, *, now_s: float) -> None:
         decision = self._decisions.get(request_id)
         if decision is not None:
-            decision.first_byte_s = now_s
+            if decision.first_byte_s is None:
+                decision.first_byte_s = now_s
             if decision.attempts:
                 decision.attempts[-1].served = served
 
@@ -200,6 +243,9 @@ def _attempt_view(attempt: _Attempt) -> AttemptView:
         transfer_deadline_ms=plan.transfer_deadline_s * 1e3,
         is_outage=plan.is_outage,
         failure=attempt.failure,
+        broke_after_tokens=attempt.broke_after_tokens,
+        is_second=attempt.is_second,
+        is_outrun=attempt.is_outrun,
         served=None if attempt.served is None else _served_view(attempt.served, plan),
     )
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
@@ -19,9 +20,7 @@ from pdcoord.gateway.views import (
     RungView,
     ServedView,
 )
-from pdcoord.protocol.headers import HostPort
-from pdcoord.runtime.adminclient import admin_address, get
-from pdcoord.wire.client import Client
+from pdcoord.runtime.adminclient import AdminListener
 from pdcoord.wire.errors import WireError
 
 WIDTH_MAX = 100
@@ -48,19 +47,25 @@ REASONS: dict[Why, str] = {
 }
 
 
-def explain(request_id: str | None, admin_url: str) -> int:
+def explain(
+    request_id: str | None,
+    admin_url: str,
+    admin_key_file: Path | None = None,
+    admin_ca_file: Path | None = None,
+) -> int:
     """Print a decision; the exit status: 0 printed, 1 not known, 2 the admin listener does not answer.
 
     Args:
         request_id: None takes the last request.
         admin_url: of the gateway's admin listener, such as http://127.0.0.1:8081.
+        admin_key_file: with the key that it asks for.
+        admin_ca_file: of who signed its certificate, with https.
     """
     screen = Console()
     width = min(screen.width, WIDTH_MAX) if screen.is_terminal else WIDTH_MAX
     console = Console(width=width, highlight=False)
     try:
-        address = admin_address(admin_url)
-        found = asyncio.run(_fetch(address, request_id))
+        found = asyncio.run(_fetch(AdminListener(admin_url, admin_key_file, admin_ca_file), request_id))
     except (ValueError, WireError, TimeoutError, msgspec.MsgspecError) as error:
         sys.stderr.write(f"pdcoord explain: {admin_url} does not answer as an admin listener: {error}\n")
         return UNREACHABLE
@@ -124,7 +129,14 @@ def _attempt(attempt: AttemptView) -> list[RenderableType]:
     parts.append(Text(f"Not candidates: {drops or 'none'}"))
     if attempt.served is not None:
         parts += _served(attempt.served, attempt)
-    if attempt.failure is not None:
+    if attempt.is_second:
+        parts.append(Text("Made beside another attempt, which showed no output for too long."))
+    if attempt.is_outrun:
+        parts.append(Text("Given up: another attempt had its output first.", style="yellow"))
+    if attempt.broke_after_tokens is not None:
+        what = f"Broke off at {attempt.chosen.decode} after {attempt.broke_after_tokens:,} tokens"
+        parts.append(Text(f"{what}: {attempt.failure}", style="red"))
+    elif attempt.failure is not None:
         parts.append(Text(f"Failed at {attempt.chosen.decode}: {attempt.failure}", style="red"))
     return parts
 
@@ -227,13 +239,13 @@ def _number(value: float, unit: str, *, sign: str = "") -> str:
             return f"{value:{sign}.3g}"
 
 
-async def _fetch(address: HostPort, request_id: str | None) -> DecisionView | None:
-    async with Client() as client:
+async def _fetch(listener: AdminListener, request_id: str | None) -> DecisionView | None:
+    async with listener.client() as client:
         if request_id is None:
-            raw = await get(client, address, "/decisions?limit=1")
+            raw = await listener.get(client, "/decisions?limit=1")
             latest = msgspec.json.decode(raw or b"{}", type=DecisionsView).decisions
             if not latest:
                 return None
             request_id = latest[0].id
-        raw = await get(client, address, f"/decisions/{quote(request_id, safe='')}")
+        raw = await listener.get(client, f"/decisions/{quote(request_id, safe='')}")
         return None if raw is None else msgspec.json.decode(raw, type=DecisionView)

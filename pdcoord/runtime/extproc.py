@@ -22,10 +22,11 @@ from pdcoord.front.ports import Limits
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.runtime.extproc_flags import FlagError, read_flags
 from pdcoord.runtime.observe import Metrics, Telemetry
-from pdcoord.runtime.process import START_FAILED, Backstage, run_process
+from pdcoord.runtime.process import START_FAILED, Backstage, run_process, url_of
 from pdcoord.runtime.settings import CoordinatorSettings, PortNumber, Seconds, SettingsError, load
 from pdcoord.wire.asgi import App, Receive, Scope, Send, send_head, send_json
 from pdcoord.wire.server import Listener
+from pdcoord.wire.tls import ServerTls
 
 _METRICS_CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _HEALTH_MESSAGE_BYTES_MAX = 1 << 16
@@ -147,11 +148,13 @@ class ExtprocFront:
         self._ignored = ignored
         self._grpc: GrpcListener | None = None
         self._health: GrpcListener | None = None
+        self._tls: ServerTls | None = None
 
     def listeners(self, stage: Backstage) -> Sequence[Listener]:
         """Metrics, and health over HTTP."""
         app = make_pages(stage.metrics.render, stage.loop.unready)
-        return [Listener(app, self._settings.host, self._settings.metrics_port)]
+        self._tls = stage.secured.listener
+        return [Listener(app, self._settings.host, self._settings.metrics_port, self._tls)]
 
     def services(self, stage: Backstage) -> Sequence[AbstractAsyncContextManager[object]]:
         """The picker with its health, and health alone for probes."""
@@ -168,6 +171,9 @@ class ExtprocFront:
             rules=PickRules(settings.fallbacks_max, settings.conformance, settings.pass_paths),
         )
         picker.tracing = stage.tracing
+        picker.gate = stage.gate
+        if stage.secured.plan_keys is not None:
+            picker.sign = stage.secured.plan_keys.headers
         health = Health(stage.loop.unready).handler()
         processor = Processor(picker, ExtprocMeter(stage.metrics))
         self._grpc = GrpcListener(
@@ -196,7 +202,7 @@ class ExtprocFront:
         return {
             "grpc": str(self._grpc.address),
             "grpc_health": str(self._health.address),
-            "metrics_url": f"http://{self._settings.host}:{ports[0]}/metrics",
+            "metrics_url": f"{url_of(self._tls, self._settings.host, ports[0])}/metrics",
         }
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from pdcoord.core.alternatives import alternatives, least_busy
+from pdcoord.core.canary import CanaryBegan, CanaryJudged
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.events import (
     Action,
@@ -12,6 +13,8 @@ from pdcoord.core.events import (
     DecodeMoved,
     Dispatch,
     Event,
+    HedgeAsked,
+    HedgeOver,
     ModelsReplaced,
     PathProbed,
     RequestArrived,
@@ -19,6 +22,8 @@ from pdcoord.core.events import (
     ResponseBegan,
     SidecarLost,
     SidecarReported,
+    StreamBroke,
+    StreamStalled,
     TimePassed,
 )
 from pdcoord.core.fleet import (
@@ -39,6 +44,7 @@ from pdcoord.core.paths import BreakerState
 from pdcoord.core.plan import Plan
 from pdcoord.core.probes import ProbeState
 from pdcoord.core.request import RequestId
+from pdcoord.core.trials import CanaryOrder
 from pdcoord.feeds.declared import DeclaredFeed, Source
 from pdcoord.feeds.scrapes import ScrapeFailure
 from pdcoord.front.ports import Decided
@@ -56,6 +62,7 @@ from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
 from pdcoord.protocol.plans import RungKind
 from pdcoord.runtime import catalog
 from pdcoord.runtime.decisions import DecisionLog
+from pdcoord.runtime.gray_metrics import gray_samples
 from pdcoord.runtime.metricspec import MetricSpec
 from pdcoord.runtime.objectives import objective_gauges
 from pdcoord.runtime.observe import GaugeSample, Metrics
@@ -113,18 +120,16 @@ class CoordinatorLoop:
                 decision_s = self._clock() - now_s
                 self._metrics.decision_seconds.observe(decision_s)
                 self._decisions.arrived(request, actions, now_s=now_s, decision_s=decision_s)
-            case DecodeFailed():
-                self._decisions.failed(event, actions, now_s=now_s)
-                self._metrics.count_rungs(event.served)
-                is_refused = not any(isinstance(action, Dispatch) for action in actions)
-                rung = RungKind.REFUSE if is_refused else RungKind.OTHER_DECODE
-                self._metrics.count_rung(rung, event.reason)
+            case DecodeFailed() | StreamBroke():
+                self._note_failure(event, actions, now_s)
             case ResponseBegan(request_id, served):
                 self._decisions.began(request_id, served, now_s=now_s)
                 for seen in self._coordinator.lessons.take_ttfts():
                     ratio = seen.took_s / max(seen.predicted_s, 1e-3)
                     self._metrics.ttft_ratio.labels(seen.model, seen.mode).observe(ratio)
                 self._metrics.count_rungs(served)
+            case HedgeAsked() | HedgeOver():
+                self._decisions.hedged(event, actions)
             case RequestEnded(request_id, outcome):
                 self._waits.end(request_id)
                 self._decisions.ended(request_id, outcome, now_s=now_s)
@@ -139,7 +144,10 @@ class CoordinatorLoop:
                 | EndpointDraining()
                 | ModelsReplaced()
                 | PathProbed()
+                | CanaryBegan()
+                | CanaryJudged()
                 | TimePassed()
+                | StreamStalled()
                 | DecodeMoved()
                 | SidecarReported()
                 | SidecarLost()
@@ -149,6 +157,21 @@ class CoordinatorLoop:
                 | KvLost()
             ):
                 pass
+
+    def _note_failure(self, event: DecodeFailed | StreamBroke, actions: list[Action], now_s: float) -> None:
+        is_refused = not any(isinstance(action, Dispatch) for action in actions)
+        if isinstance(event, DecodeFailed):
+            self._decisions.failed(event, actions, now_s=now_s)
+            self._metrics.count_rungs(event.served)
+            rung = RungKind.OTHER_DECODE
+        else:
+            self._decisions.broke(event, actions, now_s=now_s)
+            rung = RungKind.RESUME
+        self._metrics.count_rung(RungKind.REFUSE if is_refused else rung, event.reason)
+
+    def silence_s_max(self, request_id: RequestId) -> float | None:
+        """How long the request's stream may go without a token before it is better off elsewhere."""
+        return self._coordinator.silence_s_max(request_id, self._clock())
 
     def expect(self, request_id: RequestId, decided: Decided) -> None:
         """Have `decided` called, once, when a request that waits is dispatched or refused."""
@@ -164,6 +187,10 @@ class CoordinatorLoop:
         """Every endpoint of the fleet."""
         return (state.endpoint for state in self._coordinator.fleet.states())
 
+    def due_canaries(self) -> Sequence[CanaryOrder]:
+        """Canaries to carry out now; none while the process stops."""
+        return [] if self.is_draining else self._coordinator.canaries.due(self._clock())
+
     def precise_endpoints(self) -> Iterable[Endpoint]:
         """The endpoints of models whose prefixes are precise."""
         for model in self._coordinator.models():
@@ -171,9 +198,11 @@ class CoordinatorLoop:
                 yield from (state.endpoint for state in self._coordinator.fleet.of_model(model.name))
 
     def ready_endpoints(self, model: ModelName) -> Iterable[Endpoint]:
-        """The endpoints of a model that take new work."""
-        states = self._coordinator.fleet.of_model(model)
-        return (state.endpoint for state in states if state.is_eligible)
+        """The endpoints of a model that take new work; those that serve badly where there are no others."""
+        states = [state for state in self._coordinator.fleet.of_model(model) if state.is_eligible]
+        is_out = self._coordinator.progress.quarantine.is_out
+        well = [state.endpoint for state in states if not is_out(state.endpoint.id)]
+        return well or [state.endpoint for state in states]
 
     def model(self, name: str) -> Model | None:
         """The model of this name or alias."""
@@ -185,11 +214,16 @@ class CoordinatorLoop:
     def alternatives(self, plan: Plan, allowed: frozenset[str] | None, count_max: int) -> Sequence[Endpoint]:
         """Endpoints that could stand in for a plan's decode endpoint, least busy first."""
         coordinator = self._coordinator
-        return alternatives(coordinator.fleet, coordinator.ledger.accounts, plan, allowed, count_max)
+        barred = coordinator.progress.quarantine.barred
+        return alternatives(
+            coordinator.fleet, coordinator.ledger.accounts, plan, allowed, count_max, barred=barred
+        )
 
     def any_endpoint(self, allowed: frozenset[str] | None) -> Endpoint | None:
         """A ready endpoint for a call that names no model."""
-        return least_busy(self._coordinator.fleet.states(), self._coordinator.ledger.accounts, allowed)
+        coordinator = self._coordinator
+        barred = coordinator.progress.quarantine.barred
+        return least_busy(coordinator.fleet.states(), coordinator.ledger.accounts, allowed, barred=barred)
 
     def unready(self) -> Refusal | None:
         """Why no traffic should be sent here; None when ready."""
@@ -220,9 +254,19 @@ class CoordinatorLoop:
 
     def fleet_view(self) -> FleetView:
         now_s = self._clock()
-        load = self._coordinator.ledger.load
-        states = sorted(self._coordinator.fleet.states(), key=lambda state: state.endpoint.id)
-        return FleetView(endpoints=[endpoint_view(s, load(s.endpoint.id), now_s) for s in states])
+        coordinator = self._coordinator
+        return FleetView(
+            endpoints=[
+                endpoint_view(
+                    state,
+                    coordinator.ledger.load(state.endpoint.id),
+                    coordinator.progress.quarantine.trouble(state.endpoint.id),
+                    coordinator.doubt(state.endpoint.id),
+                    now_s=now_s,
+                )
+                for state in sorted(coordinator.fleet.states(), key=lambda state: state.endpoint.id)
+            ]
+        )
 
     def paths_view(self, limit: int) -> PathsView:
         """At most `limit` paths, those that are not closed first: they are what somebody looks for."""
@@ -276,6 +320,7 @@ class CoordinatorLoop:
         stale = self.files.problems if self.files is not None else {}
         yield catalog.POLICY_STALE, [((source,), float(source in stale)) for source in Source]
         yield from prefix_samples(coordinator)
+        yield from gray_samples(coordinator)
         yield from objective_gauges(coordinator, is_ready=self.unready() is None, now_s=self._clock())
 
     def _breaker_counts(self) -> Counter[BreakerState]:

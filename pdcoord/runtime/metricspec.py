@@ -4,18 +4,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pdcoord.core.doubts import Doubt
 from pdcoord.core.events import Outcome
 from pdcoord.core.fleet import Health
+from pdcoord.core.hedging import HedgeEnd
+from pdcoord.core.likeness import CanaryOutcome
 from pdcoord.core.observations import ObservationKind
 from pdcoord.core.paths import BreakerState
 from pdcoord.core.plan import Why
 from pdcoord.core.probes import ProbeState
+from pdcoord.core.quarantine import Symptom
+from pdcoord.core.trials import PairState
 from pdcoord.feeds.declared import Source
 from pdcoord.feeds.kubewatch import WatchTrouble
 from pdcoord.feeds.scrapes import ScrapeFailure
 from pdcoord.feeds.tokens import TokensMissing, TokenSource
+from pdcoord.front.keys import KeyFault
+from pdcoord.front.ports import BreakOutcome
+from pdcoord.front.rates import RateKind
 from pdcoord.protocol.errors import RefuseReason, RungReason
 from pdcoord.protocol.plans import Mode, RungKind
+from pdcoord.resume.continuation import Unresumable
 from pdcoord.wire.tracing import Fate
 
 
@@ -68,6 +77,8 @@ LABELS: Mapping[str, Bound] = {
     "direction": closed(("request", "response")),
     "model": Bound("models of the policy, and none"),
     "pool": _POLICY,
+    "prefill_pool": _POLICY,
+    "decode_pool": _POLICY,
     "priority": Bound("priorities that the policy's objectives name, and 0"),
     "mode": closed(Mode, extra=("none",)),
     "outcome": closed(Outcome, extra=("accepted", "refused")),
@@ -87,6 +98,12 @@ LABELS: Mapping[str, Bound] = {
 
 METRIC_LABELS: Mapping[tuple[str, str], Bound] = {
     ("pdcoord_gateway_requests_total", "why"): closed(Why, extra=("none",)),
+    ("pdcoord_gateway_quarantined_endpoints", "reason"): closed(Symptom),
+    ("pdcoord_gateway_quarantines_total", "reason"): closed(Symptom),
+    ("pdcoord_gateway_doubted_endpoints", "reason"): closed(Doubt),
+    ("pdcoord_gateway_hedges_total", "outcome"): closed(HedgeEnd),
+    ("pdcoord_gateway_canaries_total", "outcome"): closed(CanaryOutcome),
+    ("pdcoord_gateway_canary_state", "state"): closed(PairState),
     ("pdcoord_gateway_scrape_failures_total", "why"): closed(ScrapeFailure),
     ("pdcoord_gateway_path_report_failures_total", "why"): closed(ScrapeFailure),
     ("pdcoord_gateway_kubernetes_troubles_total", "why"): closed(WatchTrouble),
@@ -100,10 +117,19 @@ METRIC_LABELS: Mapping[tuple[str, str], Bound] = {
     ("pdcoord_gateway_kv_event_blocks_total", "what"): Bound("closed list"),
     ("pdcoord_gateway_kv_event_troubles_total", "what"): Bound("closed list"),
     ("pdcoord_gateway_spans_total", "what"): closed(Fate),
+    ("pdcoord_gateway_resumes_total", "outcome"): closed(BreakOutcome),
+    ("pdcoord_gateway_unresumable_total", "why"): closed(Unresumable),
     ("pdcoord_gateway_control_reports_total", "kind"): closed(("event", "snapshot", "path")),
     ("pdcoord_gateway_control_refused_total", "why"): closed(
         ("version", "key", "malformed", "silent", "full", "replaced")
     ),
+    ("pdcoord_gateway_auth_failures_total", "listener"): closed(("front", "admin")),
+    ("pdcoord_gateway_auth_failures_total", "reason"): closed(KeyFault),
+    ("pdcoord_gateway_rate_limited_total", "key"): Bound("names in the keys file"),
+    ("pdcoord_gateway_rate_limited_total", "rate"): closed(RateKind),
+    ("pdcoord_gateway_key_reloads_total", "file"): closed(("keys", "admin-key", "engine-key")),
+    ("pdcoord_gateway_keys_stale", "file"): closed(("keys", "admin-key", "engine-key")),
+    ("pdcoord_gateway_secret_reloads_total", "files"): closed(("listener", "admin", "upstream", "plan-keys")),
 }
 
 

@@ -25,6 +25,7 @@ from pdcoord.protocol.plans import RungKind, ServedHeader
 from pdcoord.runtime import catalog, extproc_metrics
 from pdcoord.runtime.metricspec import MetricSpec, MetricType
 from pdcoord.runtime.objectives import OBJECTIVES, TPOT, objectives_met, tpot_s
+from pdcoord.runtime.resume_metrics import ResumeMetrics, fields_of
 from pdcoord.wire.tracing import Fate
 
 _NONE = "none"
@@ -74,6 +75,7 @@ class Metrics:
         self.tokenize_seconds = self._histogram(catalog.TOKENIZE_SECONDS)
         self.decision_seconds = self._histogram(catalog.DECISION_SECONDS)
         self.spans = self._counter(catalog.SPANS)
+        self.resumes = ResumeMetrics(self.registry)
         self.in_flight = self._gauge(catalog.IN_FLIGHT)
         self.extproc_streams = self._gauge(extproc_metrics.STREAMS)
         self.extproc_answers = self._counter(extproc_metrics.ANSWERS)
@@ -136,6 +138,8 @@ class Metrics:
             if record.outcome is Outcome.OK:
                 self.duration.labels(model, mode).observe(record.ended_s - record.began_s)
                 self._observe_tpot(record, model, mode)
+        for broke in record.breaks:
+            self.resumes.count(broke)
         for objective, is_met in objectives_met(record).items():
             self.objectives.labels(model, objective, "yes" if is_met else "no").inc()
 
@@ -174,6 +178,7 @@ class Telemetry:
             id=record.id,
             trace_id=record.trace_id,
             path=record.path,
+            key_name=record.key_name,
             model=record.model,
             mode=record.mode,
             why=plan.why if plan is not None else None,
@@ -187,6 +192,7 @@ class Telemetry:
             outcome=record.outcome,
             status=record.status,
             reason=record.reason,
+            **fields_of(record),
         )
 
     def refused(self, reason: RefuseReason) -> None:

@@ -14,29 +14,39 @@ from typing import Protocol
 from structlog.typing import FilteringBoundLogger
 
 from pdcoord.core.coordinator import Coordinator
+from pdcoord.feeds.canary import CanaryFeed
 from pdcoord.feeds.declared import DeclaredFeed, Reload, Source
 from pdcoord.feeds.kvevents import KvEventsFeed
 from pdcoord.feeds.metrics import MetricsFeed
 from pdcoord.feeds.paths import PathsFeed
 from pdcoord.feeds.tokens import TokenHooks, TokensFeed
+from pdcoord.front.gate import Gate
 from pdcoord.front.ports import Tokens
 from pdcoord.gateway.admin import make_admin_app
+from pdcoord.gateway.admin_guard import guarded
 from pdcoord.policy.errors import PolicyError
+from pdcoord.runtime.access import Access
+from pdcoord.runtime.canaries import CanaryRecord
 from pdcoord.runtime.control import make_control, replica_name
 from pdcoord.runtime.decisions import DecisionLog
 from pdcoord.runtime.logs import configure_logs
 from pdcoord.runtime.loop import CoordinatorLoop
 from pdcoord.runtime.observe import Metrics
 from pdcoord.runtime.prefix_state import kv_events_samples
+from pdcoord.runtime.secured import SecretError, Secured
 from pdcoord.runtime.settings import CoordinatorSettings
 from pdcoord.runtime.sources import Sources
 from pdcoord.runtime.startup import StartError, check_start, doubts
-from pdcoord.wire.client import Client
+from pdcoord.wire.asgi import App
+from pdcoord.wire.client import Client, Headers
 from pdcoord.wire.server import Listener, run, stop_on_signals
 from pdcoord.wire.server import serve as serve_listeners
+from pdcoord.wire.tls import ServerTls
 from pdcoord.wire.tracing import Tracing, TracingError, start_tracing
 
 START_FAILED = 2
+ADMIN_CLOSE_S = 1.0
+"""For answers of the admin listener that are under way when all else has ended."""
 PUSH_PAUSE_S = 0.02
 """A rolling update changes many pods at once; matching thousands of them for each is not needed."""
 
@@ -50,6 +60,8 @@ class Backstage:
     tokens: Tokens
     metrics: Metrics
     log: FilteringBoundLogger
+    secured: Secured
+    gate: Gate
     tracing: Tracing | None = None
 
 
@@ -78,14 +90,20 @@ class Front(Protocol):
         ...
 
 
+def url_of(tls: ServerTls | None, host: str, port: int) -> str:
+    """Where a listener is reached, for the log."""
+    return f"{'http' if tls is None else 'https'}://{host}:{port}"
+
+
 def run_process(settings: CoordinatorSettings, front: Front) -> int:
     """Run a process until SIGTERM or SIGINT; the exit status: 0 stopped as asked, 2 not started."""
     log = configure_logs(settings.log_level)
     try:
         check_start(settings)
         process = Process(settings, front, log)
+        process.access.load_first()
         process.files.load_first()
-    except (PolicyError, StartError) as error:
+    except (PolicyError, StartError, SecretError) as error:
         sys.stderr.write(f"{front.command}: not started: {error}\n")
         return START_FAILED
     for doubt in doubts(settings, process.files, os.environ):
@@ -99,6 +117,7 @@ class Process:
     Attributes:
         coordinator: the only state that decides anything.
         files: what the policy and endpoints sources declare; `load_first` comes before `run`.
+        access: who is let in; its `load_first` does too.
         ports: of the front's listeners and, last, the admin listener, once they listen.
     """
 
@@ -109,7 +128,7 @@ class Process:
         self._metrics = Metrics()
         self._tracing: Tracing | None = None
         replica = replica_name(settings)
-        self.coordinator = Coordinator(replica=replica)
+        self.coordinator = Coordinator(replica=replica, has_canaries=True)
         self.loop = CoordinatorLoop(
             self.coordinator,
             clock=time.monotonic,
@@ -120,10 +139,16 @@ class Process:
         self._sources = Sources(settings, self._metrics, log)
         self.files = DeclaredFeed(self.loop, self._sources.policies, self._sources.endpoints)
         self.loop.files = self.files
+        self._canaries = CanaryRecord(self.coordinator.canaries, time.monotonic, log)
+        self._metrics.read_state_from(self._canaries.samples)
         self._kv_events = KvEventsFeed(self.loop, self.loop.precise_endpoints, time.monotonic)
         self._metrics.read_state_from(lambda: kv_events_samples(self._kv_events))
         self.control = make_control(settings, self.coordinator, self.loop, replica=replica, log=log)
         self._metrics.read_state_from(self.control.samples)
+        self.secured = Secured(settings, log)
+        self._metrics.read_state_from(self.secured.samples)
+        self.access = Access(settings, log)
+        self._metrics.read_state_from(self.access.samples)
         self.ports: list[int] = []
         self._warned: list[str] | None = None
 
@@ -143,7 +168,8 @@ class Process:
                 count=self._metrics.count_spans,
                 log=self._log,
             )
-            async with Client(connect_timeout_s=self._settings.connect_timeout_s) as client:
+            connect_timeout_s = self._settings.connect_timeout_s
+            async with Client(connect_timeout_s=connect_timeout_s, tls=self.secured.upstream) as client:
                 failure = await self._run_parts(client, stop, look_now, on_started)
         except TracingError as error:
             failure = error
@@ -175,25 +201,19 @@ class Process:
                 "process.started",
                 **self._front.addresses(ports[:-1]),
                 control_port=self.control.port,
-                admin_url=f"http://{settings.admin_host}:{ports[-1]}",
+                admin_url=url_of(self.secured.admin, settings.admin_host, ports[-1]),
                 models=[model.name for model in self.coordinator.models()],
                 warnings=[str(problem) for problem in self.files.warnings],
             )
             if on_started is not None:
                 on_started()
 
-        closing = asyncio.Event()
-        tokens_feed = TokensFeed(
-            models=self.loop.models,
-            ready=self.loop.ready_endpoints,
-            client=client,
-            clock=time.monotonic,
-            limits=settings.token_limits(),
-            hooks=TokenHooks(self._metrics.tokenized, self._tokenizer_failed),
-        )
-        stage = Backstage(self.loop, client, tokens_feed, self._metrics, self._log, self._tracing)
-        admin = Listener(make_admin_app(self.loop), settings.admin_host, settings.admin_port)
+        closing, over = asyncio.Event(), asyncio.Event()
+        admin_port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        tokens_feed = self._tokens_feed(client)
+        stage = self._stage(client, tokens_feed)
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._serve_admin(over, admin_port))
             background = [
                 *(group.create_task(feed.run()) for feed in (*self._feeds(client), tokens_feed)),
                 *(group.create_task(part) for part in self._parts(look_now)),
@@ -201,20 +221,63 @@ class Process:
             ]
             try:
                 async with AsyncExitStack() as services:
+                    own_port = await admin_port
                     for service in (*self.control.services(), *self._front.services(stage)):
                         await services.enter_async_context(service)
                     await serve_listeners(
-                        [*self._front.listeners(stage), admin],
+                        self._front.listeners(stage),
                         stop=closing,
                         drain_s=settings.drain_s,
-                        on_started=started,
+                        on_started=lambda ports: started([*ports, own_port]),
                     )
             except OSError as error:
                 failure = error
             finally:
+                over.set()
                 for task in background:
                     task.cancel()
         return failure
+
+    def _tokens_feed(self, client: Client) -> TokensFeed:
+        return TokensFeed(
+            models=self.loop.models,
+            ready=self.loop.ready_endpoints,
+            client=client,
+            clock=time.monotonic,
+            limits=self._settings.token_limits(),
+            hooks=TokenHooks(self._metrics.tokenized, self._tokenizer_failed),
+        )
+
+    def _stage(self, client: Client, tokens: Tokens) -> Backstage:
+        return Backstage(
+            self.loop,
+            client,
+            tokens,
+            self._metrics,
+            self._log,
+            self.secured,
+            self.access.gate,
+            self._tracing,
+        )
+
+    async def _serve_admin(self, over: asyncio.Event, port: "asyncio.Future[int]") -> None:
+        """Serve what tells of this process: up before anything else is, and down after all has drained.
+
+        Args:
+            port: gets where it listens, or why it cannot.
+        """
+        settings = self._settings
+        admin = Listener(self._admin_app(), settings.admin_host, settings.admin_port, self.secured.admin)
+        try:
+            await serve_listeners(
+                [admin], stop=over, drain_s=ADMIN_CLOSE_S, on_started=lambda ports: port.set_result(ports[0])
+            )
+        except OSError as error:
+            port.set_exception(error)
+
+    def _admin_app(self) -> App:
+        app = make_admin_app(self.loop)
+        return guarded(app, lambda: self.access.admin_key, self.access.admin_refused)
 
     def _parts(self, look_now: asyncio.Event) -> Sequence[Coroutine[None, None, None]]:
         """What else runs beside the listeners."""
@@ -224,10 +287,12 @@ class Process:
             self._follow_pushes(),
             self.loop.alarm.run(),
             self.control.run(),
+            self.secured.run(),
         )
 
-    def _feeds(self, client: Client) -> tuple[MetricsFeed, PathsFeed, KvEventsFeed]:
+    def _feeds(self, client: Client) -> tuple[MetricsFeed, PathsFeed, KvEventsFeed, CanaryFeed]:
         """Those whose signals go to the core."""
+        keys = self.secured.plan_keys
         settings, loop = self._settings, self.loop
         return (
             MetricsFeed(loop, loop.endpoints, client, time.monotonic, settings.scrape_limits()),
@@ -241,7 +306,20 @@ class Process:
                 self.control.tells_paths,
             ),
             self._kv_events,
+            CanaryFeed(
+                loop,
+                loop.due_canaries,
+                client,
+                self._canaries.told,
+                sign=None if keys is None else keys.headers,
+                authorization=self._engine_headers,
+            ),
         )
+
+    def _engine_headers(self) -> Headers:
+        """What engines ask of pdcoord's own requests."""
+        key = self.access.gate.engine_key
+        return [] if key is None else [(b"authorization", b"Bearer " + key)]
 
     async def _await_stop(self, stop: asyncio.Event, closing: asyncio.Event) -> None:
         await stop.wait()
@@ -259,6 +337,7 @@ class Process:
             looks = 2 if look_now.is_set() else 1
             look_now.clear()
             for _ in range(looks):
+                await self.access.poll()
                 for reload in await self.files.poll():
                     self._report(reload)
 

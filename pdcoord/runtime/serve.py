@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from pdcoord.gateway.app import GatewayApp
 from pdcoord.gateway.relay import Relay
 from pdcoord.runtime.observe import Telemetry
-from pdcoord.runtime.process import Backstage, run_process
+from pdcoord.runtime.process import Backstage, run_process, url_of
 from pdcoord.runtime.settings import GatewaySettings
 from pdcoord.wire.server import Listener
+from pdcoord.wire.tls import ServerTls
 
 
 def serve(settings: GatewaySettings) -> int:
@@ -26,6 +27,7 @@ class GatewayFront:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
+        self._tls: ServerTls | None = None
 
     def listeners(self, stage: Backstage) -> Sequence[Listener]:
         """The front door."""
@@ -39,9 +41,13 @@ class GatewayFront:
             tokens=stage.tokens,
             tracing=stage.tracing,
         )
+        relay.gate = stage.gate
+        if stage.secured.plan_keys is not None:
+            relay.sign = stage.secured.plan_keys.headers
         created = int(datetime.now(UTC).timestamp())
         app = GatewayApp(relay, metrics=stage.metrics.render, created_unix_s=created)
-        return [Listener(app, self._settings.host, self._settings.port)]
+        self._tls = stage.secured.listener
+        return [Listener(app, self._settings.host, self._settings.port, self._tls)]
 
     def services(self, _stage: Backstage) -> Sequence[AbstractAsyncContextManager[object]]:
         """None: everything comes by HTTP."""
@@ -49,4 +55,4 @@ class GatewayFront:
 
     def addresses(self, ports: Sequence[int]) -> dict[str, str]:
         """The front door's URL."""
-        return {"url": f"http://{self._settings.host}:{ports[0]}"}
+        return {"url": url_of(self._tls, self._settings.host, ports[0])}

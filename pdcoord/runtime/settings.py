@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from pdcoord.feeds.scrapes import ScrapeLimits
 from pdcoord.feeds.tokens import TokenLimits
 from pdcoord.front.ports import Limits
+from pdcoord.runtime.secured import SecuredSettings
 
 ENV_PREFIX = "PDCOORD_"
 NAMESPACE = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
@@ -30,7 +31,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 PortNumber = Annotated[int, Field(ge=0, le=65_535)]
 
 
-class CoordinatorSettings(BaseSettings):
+class CoordinatorSettings(SecuredSettings):
     """What any coordinator process can be told, whatever its front; times in seconds, sizes in bytes.
 
     Attributes:
@@ -41,7 +42,11 @@ class CoordinatorSettings(BaseSettings):
         kubernetes_namespace: the namespace; None for that of the own pod, or of KUBECONFIG.
         kubernetes_selector: label selector of the pods that are looked at.
         inference_pool: InferencePool whose selector and ports are used in place of that.
-        admin_host: loopback by default: the admin listener shows addresses and loads.
+        admin_host: loopback by default: the admin listener shows addresses and loads. Elsewhere it needs
+            `admin_key_file`.
+        admin_key_file: the key that the admin listener asks for.
+        keys_file: the API keys that calls are let in by; None to let every call in.
+        engine_key_file: the key that engines ask for, sent to them in place of what a client sent.
         drain_notice_s: after SIGTERM, how long to serve on while /readyz already says no, so that
             whatever sends traffic here notices first.
         drain_s: then, how long calls under way may take to end.
@@ -69,6 +74,9 @@ class CoordinatorSettings(BaseSettings):
     inference_pool: Annotated[str, Field(pattern=OBJECT_NAME, max_length=253)] | None = None
     admin_host: str = "127.0.0.1"
     admin_port: PortNumber = 8081
+    admin_key_file: Path | None = None
+    keys_file: Path | None = None
+    engine_key_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     connect_timeout_s: Seconds = 3.0
@@ -179,27 +187,33 @@ class GatewaySettings(CoordinatorSettings):
 
     Attributes:
         port: 0 lets the kernel pick one.
+        bodies_bytes_max: bodies of all calls together that wait for their answers.
+        resume_bytes_max: streams that are kept in all, so that they can be continued elsewhere.
     """
 
     host: str = "127.0.0.1"
     port: PortNumber = 8080
 
     body_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 30)] = 32 << 20
+    bodies_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 36)] = 256 << 20
     body_timeout_s: Seconds = 60.0
     head_timeout_s: Seconds = 900.0
     answer_timeout_s: Seconds = 1_800.0
     stream_idle_s: Seconds = 90.0
     request_deadline_s: Seconds = 3_600.0
+    resume_bytes_max: Annotated[int, Field(ge=0, le=1 << 36)] = 256 << 20
 
     def limits(self) -> Limits:
         """Bounds on one call."""
         return Limits(
             body_bytes_max=self.body_bytes_max,
+            bodies_bytes_max=self.bodies_bytes_max,
             body_timeout_s=self.body_timeout_s,
             head_timeout_s=self.head_timeout_s,
             answer_timeout_s=self.answer_timeout_s,
             stream_idle_s=self.stream_idle_s,
             request_deadline_s=self.request_deadline_s,
+            resume_bytes_max=self.resume_bytes_max,
         )
 
 

@@ -35,7 +35,7 @@ PICKER_ONLY = (
 """Settings of the endpoint picker alone: its module needs an extra, and its variables may be in a gateway's
 environment too."""
 _ELSEWHERE = tuple(ENV_PREFIX + name for name in ("SIDECAR_", "KV_", "EMULATED_", "E2E_"))
-_OF_COMMANDS = frozenset({f"{ENV_PREFIX}ADMIN_URL"})
+_OF_COMMANDS = frozenset({f"{ENV_PREFIX}ADMIN_URL", f"{ENV_PREFIX}ADMIN_CA_FILE"})
 
 
 class StartError(ValueError):
@@ -50,6 +50,13 @@ def check_start(settings: CoordinatorSettings) -> None:
     """
     if settings.control_port is not None:
         _check_control(settings)
+    is_admin_open = settings.admin_key_file is None and settings.admin_tls_client_ca_file is None
+    if is_admin_open and not _is_loopback(settings.admin_host):
+        raise StartError(
+            f"PDCOORD_ADMIN_HOST (--admin-host) is {settings.admin_host!r}, where anybody may ask the admin "
+            "listener: set PDCOORD_ADMIN_KEY_FILE, or PDCOORD_ADMIN_TLS_CLIENT_CA_FILE with a certificate, "
+            "or leave it on 127.0.0.1"
+        )
     try:
         check_places(_places(settings))
     except PlaceError as error:
@@ -76,6 +83,9 @@ def doubts(
             f"PDCOORD_CONTROL_HOST is {settings.control_host!r}, where anybody may report requests: set "
             "PDCOORD_CONTROL_KEY_FILE, or PDCOORD_CONTROL_CA_FILE with a certificate"
         )
+    host = settings.host if isinstance(settings, GatewaySettings) else None
+    if host is not None and settings.keys_file is None and not _is_loopback(host):
+        found.append(f"PDCOORD_HOST is {host!r}, where anybody may use every model: set PDCOORD_KEYS_FILE")
     return tuple(found)
 
 

@@ -9,11 +9,14 @@ from pdcoord.core.events import (
     DecodeFailed,
     Dispatch,
     Event,
+    HedgeAsked,
     Refuse,
     RequestArrived,
+    StreamBroke,
     TimePassed,
     Wait,
 )
+from pdcoord.core.hedging import id_of
 from pdcoord.core.request import Request, RequestId
 from pdcoord.front.ports import Decided
 from pdcoord.runtime.decisions import DecisionLog
@@ -54,7 +57,11 @@ class Waits:
     def sort(self, event: Event, actions: list[Action], now_s: float) -> list[Action]:
         """The actions of the event's own request; those of calls that wait are delivered."""
         request = event.request if isinstance(event, RequestArrived) else None
-        own = request.id if request is not None else event.id if isinstance(event, DecodeFailed) else None
+        own = request.id if request is not None else None
+        if isinstance(event, DecodeFailed | StreamBroke):
+            own = event.id
+        elif isinstance(event, HedgeAsked):
+            own = id_of(event.id)
         kept: list[Action] = []
         for action in actions:
             if action.id == own:

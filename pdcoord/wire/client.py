@@ -1,10 +1,10 @@
-"""The project's HTTP client: HTTP/1.1 in clear over a bounded pool of keep-alive connections."""
+"""The project's HTTP client: HTTP/1.1, in clear or over TLS, in a bounded pool of keep-alive connections."""
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pdcoord.protocol.headers import HostPort, parse_host_port
 from pdcoord.wire.connection import Connection
@@ -12,6 +12,7 @@ from pdcoord.wire.errors import ConnectError, ResetError
 from pdcoord.wire.heads import Headers, encode_request_head
 from pdcoord.wire.pool import IdlePool
 from pdcoord.wire.response import Response
+from pdcoord.wire.tls import SHUTDOWN_S_MAX, ClientTls
 
 __all__ = ["Client", "Headers", "Response"]
 
@@ -31,6 +32,8 @@ class Client:
         idle_per_origin_max: int = 1_024,
         idle_max: int = 8_192,
         connect_timeout_s: float = 3.0,
+        tls: ClientTls | None = None,
+        plain: Collection[HostPort] = (),
     ) -> None:
         """Opens nothing yet.
 
@@ -38,12 +41,15 @@ class Client:
             idle_s_max: a connection idle for longer is closed; below the peer's own keep-alive (vLLM: 5 s),
                 so that it is not the peer who closes it under a request.
             idle_per_origin_max, idle_max: idle connections kept; past them the longest unused is closed.
-            connect_timeout_s: longest wait for a name and a connection together.
+            connect_timeout_s: longest wait for a name, a connection and its handshake together.
+            tls: for every origin but those in `plain`; None for none at all.
         """
         self._pool: IdlePool[Connection] = IdlePool(
             idle_s_max=idle_s_max, per_origin_max=idle_per_origin_max, total_max=idle_max
         )
         self._connect_timeout_s = connect_timeout_s
+        self._tls = tls
+        self._plain = frozenset(plain)
         self._connections: set[Connection] = set()
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._all_lost = asyncio.Event()
@@ -124,7 +130,10 @@ class Client:
             host, port = parse_host_port(address)
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(address, on_free=self._on_free, on_lost=self._on_lost), host, port
+                    lambda: Connection(address, on_free=self._on_free, on_lost=self._on_lost),
+                    host,
+                    port,
+                    **self._secured(address, host),
                 )
         except TimeoutError as error:
             raise ConnectError(f"{address}: not connected within {self._connect_timeout_s:g} s") from error
@@ -133,6 +142,16 @@ class Client:
         if connection.is_open:
             self._connections.add(connection)
         return connection
+
+    def _secured(self, address: HostPort, host: str) -> dict[str, Any]:
+        """What makes a connection a TLS one."""
+        if self._tls is None or address in self._plain:
+            return {}
+        return {
+            "ssl": self._tls.context,
+            "server_hostname": self._tls.peer_name or host,
+            "ssl_shutdown_timeout": SHUTDOWN_S_MAX,
+        }
 
     def _on_free(self, connection: Connection) -> None:
         if not self._is_entered:

@@ -9,6 +9,7 @@ import httptools
 
 from pdcoord.protocol.headers import HostPort
 from pdcoord.wire.errors import HeadTimeoutError, ResetError, StreamError, WireError
+from pdcoord.wire.heads import HEADERS_MAX, are_codings_plain
 from pdcoord.wire.response import Response
 
 # Interim answers included. An engine's head is under 1 KiB; ours adds a plan of a few KiB.
@@ -23,6 +24,7 @@ _ENDED = 2
 
 class _Parser(Protocol):
     def feed_data(self, data: bytes) -> None: ...
+    def get_http_version(self) -> str: ...
     def get_status_code(self) -> int: ...
     def should_keep_alive(self) -> bool: ...
 
@@ -45,6 +47,7 @@ class Connection(asyncio.Protocol):
         "_is_head_request",
         "_is_interim",
         "_is_reusable",
+        "_is_tls",
         "_loop",
         "_on_free",
         "_on_lost",
@@ -75,6 +78,7 @@ class Connection(asyncio.Protocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._is_tls = False
         self._parser: _Parser | None = None
         self._response: Response | None = None
         self._head_waiter: asyncio.Future[WireError | None] | None = None
@@ -129,6 +133,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports have asyncio's methods without being its subclasses.
         self._transport = cast("asyncio.Transport", transport)
+        self._is_tls = transport.get_extra_info("ssl_object") is not None
         peer_socket = transport.get_extra_info("socket")
         if peer_socket is not None:
             peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -176,6 +181,8 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._state == _IN_HEAD and self._response is not None:
+            if len(self._response.headers) >= HEADERS_MAX:
+                raise _MalformedError(f"its head has more than {HEADERS_MAX} fields")
             self._response.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
@@ -185,6 +192,8 @@ class Connection(asyncio.Protocol):
         status = parser.get_status_code()
         if not 100 <= status <= 599 or status == 101:
             raise _MalformedError(f"status {status} is not one that was asked for")
+        if not are_codings_plain(parser.get_http_version(), response.headers):
+            raise _MalformedError("transfer-encoding is not chunked alone")
         if status < 200:
             self._is_interim = True
             response.headers.clear()
@@ -192,6 +201,9 @@ class Connection(asyncio.Protocol):
         response.status = status
         is_framed = response.header(b"content-length") is not None or _is_chunked(response)
         self._ends_at_close = not (is_framed or self._is_head_request or status in {204, 304})
+        if self._ends_at_close and self._is_tls:
+            # Whoever is between can end a connection, and so would choose where the body ends.
+            raise _MalformedError("over TLS its body has neither a length nor chunks")
         self._is_reusable = parser.should_keep_alive() and not self._is_head_request
         # llhttp cannot be told that this is the answer to HEAD, which has no body whatever it announces.
         self._state = _ENDED if self._is_head_request else _IN_BODY

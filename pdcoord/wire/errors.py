@@ -6,6 +6,7 @@ WireError
 |-- ResetError            no response byte came, the target may have seen the request: try another
 |-- HeadTimeoutError      the same, after a wait
 |-- StreamError           the response broke off or is not HTTP: too late to try another once relayed
+|   `-- StalledError      nobody broke it off, but what comes is no progress
 `-- BodyTooLargeError     a body is longer than its reader allows
 """
 
@@ -32,6 +33,10 @@ class HeadTimeoutError(WireError):
 
 class StreamError(WireError):
     """A response broke off, fell silent inside its body, or is malformed."""
+
+
+class StalledError(StreamError):
+    """A body made no progress for longer than whoever watches it allows."""
 
 
 class BodyTooLargeError(WireError):

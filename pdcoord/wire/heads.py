@@ -1,8 +1,9 @@
-"""Request heads to bytes, and which headers may travel on; pure."""
+"""Request heads to bytes, what no head may hold, and which headers may travel on; pure."""
 
 import re
 from collections.abc import Iterable
 
+from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.protocol.headers import HOP_BY_HOP
 from pdcoord.wire.errors import InvalidRequestError
 
@@ -18,6 +19,48 @@ _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 section 5.5, withou
 # Set by the client itself from what it sends; "expect" would ask for an interim answer nobody waits for.
 _OWN = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+HEADERS_MAX = 128
+"""Fields of one head, either way; browsers, proxies and engines send a few dozen."""
+_VERSIONS = frozenset({"1.0", "1.1"})
+_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:\[\]%-]*")  # RFC 9110 section 7.2: uri-host and port.
+_CODING_FAULT = "transfer-encoding is not chunked alone; send chunked, or a content-length"
+
+
+def request_fault(version: str, method: bytes, target: bytes, headers: Headers) -> Refusal | None:
+    """What of a request's head no server of ours takes, though llhttp in its strict mode does.
+
+    That refuses by itself: content-length beside transfer-encoding or more than once, whatever else that is
+    in doubt about a body's length, folded lines, lines that do not end in CR LF, NUL and other control
+    characters, spaces in and behind names. Source: RFC 9112 sections 3.2, 6.1 and 11.2.
+
+    Args:
+        headers: names in lower case.
+    """
+    if version not in _VERSIONS:
+        return _fault(f"its version is {version}; send HTTP/1.1")
+    if not target.startswith(b"/") and not (target == b"*" and method == b"OPTIONS"):
+        return _fault("its target is no path; send the path alone, with the host in its own field")
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        return _fault(f"it has {len(hosts)} host fields; send one")
+    if hosts and _HOST.fullmatch(hosts[0]) is None:
+        return _fault("its host field has a character that no host has")
+    return None if are_codings_plain(version, headers) else _fault(_CODING_FAULT)
+
+
+def are_codings_plain(version: str, headers: Headers) -> bool:
+    """Whether a body's framing can be read in one way only: `chunked` once, in HTTP/1.1, or nothing."""
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
+    return not codings or (version == "1.1" and [each.lower() for each in codings] == [b"chunked"])
+
+
+def head_too_large(why: str) -> Refusal:
+    return Refusal(RefuseReason.HEAD_TOO_LARGE, f"The head of the request is too large: {why}.")
+
+
+def _fault(why: str) -> Refusal:
+    return Refusal(RefuseReason.MALFORMED_HTTP, f"The head of the request cannot be taken: {why}.")
 
 
 def encode_request_head(

@@ -1,25 +1,28 @@
-"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks, and a short way for body parts."""
+"""uvicorn's HTTP/1.1 protocol with the bounds and refusals that it lacks, and a short way for body parts."""
 
 import asyncio
 import logging
-import re
-from collections.abc import Awaitable, Callable
-from typing import cast
+from collections.abc import Awaitable
+from typing import NoReturn, Protocol, cast
 
+import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.wire.asgi import Scope
+from pdcoord.wire.heads import HEADERS_MAX, head_too_large, request_fault
 from pdcoord.wire.relay import BODY_EXTENSION
 
 # Bounds on a request's head, against clients that never end one. A read of the event loop (256 KiB) may
 # come on top of the first; the second runs from the first byte, or from connecting.
 HEAD_BYTES_MAX = 64 * 1024
 HEAD_S_MAX = 15.0
-_HEAD_TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-)
+# What a client may send beside the bytes of a body: frames of chunks with their extensions, trailers, blank
+# lines. A chunk of one byte takes five more; one read of the event loop may hold a head.
+FRAMING_BYTES_MAX = 512 * 1024
+FRAMING_PER_BODY_BYTE_MAX = 8
 
 # Of no hierarchy: a library that configures logging, as NIXL's Python API does, enables what is in one.
 _silent = logging.Logger("pdcoord.wire.silent", logging.CRITICAL + 1)  # noqa: LOG001  # as said above
@@ -62,60 +65,115 @@ class BodyWriter:
         self._is_direct = False
 
 
-_UPGRADE_LINE = re.compile(rb"^upgrade:[^\r\n]*\r\n", re.IGNORECASE | re.MULTILINE)
+class _RefusedError(Exception):
+    """Raised inside a parser callback to stop the parser."""
 
 
-def _without_upgrade(data: bytes) -> bytes:
-    """The bytes of a head without an offer to upgrade, which a server may ignore (RFC 9110 section 7.8).
+class Gate(Protocol):
+    """The listener that connections come in by."""
 
-    The parser would take everything behind such a head for another protocol, and a client that offers
-    h2c with its POST (curl --http2) would lose its body.
-    """
-    end = data.find(b"\r\n\r\n")
-    head, rest = (data[: end + 2], data[end + 2 :]) if end >= 0 else (data, b"")
-    return _UPGRADE_LINE.sub(b"", head) + rest
+    def admits(self, connection: "ServerProtocol") -> bool:
+        """Whether a connection that was just made may stay."""
+        ...
+
+    def lost(self, connection: "ServerProtocol") -> None:
+        """Called once for each connection that was made."""
+        ...
 
 
 class ServerProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with the two bounds that it lacks: on the size of a head and on its time."""
+    """uvicorn's protocol with bounds on a head's size and time, on a body's framing, and a strict reading.
 
-    def __init__(
-        self, config: uvicorn.Config, state: ServerState, on_lost: Callable[["ServerProtocol"], None]
-    ) -> None:
+    The parser is llhttp in its strict mode, which refuses most of what one reader takes for one request and
+    another for two; `heads.request_fault` refuses the rest. An offer to upgrade is ignored (RFC 9110 section
+    7.8), trailers are dropped.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, gate: Gate) -> None:
         super().__init__(config=config, server_state=state, app_state={})
-        self._on_lost = on_lost
+        self._gate = gate
         self._is_in_head = True
+        self._is_upgrade_offered = False
         self._head_bytes = 0
+        self._body_bytes = 0
+        self._raw_bytes = 0
+        self._fault: Refusal | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         # More than one only when requests are pipelined; the first is the one that is being answered.
         self._writers: list[BodyWriter] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        self._arm_head_timer()
+        if self._gate.admits(self):
+            self._arm_head_timer()
+        else:
+            transport.close()
 
     def data_received(self, data: bytes) -> None:
-        if self._is_in_head and b"pgrade" in data:
-            data = _without_upgrade(data)
-        super().data_received(data)
         if self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError as error:
+            self._refuse(self._fault or _malformed(error))
             return
         if self._is_in_head:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES_MAX:
-                self.transport.write(_HEAD_TOO_LARGE)
-                self.transport.close()
-        cycle = cast("RequestResponseCycle | None", self.cycle)
-        is_answering = cycle is not None and not cycle.response_complete
-        if self._head_timer is None and self.timeout_keep_alive_task is None and not is_answering:
+                self._refuse(head_too_large(f"it is longer than {HEAD_BYTES_MAX} bytes"))
+                return
+        else:
+            self._raw_bytes += len(data)
+            if self._raw_bytes - self._body_bytes > (
+                FRAMING_BYTES_MAX + FRAMING_PER_BODY_BYTE_MAX * self._body_bytes
+            ):
+                self._refuse(
+                    Refusal(RefuseReason.MALFORMED_HTTP, "The body has far more framing than content.")
+                )
+                return
+        if self._head_timer is None and self.timeout_keep_alive_task is None and not self._is_answering:
             # uvicorn has stopped its keep-alive timer for bytes that begin no request.
             self._arm_head_timer()
+
+    @property
+    def _is_answering(self) -> bool:
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        return cycle is not None and not cycle.response_complete
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            # The parser takes what follows for another protocol; begin the message anew without the offer.
+            (end,) = offer.args
+            version = self.parser.get_http_version().encode("ascii")
+            head = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
+            head += [b"%b: %b\r\n" % pair for pair in self.headers if pair[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self._is_upgrade_offered = False
+            self.parser.feed_data(b"".join([*head, b"\r\n", data[end:]]))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Close the connection, with an answer where none is under way that it would end up inside."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
+            body = refusal.body()
+            fields = [*refusal.headers(), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+            head = b"".join([b"%b: %b\r\n" % field for field in fields])
+            self.transport.write(STATUS_LINE[refusal.status] + head + b"\r\n" + body)
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._hold_writers()
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_head_timer()
         self._hold_writers()
         super().connection_lost(exc)
-        self._on_lost(self)
+        self._gate.lost(self)
 
     def on_message_begin(self) -> None:
         self._is_in_head = True
@@ -124,14 +182,39 @@ class ServerProtocol(HttpToolsProtocol):
             self._arm_head_timer()
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_in_head:
+            return  # A trailer: taken for a header it would be one that nobody has looked at.
+        if len(self.headers) >= HEADERS_MAX:
+            self._stop_parser(head_too_large(f"it has more than {HEADERS_MAX} fields"))
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        fault = request_fault(
+            self.parser.get_http_version(), self.parser.get_method(), self.url, self.headers
+        )
+        if fault is not None:
+            self._stop_parser(fault)
+        if self.parser.should_upgrade():
+            self._is_upgrade_offered = True
+            return
         self._is_in_head = False
+        self._body_bytes = 0
+        self._raw_bytes = 0
         self._cancel_head_timer()
         super().on_headers_complete()
         # The app's task only starts when this callback has returned.
         writer = BodyWriter(self.cycle)
         self._writers.append(writer)
         cast("Scope", self.scope)["extensions"] = {BODY_EXTENSION: writer}
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_upgrade_offered:
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -141,6 +224,10 @@ class ServerProtocol(HttpToolsProtocol):
         if self._writers:
             self._writers.pop(0).hold()
         super().on_response_complete()
+
+    def _stop_parser(self, refusal: Refusal) -> NoReturn:
+        self._fault = refusal
+        raise _RefusedError
 
     def _hold_writers(self) -> None:
         for writer in self._writers:
@@ -166,3 +253,8 @@ class ServerProtocol(HttpToolsProtocol):
         cycle = cast("RequestResponseCycle | None", self.cycle)
         if cycle is not None:
             cycle.logger = _silent
+
+
+def _malformed(error: httptools.HttpParserError) -> Refusal:
+    """The parser's own words are its own: none of them is a client's bytes."""
+    return Refusal(RefuseReason.MALFORMED_HTTP, f"This is no HTTP/1.1 request: {error}.")

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol, cast
 
 from pdcoord.wire.asgi import Scope, Send
-from pdcoord.wire.response import Response
+from pdcoord.wire.response import ProgressWatch, Response
 
 BODY_EXTENSION = "pdcoord.body"
 """Key in an ASGI scope's `extensions` under which `server` offers a `BodyWriter`."""
@@ -20,7 +20,13 @@ class BodyWriter(Protocol):
 
 
 async def relay_body(
-    scope: Scope, send: Send, response: Response, *, idle_timeout_s: float, change: Change | None = None
+    scope: Scope,
+    send: Send,
+    response: Response,
+    *,
+    idle_timeout_s: float,
+    change: Change | None = None,
+    watch: ProgressWatch | None = None,
 ) -> None:
     """Relay the rest of a body to a client whose head was sent; the last, empty part is the caller's to send.
 
@@ -29,9 +35,10 @@ async def relay_body(
 
     Args:
         change: applied to each part, where one part is what one read has brought; b"" sends nothing.
+        watch: looks at the parts from time to time for progress.
 
     Raises:
-        StreamError: as `Response.read_chunk` does; what was relayed stays relayed.
+        StreamError: as `Response.pump` does; what was relayed stays relayed. What `change` raises is raised.
     """
     writer = cast("BodyWriter | None", scope.get("extensions", {}).get(BODY_EXTENSION))
 
@@ -40,11 +47,11 @@ async def relay_body(
 
     write = writer.write if writer is not None else send_part
     if change is None:
-        await response.pump(write, idle_timeout_s=idle_timeout_s)
+        await response.pump(write, idle_timeout_s=idle_timeout_s, watch=watch)
         return
 
     def write_changed(data: bytes) -> Awaitable[None] | None:
         changed = change(data)
         return write(changed) if changed else None
 
-    await response.pump(write_changed, idle_timeout_s=idle_timeout_s)
+    await response.pump(write_changed, idle_timeout_s=idle_timeout_s, watch=watch)

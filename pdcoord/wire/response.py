@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-from pdcoord.wire.errors import BodyTooLargeError, StreamError
+from pdcoord.wire.errors import BodyTooLargeError, StalledError, StreamError
 from pdcoord.wire.heads import Headers
 
 # Past this many unread bytes the socket is no longer read until the reader has caught up; one read of
@@ -14,6 +14,26 @@ BUFFERED_BYTES_MAX = 256 * 1024
 
 Sink = Callable[[bytes], Awaitable[None] | None]
 """Takes body bytes at once; what it returns, if anything, is awaited before it is given more."""
+
+
+LOOKS_PER_TIMEOUT = 4
+"""While a body is pushed on, time is told by looking so often; nothing is noted per part."""
+
+
+class ProgressWatch(Protocol):
+    """Says which parts of a body are progress, and how long it may be without."""
+
+    def is_progress(self, part: bytes) -> bool:
+        """Whether the last part before a look is more than a sign of life."""
+        ...
+
+    def silence_s_max(self, silent_s: float) -> float:
+        """How long the body may be without progress; asked again when it has been so long.
+
+        Args:
+            silent_s: how long it has been; an answer of no more than this ends the body.
+        """
+        ...
 
 
 class Response:
@@ -40,11 +60,14 @@ class Response:
         "_idle_timer",
         "_is_paused",
         "_loop",
+        "_progress_s",
+        "_silence_s_max",
         "_sink",
         "_sink_error",
         "_sink_pause",
         "_transport",
         "_waiter",
+        "_watch",
         "chunks",
         "headers",
         "last",
@@ -75,6 +98,9 @@ class Response:
         self._sink: Sink | None = None
         self._sink_pause: Awaitable[None] | None = None
         self._sink_error: Exception | None = None
+        self._watch: ProgressWatch | None = None
+        self._progress_s = 0.0
+        self._silence_s_max = 0.0
 
     # What the reader calls.
 
@@ -128,26 +154,35 @@ class Response:
             self._abandon()
             raise StreamError(f"the body had not ended after {timeout_s:g} s") from error
 
-    async def pump(self, sink: Sink, *, idle_timeout_s: float) -> None:
+    async def pump(self, sink: Sink, *, idle_timeout_s: float, watch: ProgressWatch | None = None) -> None:
         """Hand the rest of the body to `sink` as it arrives, without waking a task for each part.
 
         The sink is called by the connection itself with all that one read has brought. While something
         that it returned is awaited it is given nothing: what arrives meanwhile is buffered, up to the bound.
 
-        Silence is noticed after idle_timeout_s to 1.25 times that.
+        Silence is noticed after idle_timeout_s to 1.25 times that. Waiting for the sink is none.
+
+        Args:
+            watch: looks at the parts from time to time for progress.
 
         Raises:
+            StalledError: if there is none for longer than the watch allows.
             StreamError: as `read_chunk` does. What the sink raises is raised here, the connection closed.
         """
+        self._watch = watch
+        self._progress()
         while data := await self.read_chunk(idle_timeout_s=idle_timeout_s):
             self.last = data
             self.part_count += 1
+            if watch is not None and watch.is_progress(data):
+                self._progress()
             try:
                 pause = sink(data)
                 if pause is None:
                     pause = await self._push_to(sink, idle_timeout_s)
                 if pause is not None:
                     await pause
+                    self._progress()
             except BaseException:
                 self._abandon()
                 raise
@@ -286,6 +321,7 @@ class Response:
         if (
             self._idle_timer is None
             or self._sink is not None
+            or self._watch is not None
             or self._idle_timer.when() > self._idle_deadline_s
         ):
             self._arm_idle_timer()
@@ -294,9 +330,11 @@ class Response:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         when_s = self._idle_deadline_s
+        # A push is counted, not timed, which is cheaper; so look often enough to know the time.
         if self._sink is not None:
-            # A push is counted, not timed, which is cheaper; so look often enough to know the time.
-            when_s = min(when_s, self._loop.time() + self._idle_timeout_s / 4)
+            when_s = min(when_s, self._loop.time() + self._idle_timeout_s / LOOKS_PER_TIMEOUT)
+        if self._watch is not None:
+            when_s = min(when_s, self._loop.time() + self._silence_s_max / LOOKS_PER_TIMEOUT)
         self._idle_timer = self._loop.call_at(when_s, self._on_idle_timer)
 
     def _on_idle_timer(self) -> None:
@@ -307,8 +345,29 @@ class Response:
         if self._counted != self.part_count:
             self._counted = self.part_count
             self._idle_deadline_s = now_s + self._idle_timeout_s
-        if now_s < self._idle_deadline_s:
+            if self._watch is not None and self._watch.is_progress(self.last):
+                self._progress()
+        if now_s >= self._idle_deadline_s:
+            self.fail(StreamError("the body fell silent for longer than its idle timeout"))
+            self._abort()
+        elif self._is_stalled(now_s):
+            self.fail(StalledError("the body made no progress for longer than is allowed"))
+            self._abort()
+        else:
             self._arm_idle_timer()
-            return
-        self.fail(StreamError("the body fell silent for longer than its idle timeout"))
-        self._abort()
+
+    def _progress(self) -> None:
+        if self._watch is not None:
+            self._progress_s = self._loop.time()
+            self._silence_s_max = self._watch.silence_s_max(0.0)
+
+    def _is_stalled(self, now_s: float) -> bool:
+        watch, silent_s = self._watch, now_s - self._progress_s
+        if watch is None or silent_s < self._silence_s_max:
+            return False
+        try:
+            self._silence_s_max = watch.silence_s_max(silent_s)
+        except Exception as error:  # noqa: BLE001  # a defect of the watch's must not stop this body's clock
+            self._loop.call_exception_handler({"message": "the watch of a body failed", "exception": error})
+            return True
+        return silent_s >= self._silence_s_max

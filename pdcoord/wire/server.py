@@ -15,11 +15,14 @@ from uvicorn.server import ServerState
 
 from pdcoord.wire.asgi import App
 from pdcoord.wire.protocol import ServerProtocol
+from pdcoord.wire.tls import HANDSHAKE_S_MAX, SHUTDOWN_S_MAX, ServerTls
 
 # Longer than any client of ours keeps an idle connection (client.py: 4 s), so that the server is not the
 # one who closes it while a request is on its way.
 KEEP_ALIVE_S = 15
 BACKLOG = 2_048
+# Of one listener; past them a connection is closed as it comes.
+CONNECTIONS_MAX = 16_384
 # After the drain has run out: how long a cancelled request may take to clean up.
 CANCEL_S_MAX = 5.0
 # A client that does not take what it was sent for so long is dropped by the kernel, zero window included
@@ -37,21 +40,26 @@ class ListenError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """One address with the ASGI app behind it; port 0 lets the kernel pick one."""
+    """One address with the ASGI app behind it; port 0 lets the kernel pick one; in clear without `tls`."""
 
     app: App
     host: str = "127.0.0.1"
     port: int = 0
+    tls: ServerTls | None = None
+    connections_max: int = CONNECTIONS_MAX
 
 
 class _Service:
     """One listener while it runs."""
 
-    def __init__(self, app: App, listening: socket.socket) -> None:
+    def __init__(self, listener: Listener, listening: socket.socket) -> None:
         self._socket = listening
+        self._tls = listener.tls
+        self._connections_max = listener.connections_max
+        self._is_stopping = False
         # ws and lifespan off: our apps have neither. No handler, no log set up: that is the caller's.
         self._config = uvicorn.Config(
-            cast("Any", app),
+            cast("Any", listener.app),
             http="httptools",
             ws="none",
             lifespan="off",
@@ -70,17 +78,31 @@ class _Service:
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._make_protocol, sock=self._socket, backlog=BACKLOG)
+        secured: dict[str, Any] = {}
+        if self._tls is not None:
+            secured = {
+                "ssl": self._tls.context,
+                "ssl_handshake_timeout": HANDSHAKE_S_MAX,
+                "ssl_shutdown_timeout": SHUTDOWN_S_MAX,
+            }
+        self._server = await loop.create_server(
+            self._make_protocol, sock=self._socket, backlog=BACKLOG, **secured
+        )
 
     def _make_protocol(self) -> ServerProtocol:
-        return ServerProtocol(self._config, self._state, self._on_lost)
+        return ServerProtocol(self._config, self._state, self)
 
     @property
     def _connections(self) -> set[ServerProtocol]:
         """Those that have a transport, as uvicorn keeps them: from when it is made until it is lost."""
         return cast("set[ServerProtocol]", self._state.connections)
 
-    def _on_lost(self, _connection: ServerProtocol) -> None:
+    def admits(self, _connection: ServerProtocol) -> bool:
+        """Whether a connection that is made now may stay; a handshake may end when the listener is closed."""
+        return not self._is_stopping and len(self._connections) <= self._connections_max
+
+    def lost(self, _connection: ServerProtocol) -> None:
+        """Called once a connection that was made is gone."""
         if not self._connections:
             self._no_connections.set()
 
@@ -94,6 +116,7 @@ class _Service:
             if self._server is not None:
                 self._server.close()
         await asyncio.sleep(0)  # What was attached in this turn of the loop has its transport in the next.
+        self._is_stopping = True
         for connection in list(self._connections):
             connection.shutdown()
         try:
@@ -141,7 +164,7 @@ async def serve(
     try:
         for listener in listeners:
             sockets.append(_listen(listener))
-            services.append(_Service(listener.app, sockets[-1]))
+            services.append(_Service(listener, sockets[-1]))
         for service in services:
             await service.start()
         if on_started is not None:

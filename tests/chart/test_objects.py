@@ -142,6 +142,65 @@ def test_certificates_of_the_control_stream_are_where_both_sides_look(
     assert sidecars_seen
 
 
+@pytest.mark.parametrize("name", ["envoy", "mixed"])
+def test_keys_are_where_the_coordinator_looks(
+    release_named: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole volume each, so that a change of the Secret arrives, of a mode that the process takes."""
+    release = release_named(name)
+    for _, template, container in ours(release):
+        if container["name"] != "coordinator":
+            continue
+        for variable, value in environment(container).items():
+            monkeypatch.setenv(variable, value)
+        settings = load(CoordinatorSettings, {})
+        files = files_of(template, container)
+        looked_at = (settings.keys_file, settings.admin_key_file, settings.engine_key_file)
+        assert [files[str(path)] for path in looked_at] == ["api-keys", "admin", "engine"]
+        mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        for path in looked_at:
+            mount = mounts[str(path.parent)] if path is not None else {}
+            assert "subPath" not in mount
+            assert volumes[mount["name"]]["secret"]["defaultMode"] == 0o440
+
+
+def test_plan_keys_are_where_each_side_looks(release_named: Any) -> None:
+    sides = set()
+    for _, template, container in ours(release_named("mixed")):
+        if container["name"] == "coordinator":
+            path = environment(container)["PDCOORD_PLAN_KEYS_FILE"]
+        elif container["name"] == "pdcoord-sidecar":
+            path = str(parse(container["args"], {}).plan_keys_file)
+        else:
+            continue
+        sides.add(container["name"])
+        assert files_of(template, container)[path] == "plan-keys"
+        assert all("subPath" not in mount for mount in container["volumeMounts"])
+    assert sides == {"coordinator", "pdcoord-sidecar"}
+
+
+def test_a_front_door_with_a_certificate_is_asked_by_https_everywhere(release_named: Any) -> None:
+    release = release_named("mixed")
+    for _, template, container in ours(release):
+        if container["name"] != "coordinator":
+            continue
+        files, variables = files_of(template, container), environment(container)
+        paths = [variables[f"PDCOORD_TLS_{part}_FILE"] for part in ("CERT", "KEY")]
+        assert [files[path] for path in paths] == ["front-tls", "front-tls"]
+        probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")]
+        assert {probe["scheme"] for probe in probes} == {"HTTPS"}
+    ports = [port for service in release.of("Service") for port in service["spec"]["ports"]]
+    assert {port["appProtocol"] for port in ports if port.get("targetPort") == "http"} == {"https"}
+    plain = coordinator(release_named("two-vendors"))
+    assert plain["readinessProbe"]["httpGet"]["scheme"] == "HTTP"
+
+
+def test_without_keys_none_is_looked_for(release_named: Any) -> None:
+    names = environment(coordinator(release_named("two-vendors")))
+    assert not {"PDCOORD_KEYS_FILE", "PDCOORD_ADMIN_KEY_FILE", "PDCOORD_ENGINE_KEY_FILE"} & set(names)
+
+
 def test_without_certificates_the_key_alone_is_given(release_named: Any) -> None:
     release = release_named("two-vendors")
     assert not [name for name in environment(coordinator(release)) if "CERT" in name or "CA_FILE" in name]
@@ -290,6 +349,9 @@ def test_everything_that_is_named_is_there_or_was_named_by_the_values(release: A
     there = {(given["kind"], given["metadata"]["name"]) for given in release.objects}
     there |= {("Secret", release.values["auth"]["existingSecret"])}
     there |= {("Secret", release.values["auth"]["controlTls"]["secretName"])}
+    keys = ("keysSecret", "adminKeySecret", "engineKeySecret", "planKeysSecret")
+    there |= {("Secret", release.values["gateway"]["tls"]["secretName"])}
+    there |= {("Secret", release.values["auth"][name]) for name in keys}
     there |= {("ServiceAccount", release.values["serviceAccount"]["name"])}
     for model in release.values["models"]:
         there |= {("Secret", model.get("huggingFaceToken", {}).get("secret"))}

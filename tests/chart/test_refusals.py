@@ -154,6 +154,57 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             "embedded: give some of PDCOORD_ADMIN_HOST"
         ),
     ),
+    # Who is let in.
+    (
+        {**ATTACH, "gateway.extproc.failureMode": "FailOpen", "auth.keysSecret": "api-keys"},
+        (
+            'gateway.extproc.failureMode is FailOpen with auth.keysSecret "api-keys": without a coordinator '
+            "the Gateway would let in calls without a key; set FailClose"
+        ),
+    ),
+    (
+        {"coordinator.env.PDCOORD_ADMIN_HOST": "0.0.0.0"},
+        (
+            'coordinator.env.PDCOORD_ADMIN_HOST is "0.0.0.0", where anybody may ask the admin listener, and '
+            "the process would not start: set auth.adminKeySecret"
+        ),
+    ),
+    (
+        {**ATTACH, "gateway.extproc.args": ["--admin-host=::"]},
+        'gateway.extproc.args[0] gives --admin-host "::", where anybody may ask the admin listener',
+    ),
+    (
+        {**ATTACH, "gateway.extproc.args": ["-admin-host", "0.0.0.0"]},
+        'gateway.extproc.args[0] gives --admin-host "0.0.0.0", where anybody may ask the admin listener',
+    ),
+    (
+        {"coordinator.env.PDCOORD_KEYS_FILE": "/a"},
+        'coordinator.env.PDCOORD_KEYS_FILE is "/a", but the chart sets it: set auth.keysSecret',
+    ),
+    (
+        {"coordinator.env.PDCOORD_PLAN_KEYS_FILE": "/a"},
+        'coordinator.env.PDCOORD_PLAN_KEYS_FILE is "/a", but the chart sets it: set auth.planKeysSecret',
+    ),
+    (
+        {"coordinator.env.PDCOORD_TLS_CERT_FILE": "/a"},
+        'coordinator.env.PDCOORD_TLS_CERT_FILE is "/a", but the chart sets it: set gateway.tls.secretName',
+    ),
+    (
+        {"coordinator.env.PDCOORD_UPSTREAM_CA_FILE": "/a"},
+        'coordinator.env.PDCOORD_UPSTREAM_CA_FILE is "/a", but no volume of the pod has a certificate',
+    ),
+    (
+        {"sidecar.args": ["--plan-keys-file=/a"]},
+        'sidecar.args[0] is "--plan-keys-file=/a", which the chart gives the process itself: set auth',
+    ),
+    (
+        {"sidecar.args": ["--tls-cert-file=/a"]},
+        'sidecar.args[0] is "--tls-cert-file=/a", but no volume of the pod has a certificate for that',
+    ),
+    (
+        {**ATTACH, "gateway.tls.secretName": "front"},
+        'gateway.tls.secretName is "front" but gateway.mode is attach, where the coordinator has no front',
+    ),
     # Who may reach /metrics.
     (
         {"networkPolicy.clientsFrom": PEERS, "monitoring.mode": "podmonitor"},
@@ -172,6 +223,12 @@ TAKEN: list[dict[str, Any]] = [
     {**ATTACH, "gateway.extproc.args": ["--fallbacks-max", "1", "--conformance", "-admin-port=8082"]},
     {"coordinator.env": {"PDCOORD_STREAM_IDLE_S": "9", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://o:4317"}},
     {"gateway.mode": "envoy", "coordinator.env.PDCOORD_STREAMS_MAX": "9"},
+    {**ATTACH, "auth.keysSecret": "api-keys"},
+    {**ATTACH, "auth.planKeysSecret": "plan-keys"},
+    {"gateway.tls.secretName": "front"},
+    {**ATTACH, "gateway.extproc.args": ["--admin-host", "127.0.0.1", "--admin-port=1"]},
+    {"coordinator.env.PDCOORD_ADMIN_HOST": "127.0.0.2"},
+    {"coordinator.env.PDCOORD_ADMIN_HOST": "0.0.0.0", "auth.adminKeySecret": "admin"},
     {
         "networkPolicy.clientsFrom": PEERS,
         "networkPolicy.metricsFrom": PEERS,
@@ -209,7 +266,8 @@ def test_the_sidecars_flags_are_all_known(chart_folder: Path) -> None:
     (taken,) = names(chart_folder, "sidecarFlagsSet", r'"(--[a-z-]+)"')
     (free,) = names(chart_folder, "sidecarFlagsFree", r'"(--[a-z-]+)"')
     assert not taken & free
-    assert taken | free | {"--allow-any"} == {flag.name for flag in FLAGS}
+    refused = {flag.name for flag in FLAGS if flag.name.startswith(("--tls-", "--upstream-"))}
+    assert taken | free | refused | {"--allow-any"} == {flag.name for flag in FLAGS}
     assert all(flag.metavar for flag in FLAGS if flag.name in free), "no switches among them"
 
 
@@ -232,7 +290,8 @@ def test_the_coordinators_variables_are_all_known(
         found.append(always | (extproc if is_extproc else embedded))
     assert not found[0] & found[1]
     wanted = {f"PDCOORD_{name.upper()}" for name in kind.model_fields}
-    assert found[0] | found[1] == wanted - {"PDCOORD_CERT_PATH"}
+    refused = ("PDCOORD_ADMIN_TLS_", "PDCOORD_TLS_CLIENT_", "PDCOORD_UPSTREAM_", "PDCOORD_CERT_PATH")
+    assert found[0] | found[1] == {name for name in wanted if not name.startswith(refused)}
 
 
 def test_the_agents_settings_are_all_known(chart_folder: Path) -> None:

@@ -64,6 +64,7 @@ pools:
       - {{name: decode-2, address: "{decode-2}"}}
     speed: {{prefill_base_ms: 8, prefill_ms_per_token: 1.0, step_base_ms: 12}}
 disaggregation: {{mode: always}}
+canary: {{mode: off}}  # no sidecar stands before these engines
 ---
 apiVersion: pdcoord.io/v1alpha1
 kind: PoolPolicy

@@ -224,6 +224,8 @@ def policy(site: Site) -> dict[str, Any]:
             pool("decode", "amd", "amd-aiter-unified", list(DECODES), speed=SLOW),
         ],
         "disaggregation": {"mode": "always"},
+        # Requests are counted here, and the first one is to be split.
+        "canary": {"mode": "off"},
     }
 
 

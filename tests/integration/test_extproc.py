@@ -40,6 +40,7 @@ from pdcoord.front.ports import CallRecord, Limits, Tokens
 from pdcoord.protocol.errors import RefuseReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.openai import Call
+from pdcoord.protocol.signing import PLAN_SIGNATURE, PlanKeys, Steering
 from pdcoord.runtime.decisions import DecisionLog
 from pdcoord.runtime.loop import CoordinatorLoop
 from pdcoord.runtime.observe import Metrics
@@ -224,6 +225,7 @@ class Stage:
             tokens=tokens,
             rules=rules if rules is not None else PickRules(),
         )
+        self.picker = picker
         processor = Processor(picker, self.observer)
         self.listener = GrpcListener(
             [processor.handler(), Health(self.loop.unready).handler()],
@@ -283,7 +285,12 @@ async def test_a_call_is_planned_echoed_and_accounted_for() -> None:
         assert len(set(destination.split(","))) == 3
         found = headers_of(response.request_headers)
         assert found["x-request-id"] == b"mine"
-        assert json.loads(found["x-pdcoord-plan"])["prefill_deadline_ms"] == 60_000
+        plan = json.loads(found["x-pdcoord-plan"])
+        assert plan["prefill_deadline_ms"] == 60_000
+        # Its sidecar continues the stream, at the others.
+        assert plan["resumes"] == destination.split(",")[1:]
+        assert plan["resume_tries_max"] == 3
+        assert "is_resumed_above" not in plan
         removed = set(response.request_headers.response.header_mutation.remove_headers)
         assert removed == {"x-prefiller-host-port", "x-pdcoord-served"}
         assert response.request_headers.response.clear_route_cache
@@ -399,6 +406,21 @@ async def test_a_path_that_is_let_pass_goes_to_any_endpoint() -> None:
         other = stage.open()
         await other.head({":method": "POST", ":path": "/v1/audio/transcriptions/more"})
         assert refusal_of(await other.read()) == (404, "path-unknown")
+
+
+async def test_what_a_picker_with_keys_lets_pass_is_signed() -> None:
+    keys = PlanKeys({"a": b"s" * 32})
+    rules = PickRules(passed=frozenset({"/v1/audio/transcriptions"}))
+    async with staged(Stage(1, rules=rules)) as stage:
+        stage.picker.sign = lambda what: [(PLAN_SIGNATURE, keys.sign(what, 1.0))]
+        for path in ("/v1/chat/completions", "/v1/audio/transcriptions"):
+            envoy = stage.open()
+            await envoy.head({":method": "POST", ":path": path, "x-pdcoord-plan-signature": "mine"})
+            if path == "/v1/chat/completions":
+                await envoy.body(BODY)
+            found = headers_of((await envoy.read()).request_headers)
+            what = Steering(found["x-request-id"], plan=found.get("x-pdcoord-plan", b""))
+            assert keys.doubt(what, found["x-pdcoord-plan-signature"], 1.0) is None
 
 
 @pytest.mark.parametrize(

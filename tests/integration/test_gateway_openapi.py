@@ -43,6 +43,8 @@ class Reply:
     """An engine that always answers: JSON, or a short stream to whoever asks for one."""
 
     status = 200
+    last = b""
+    part_count = 0
 
     def __init__(self, *, is_stream: bool) -> None:
         kind = b"text/event-stream; charset=utf-8" if is_stream else b"application/json"
@@ -55,7 +57,9 @@ class Reply:
     async def read_chunk(self, *, idle_timeout_s: float) -> bytes:
         return self._parts.pop(0) if self._parts else b""
 
-    async def pump(self, sink: Callable[[bytes], Awaitable[None] | None], *, idle_timeout_s: float) -> None:
+    async def pump(
+        self, sink: Callable[[bytes], Awaitable[None] | None], *, idle_timeout_s: float, watch: object = None
+    ) -> None:
         while part := await self.read_chunk(idle_timeout_s=idle_timeout_s):
             pause = sink(part)
             if pause is not None:

@@ -1,6 +1,7 @@
 """The gateway as a process: starts, says where it listens, follows signals, exits as told."""
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ pools:
     endpoints: [{name: a, address: "127.0.0.1:9"}]
     speed: {prefill_base_ms: 8, prefill_ms_per_token: 0.1, step_base_ms: 8}
 """
+WAIT_S = 60.0
 MAIN = """\
 import sys
 from pdcoord.runtime.serve import serve
@@ -106,6 +108,42 @@ async def test_it_starts_reloads_on_sighup_and_stops_on_sigterm(tmp_path: Path) 
         running.process.send_signal(signal.SIGTERM)
         await running.line("process.stopped")
         assert await running.exit_status() == 0
+
+
+async def test_a_drain_can_be_watched_to_its_end(tmp_path: Path) -> None:
+    """No new calls, and whoever asks what goes on is answered until the last has ended."""
+    notice = {"PDCOORD_DRAIN_NOTICE_S": "0", "PDCOORD_DRAIN_S": "60"}
+    async with started(write(tmp_path, POLICY), **notice) as running, asyncio.timeout(WAIT_S):
+        line = await running.line("process.started")
+        port = urlsplit(line["url"]).port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 9\r\n\r\n"
+        )
+        writer.write(head)
+        assert b"100" in await reader.readline()  # The call is being read: it is under way.
+        running.process.send_signal(signal.SIGTERM)
+        await running.line("process.draining")
+        while True:
+            try:
+                _, late = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                break
+            late.close()
+        assert await asyncio.to_thread(status_of, f"{line['admin_url']}/fleet") == 200
+        writer.close()
+        await running.line("process.stopped")
+        assert await running.exit_status() == 0
+
+
+def status_of(url: str) -> int:
+    place = urlsplit(url)
+    connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=WAIT_S)
+    try:
+        connection.request("GET", place.path)
+        return connection.getresponse().status
+    finally:
+        connection.close()
 
 
 async def test_a_port_that_is_taken_is_one_line_and_status_2(tmp_path: Path) -> None:

@@ -497,7 +497,7 @@ async def test_a_stream_that_breaks_off_does_not_look_whole(tmp_path: Path) -> N
         assert not answer.is_complete
         assert answer.body.startswith(EVENTS[0])
         event = json.loads(answer.body.removeprefix(EVENTS[0]).removeprefix(b"data: "))
-        assert event["error"]["code"] == "upstream-failed"
+        assert event["error"]["code"] == "stream-lost"
         await made.settle()
 
 

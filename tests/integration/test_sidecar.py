@@ -29,6 +29,7 @@ from sidecar.guard import Allowlist
 from sidecar.handoff import Handoff
 from sidecar.health import Health
 from sidecar.observe import Metrics
+from sidecar.opening import OPENING_BYTES_MAX
 from sidecar.process import make_proxy
 from sidecar.proxy import Backstage, Proxy
 from sidecar.settings import parse
@@ -630,9 +631,22 @@ async def test_a_stream_that_goes_on_is_not_broken_off() -> None:
         assert (await s.call(request(stream=True))).body == TOKEN * 14 + LAST
 
 
-async def test_a_body_that_breaks_off_is_not_made_whole() -> None:
+async def test_an_answer_in_one_piece_that_breaks_off_is_a_502_so_that_it_can_be_asked_elsewhere() -> None:
     async with engine(half_an_answer) as d, sidecar(d) as s:
-        assert await read_to_break(s, request()) == b"{"
+        answer = await s.call(request())
+        assert (answer.status, answer.reason) == (502, "upstream-failed")
+
+
+async def test_a_very_long_body_that_breaks_off_is_not_made_whole() -> None:
+    long = b"x" * OPENING_BYTES_MAX
+
+    async def half_of_it(seen: Seen) -> None:
+        seen.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (2 * len(long)) + long)
+        await seen.writer.drain()
+        seen.writer.close()
+
+    async with engine(half_of_it) as d, sidecar(d) as s:
+        assert await read_to_break(s, request()) == long
 
 
 async def test_a_body_that_breaks_off_before_it_was_rewritten_is_a_502() -> None:

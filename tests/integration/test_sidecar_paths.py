@@ -16,7 +16,7 @@ import pytest
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.events import Action, Event, ModelsReplaced
 from pdcoord.core.fleet import EndpointId, EndpointSeen
-from pdcoord.core.paths import PathView
+from pdcoord.core.pathview import PathView
 from pdcoord.feeds.paths import PathsFeed
 from pdcoord.feeds.scrapes import ScrapeFailure, ScrapeLimits
 from pdcoord.policy.compile import CompiledPolicy, compile_policy

@@ -218,7 +218,7 @@ async def test_an_answer_that_is_broken_off_on_purpose_is_no_error_of_the_server
     address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with running("--engine", address) as s:
         with contextlib.suppress(Exception):
-            await s.status("POST", CHAT, body=b'{"model":"m","messages":[]}')
+            await s.status("POST", CHAT, body=b'{"model":"m","messages":[],"stream":true}')
         done = await s.until_logged("request.done")
         assert done["outcome"] == "broken-off"
         s.process.send_signal(signal.SIGTERM)

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from pdcoord.core.events import Outcome
+from pdcoord.core.fleet import Role
 from pdcoord.core.model import LegOrder
 from pdcoord.protocol.errors import RefuseReason
 from pdcoord.protocol.plans import Mode
-from pdcoord.sim.scenario import draw
+from pdcoord.sim.scenario import Fault, FaultKind, draw
 from pdcoord.sim.simulation import Result, Simulation
 
 SEED_COUNT = int(os.environ.get("PDCOORD_SIMULATION_SEEDS", "40"))
@@ -34,6 +35,29 @@ def test_so_does_every_request_whose_legs_go_at_once(seed: int) -> None:
     scenario = replace(scenario, model=replace(scenario.model, disaggregation=rules))
     result = Simulation(scenario).run()
     assert sum(result.outcomes.values()) == len(scenario.arrivals), f"replay: draw({seed}), concurrent"
+
+
+@pytest.mark.parametrize("seed", range(max(SEED_COUNT // 4, 1)))
+def test_so_do_long_streams_that_are_struck_in_their_middle(seed: int) -> None:
+    scenario = draw(seed, request_count=30, output_tokens_max=120)
+    result = Simulation(scenario).run()
+    assert sum(result.outcomes.values()) == len(scenario.arrivals), f"replay: draw({seed}), long"
+
+
+@pytest.mark.parametrize("is_resumed_by_sidecar", [False, True])
+@pytest.mark.parametrize("seed", [1, 3])
+def test_streams_go_on_elsewhere_when_their_engines_die(seed: int, is_resumed_by_sidecar: bool) -> None:
+    scenario = draw(seed, request_count=30, output_tokens_max=300)
+    engines = [endpoint.id for endpoint in scenario.endpoints if endpoint.pool.role is not Role.PREFILL]
+    faults = tuple(Fault(1.0 + 0.6 * at, FaultKind.KILL, each, None, 0.5) for at, each in enumerate(engines))
+    scenario = replace(scenario, faults=faults, is_resumed_by_sidecar=is_resumed_by_sidecar)
+    result = Simulation(scenario).run()
+    assert sum(result.outcomes.values()) == len(scenario.arrivals)
+    assert result.resumed_count >= 4, result
+
+
+def test_the_seeds_reach_every_kind_of_trouble() -> None:
+    assert {fault.kind for seed in range(8) for fault in draw(seed).faults} == set(FaultKind)
 
 
 @pytest.mark.parametrize("seed", [3, 18])

@@ -48,6 +48,7 @@ pools:
     limits: {{context_tokens_max: 2048}}
 disaggregation:
   {{mode: always, order: concurrent, uncached_tokens_min: 100, bandwidth_gbit_per_s_min: 1}}
+canary: {{mode: off}}  # the first request is to be split
 """
 
 

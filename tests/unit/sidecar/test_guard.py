@@ -1,6 +1,7 @@
 """Whom the sidecar may dial, what it reads from headers and which of them it passes."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,16 @@ from sidecar.guard import (
     Allowlist,
     Guard,
     Headers,
+    Peer,
     for_client,
     for_engine,
     normal_address,
+    read_entry,
     read_target,
 )
 
 P1, P2, P3 = (HostPort(f"10.0.0.{n}:8000") for n in (1, 2, 3))
+D1 = HostPort("10.0.1.1:8000")
 
 
 def guard(*allowed: HostPort, dialect: DialectName = DialectName.NIXLV2, is_open: bool = False) -> Guard:
@@ -97,6 +101,9 @@ class Told:
     def targets(self) -> list[PrefillTarget]:
         return list(self.by_address.values())
 
+    def has_decode(self, address: HostPort) -> bool:
+        return address == D1
+
 
 def test_what_coordinators_name_is_listed_too_and_what_is_given_goes_before_it() -> None:
     allowlist = Allowlist([PrefillTarget(address=P1, kv_port=1)])
@@ -104,6 +111,7 @@ def test_what_coordinators_name_is_listed_too_and_what_is_given_goes_before_it()
     assert not allowlist.allows(P2)
     allowlist.follow(told)
     assert allowlist.allows(P2)
+    assert (allowlist.allows_decode(D1), allowlist.allows(D1)) == (True, False)
     assert [allowlist.kv_port(address) for address in (P1, P2, P3)] == [1, 3, None]
     assert {target.address: target.kv_port for target in allowlist.targets()} == {P1: 1, P2: 3}
     assert len(allowlist) == 2
@@ -184,9 +192,7 @@ def test_a_bad_file_leaves_the_last_good_list_and_is_reported_once(tmp_path: Pat
     path.write_text(f"{P1}\n")
     allowlist = Allowlist(path=path)
     path.write_text("ok:1\nnot an address\n")
-    with pytest.raises(
-        SettingsError, match=r"--allow-file .*line 2.*one host:port or host:port/kv_port a line"
-    ):
+    with pytest.raises(SettingsError, match=r"--allow-file .*line 2.*host:port/decode a line"):
         allowlist.reload()
     assert allowlist.reload() is False
     assert allowlist.allows(P1)
@@ -307,6 +313,53 @@ def test_a_plan_that_cannot_be_executed_is_refused(headers: Headers) -> None:
     with pytest.raises(RefusedError, match="x-pdcoord-plan") as caught:
         guard(is_open=True).read(headers)
     assert caught.value.refusal.status == 400
+
+
+def test_a_plan_s_decode_endpoints_are_kept_and_those_without_leave_are_known() -> None:
+    peer, target = HostPort("d:1"), HostPort("p1:1")
+    reader = replace(guard(), allowlist=Allowlist([PrefillTarget(address=target), Peer(peer)]))
+    named = (HostPort("D.:1"), peer, target, HostPort("x:1"))
+    asked = reader.read([plan(resumes=named, resume_tries_max=2, resume_age_ms_max=5.0, resume_stall_ms=7.0)])
+    assert asked.plan.resumes == (peer, target, "x:1")
+    assert asked.refused_resumes == {"x:1"}
+    assert (asked.plan.resume_tries_max, asked.plan.resume_age_ms_max, asked.plan.resume_stall_ms) == (
+        2,
+        5.0,
+        7.0,
+    )
+    assert reader.read([plan(is_resumed_above=True)]).plan.is_resumed_above
+    assert not reader.allowlist.allows(peer)  # Streams may go on there, and no prefill leg.
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"resumes": tuple(f"d{n}:1" for n in range(9))},
+        {"resumes": ("no address",)},
+        {"resume_tries_max": 17},
+        {"resume_tries_max": -1},
+        {"resume_stall_ms": 0.0},
+        {"resume_stall_ms": 1e9},
+        {"resume_age_ms_max": -1.0},
+    ],
+)
+def test_more_resuming_than_is_done_here_is_refused(more: dict[str, object]) -> None:
+    with pytest.raises(RefusedError) as caught:
+        guard().read([plan(**more)])
+    assert caught.value.refusal.reason is RefuseReason.INVALID_FIELD
+
+
+def test_peers_are_listed_with_a_word_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "allow"
+    path.write_text("d1:1/decode\np1:1/7\n")
+    allowlist = Allowlist([read_entry("D2:1/decode")], path=path)
+    assert [allowlist.allows_decode(HostPort(each)) for each in ("d1:1", "d2:1", "p1:1", "d3:1")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert [each.address for each in allowlist.targets()] == ["p1:1"]
 
 
 def test_a_prefill_leg_of_another_sidecar_is_known_by_its_header() -> None:

@@ -26,7 +26,9 @@ from sidecar.vocabulary import (
     End,
     Event,
     Fault,
+    GraceEnding,
     LegKind,
+    NotResumed,
     Order,
     OrphanLease,
     Outcome,
@@ -36,12 +38,16 @@ from sidecar.vocabulary import (
     PrefillRejected,
     Progressed,
     Refuse,
+    Resume,
+    SendContinuation,
     SendDecode,
     SendPrefill,
     State,
+    Unresumed,
 )
 
 ENGINE = HostPort("127.0.0.1:8200")
+D1, D2 = HostPort("d1:8000"), HostPort("d2:8000")
 P1 = PrefillTarget(address=HostPort("p1:8000"))
 P3 = PrefillTarget(address=HostPort("p3:8000"))
 P2 = PrefillTarget(address=HostPort("p2:8000"))
@@ -324,6 +330,185 @@ def test_progress_sets_the_idle_deadline_anew() -> None:
     assert t.handoff.deadline_s == t.now_s - 1.0 + 0.5 + 20.0
 
 
+# A stream that broke off goes on.
+
+
+def resumed(*targets: HostPort, tries_max: int = 3, refused: frozenset[HostPort] = frozenset()) -> Transcript:
+    """A colocated stream that has output and may be continued."""
+    resume = Resume(targets, refused, tries_max=tries_max, age_s_max=60.0, stall_s=8.0)
+    t = Transcript(replace(order(), resume=resume))
+    t.give(DecodeOpened(1))
+    return t
+
+
+@pytest.mark.parametrize(
+    ("event", "reason", "is_cut"),
+    [
+        (DecodeLost(1, Fault.LOST_IN_BODY), RungReason.DECODE_ERROR, False),
+        (DecodeLost(1, Fault.TORN), RungReason.DECODE_ERROR, False),
+        (DecodeLost(1, Fault.TIMED_OUT), RungReason.DECODE_TIMEOUT, False),
+        (DeadlinePassed(), RungReason.DECODE_STALLED, True),
+    ],
+)
+def test_a_stream_that_breaks_off_goes_on_at_the_first_of_the_others(
+    event: Event, reason: RungReason, *, is_cut: bool
+) -> None:
+    t = resumed(D1, D2)
+    cut = [CancelLeg(1)] if is_cut else []
+    assert t.give(event) == [*cut, SendContinuation(2, 2, D1)]
+    assert (t.handoff.state, t.handoff.deadline_s) == (State.RESUMING, t.now_s + 20.0)
+    assert t.give(DecodeOpened(2)) == [Commit(2)]
+    assert t.handoff.gaps_s == [1.0 + (8.0 if is_cut else 0.0)]
+    assert t.give(DecodeEnded(2)) == [End(Outcome.SERVED)]
+    assert t.rungs() == [(RungKind.RESUME, reason, ENGINE)]
+    assert t.handoff.first_output_s == 1.0
+    assert t.handoff.unresumed == ""
+
+
+def test_while_a_stream_may_be_continued_its_stall_bound_holds_and_then_the_longer_one() -> None:
+    t = resumed(D1, tries_max=1)
+    assert t.handoff.deadline_s == t.now_s + 8.0
+    assert t.give(Progressed(t.now_s)) == []
+    t.give(DeadlinePassed())
+    t.give(DecodeOpened(2))
+    assert t.handoff.deadline_s == t.now_s + 20.0
+
+
+@pytest.mark.parametrize(
+    ("event", "reason", "is_cut"),
+    [
+        (DecodeLost(2, Fault.UNREACHABLE), RungReason.DECODE_UNREACHABLE, False),
+        (DecodeLost(2, Fault.TIMED_OUT), RungReason.DECODE_TIMEOUT, False),
+        (DecodeLost(2, Fault.LOST_BEFORE_HEAD), RungReason.DECODE_ERROR, False),
+        (DecodeRejected(2, 503), RungReason.DECODE_OVERLOADED, False),
+        (DecodeRejected(2, 400), RungReason.DECODE_ERROR, False),
+        (DecodeOpened(2, is_error=True), RungReason.DECODE_ERROR, True),
+        (DeadlinePassed(), RungReason.DECODE_TIMEOUT, True),
+    ],
+)
+def test_a_continuation_that_shows_no_output_tries_the_next(
+    event: Event, reason: RungReason, *, is_cut: bool
+) -> None:
+    t = resumed(D1, D2)
+    t.give(DecodeLost(1, Fault.LOST_IN_BODY))
+    cut = [CancelLeg(2)] if is_cut else []
+    assert t.give(event) == [*cut, SendContinuation(3, 3, D2)]
+    assert t.rungs()[1:] == [(RungKind.RESUME, reason, D1)]
+
+
+def test_the_own_engine_is_the_last_to_be_tried_and_not_again_when_it_did_not_come_back() -> None:
+    t = resumed(D1, tries_max=9)
+    t.give(DecodeLost(1, Fault.LOST_IN_BODY))
+    assert t.give(DecodeLost(2, Fault.UNREACHABLE)) == [SendContinuation(3, 3, ENGINE)]
+    assert t.give(DeadlinePassed()) == [
+        CancelLeg(3),
+        BreakOff(RefuseReason.STREAM_LOST, why="no-target"),
+        End(Outcome.BROKEN_OFF),
+    ]
+    t = resumed(tries_max=9)
+    t.give(DecodeLost(1, Fault.TORN))
+    assert t.give(DecodeLost(2, Fault.LOST_IN_BODY)) == [SendContinuation(3, 3, ENGINE)]
+    t = resumed(tries_max=9)
+    for leg in range(1, 5):  # It gives output each time, so it is worth another.
+        assert t.give(DecodeLost(leg, Fault.TORN)) == [SendContinuation(leg + 1, leg + 1, ENGINE)]
+        assert t.give(DecodeOpened(leg + 1)) == [Commit(leg + 1)]
+
+
+def test_decode_endpoints_that_are_not_allowed_are_skipped() -> None:
+    t = resumed(D1, D2, refused=frozenset({D1}))
+    assert t.give(DecodeLost(1, Fault.LOST_IN_BODY)) == [SendContinuation(2, 2, D2)]
+    assert t.rungs() == [
+        (RungKind.RESUME, RungReason.DECODE_ERROR, ENGINE),
+        (RungKind.RESUME, RungReason.TARGET_NOT_ALLOWED, D1),
+    ]
+    # The own engine needs no leave, even if a header names it and the list does not.
+    t = resumed(ENGINE, refused=frozenset({ENGINE}))
+    assert t.give(DecodeLost(1, Fault.LOST_IN_BODY)) == [SendContinuation(2, 2, ENGINE)]
+
+
+def test_tries_and_age_bound_what_is_continued() -> None:
+    t = resumed(D1, D2, tries_max=1)
+    t.give(DecodeLost(1, Fault.LOST_IN_BODY))
+    t.give(DecodeOpened(2))
+    assert t.give(DecodeLost(2, Fault.LOST_IN_BODY)) == [
+        BreakOff(RefuseReason.STREAM_LOST, why="tries"),
+        End(Outcome.BROKEN_OFF),
+    ]
+    assert t.handoff.unresumed == NotResumed.TRIES
+    t = resumed(D1)
+    t.now_s += 60.0
+    assert t.give(DecodeLost(1, Fault.LOST_IN_BODY)) == [
+        BreakOff(RefuseReason.STREAM_LOST, why="age"),
+        End(Outcome.BROKEN_OFF),
+    ]
+
+
+def test_what_cannot_be_continued_says_why() -> None:
+    t = resumed(D1, D2)
+    t.give(DecodeLost(1, Fault.LOST_IN_BODY))
+    assert t.give(Unresumed(2, "many-choices")) == [
+        BreakOff(RefuseReason.STREAM_LOST, why="many-choices"),
+        End(Outcome.BROKEN_OFF),
+    ]
+    assert t.handoff.unresumed == "many-choices"
+
+
+def test_a_stream_that_had_nothing_left_to_say_ends_well() -> None:
+    t = resumed(D1)
+    t.give(DecodeLost(1, Fault.LOST_IN_BODY))
+    assert t.give(DecodeEnded(2)) == [End(Outcome.SERVED)]
+    assert t.handoff.gaps_s == []
+
+
+def test_a_continuation_names_the_prefill_pod_that_the_kv_came_from() -> None:
+    t = Transcript(replace(order(P1), resume=Resume((D1,))))
+    t.give(PrefillAnswered(1, TICKET, 7))
+    t.give(DecodeOpened(2))
+    assert t.give(DecodeLost(2, Fault.LOST_IN_BODY)) == [SendContinuation(3, 2, D1, P1)]
+    t.give(DecodeOpened(3))
+    served = t.handoff.served()
+    assert (served.mode, served.prefill, served.prefill_ms) == (Mode.SPLIT, P1.address, 1000.0)
+
+
+@pytest.mark.parametrize("event", [DecodeLost(1, Fault.LOST_IN_BODY), GraceEnding()])
+def test_whoever_resumes_above_is_left_without_a_word(event: Event) -> None:
+    t = Transcript(replace(order(), is_resumed_above=True))
+    t.give(DecodeOpened(1))
+    cut = [CancelLeg(1)] if isinstance(event, GraceEnding) else []
+    reason = RefuseReason.DRAINING if cut else RefuseReason.UPSTREAM_FAILED
+    assert t.give(event) == [*cut, BreakOff(reason, is_told=False), End(Outcome.HANDED_BACK)]
+
+
+# The process ends.
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_what_has_not_begun_is_refused_so_that_it_can_be_asked_elsewhere(*, is_over: bool) -> None:
+    t = Transcript(order(P1))
+    t.give(PrefillAnswered(1, TICKET))
+    assert t.give(GraceEnding(is_over=is_over)) == [
+        CancelLeg(2),
+        Refuse(RefuseReason.DRAINING),
+        OrphanLease(P1.address),
+        End(Outcome.REFUSED),
+    ]
+    assert t.rungs() == [(RungKind.REFUSE, RungReason.DECODE_DRAINING, ENGINE)]
+
+
+def test_what_has_begun_goes_on_to_the_last_moment() -> None:
+    t = resumed(D1)
+    assert t.give(GraceEnding()) == []
+    assert t.give(GraceEnding(is_over=True)) == [
+        CancelLeg(1),
+        BreakOff(RefuseReason.DRAINING),
+        End(Outcome.BROKEN_OFF),
+    ]
+    t = resumed(D1)
+    t.give(DecodeLost(1, Fault.LOST_IN_BODY))
+    assert t.give(GraceEnding()) == []
+    assert t.give(GraceEnding(is_over=True))[-1] == End(Outcome.BROKEN_OFF)
+
+
 # The client leaves.
 
 
@@ -581,7 +766,10 @@ def test_every_state_but_the_last_can_be_left_by_the_client_and_every_wait_has_a
 TARGETS = [PrefillTarget(address=HostPort(f"p{n}:8000")) for n in range(4)]
 
 
-def _is_split(sent: SendPrefill | SendDecode) -> bool:
+Sent = SendPrefill | SendDecode | SendContinuation
+
+
+def _is_split(sent: Sent) -> bool:
     return isinstance(sent, SendDecode) and (sent.ticket is not None or sent.peer is not None)
 
 
@@ -597,10 +785,12 @@ class World:
             is_colocated_allowed=rng.random() < 0.6,
             is_stream=rng.random() < 0.6,
         )
+        self.order = replace(self.order, resume=self.draw_resume(), is_resumed_above=rng.random() < 0.1)
         self.handoff = Handoff(self.order)
         self.now_s = 0.0
-        self.live: dict[int, SendPrefill | SendDecode] = {}
-        self.cancelled: dict[int, SendPrefill | SendDecode] = {}
+        self.live: dict[int, Sent] = {}
+        self.cancelled: dict[int, Sent] = {}
+        self.tries = 0
         self.rejected: set[int] = set()
         self.opened: set[int] = set()
         self.good_attempts: set[int] = set()
@@ -612,6 +802,19 @@ class World:
         self.orphans = 0
         self.give(Begun())
 
+    def draw_resume(self) -> Resume | None:
+        if self.rng.random() < 0.4:
+            return None
+        targets = tuple(self.rng.sample([D1, D2, ENGINE, HostPort("d3:8000")], self.rng.randint(0, 4)))
+        refused = frozenset(target for target in targets if self.rng.random() < 0.2)
+        return Resume(
+            targets,
+            refused,
+            tries_max=self.rng.randint(1, 4),
+            age_s_max=self.rng.choice([3.0, 90.0]),
+            stall_s=9.0,
+        )
+
     def give(self, event: Event) -> None:
         self.now_s += 0.25
         for action in self.handoff.handle(event, self.now_s):
@@ -621,6 +824,8 @@ class World:
 
     def do(self, action: Action) -> None:
         match action:
+            case SendContinuation():
+                self.send_continuation(action)
             case SendPrefill() | SendDecode():
                 assert action.leg not in self.live | self.cancelled
                 self.live[action.leg] = action
@@ -629,6 +834,10 @@ class World:
                 self.cancelled[leg] = self.live.pop(leg)  # KeyError: an action on a finished leg.
                 if isinstance(self.cancelled[leg], SendPrefill):
                     self.failed_attempts.add(self.cancelled[leg].attempt)
+            case Commit(leg) if isinstance(self.live[leg], SendContinuation):
+                assert leg in self.opened
+                assert self.committed is not None
+                self.committed = leg
             case Commit(leg):
                 sent = self.live[leg]
                 assert leg in self.opened
@@ -644,14 +853,28 @@ class World:
                 self.answers += 1
             case Refuse():
                 self.answers += 1
-            case BreakOff():
+            case BreakOff(_, is_told):
                 assert self.committed is not None
+                assert is_told is not self.order.is_resumed_above
+                assert not self.live, "a leg that runs could still pass something on"
             case OrphanLease():
                 self.orphans += 1
             case End(outcome):
                 self.outcome = outcome
                 assert not self.live, "End with a live leg"
                 assert self.answers == (outcome is not Outcome.CLIENT_LEFT or self.committed is not None)
+
+    def send_continuation(self, action: SendContinuation) -> None:
+        resume = self.order.resume
+        assert resume is not None
+        assert not self.live, "two legs that pass output on"
+        assert self.committed is not None, "nothing to go on with"
+        assert action.leg not in self.live | self.cancelled
+        assert action.target == ENGINE or action.target in set(resume.targets) - resume.refused
+        self.live[action.leg] = action
+        self.tries += 1
+        assert self.tries <= resume.tries_max
+        assert self.now_s <= resume.age_s_max + 0.25, "the first event came after a quarter of a second"
 
     def check_sent(self, action: SendPrefill | SendDecode) -> None:
         assert self.answers == 0, "a leg was sent although the client has its answer"
@@ -669,12 +892,14 @@ class World:
         assert self.orphans <= len(self.tickets)
         prefills = sum(leg.kind is LegKind.PREFILL for leg in self.handoff.legs.values())
         assert prefills <= len(self.order.prefills)
-        assert len(self.handoff.legs) <= 2 * len(self.order.prefills) + 1
+        assert len(self.handoff.legs) <= 2 * len(self.order.prefills) + 1 + self.tries
 
     def step(self) -> None:
         draw = self.rng.random()
         if draw < 0.04:
             self.give(ClientLeft())
+        elif draw < 0.06:
+            self.give(GraceEnding(is_over=self.rng.random() < 0.3))
         elif draw < 0.12:
             self.let_the_deadline_pass()
         elif draw < 0.2 and self.cancelled:
@@ -692,7 +917,7 @@ class World:
     def hear_a_cancelled_leg(self) -> None:
         leg = self.rng.choice(sorted(self.cancelled))
         late: list[Event] = [PrefillAnswered(leg, TICKET), PrefillRejected(leg, 500)]
-        if isinstance(self.cancelled[leg], SendDecode):
+        if not isinstance(self.cancelled[leg], SendPrefill):
             late = [DecodeEnded(leg), DecodeOpened(leg), DecodeLost(leg, Fault.LOST_IN_BODY)]
         before = self.handoff.state
         assert self.handoff.handle(self.rng.choice(late), self.now_s) == []
@@ -707,7 +932,7 @@ class World:
         elif leg == self.committed:
             self.live.pop(leg)
             last: list[Event] = [DecodeEnded(leg), DecodeLost(leg, Fault.LOST_IN_BODY)]
-            self.give(self.rng.choice([*last, DecodeLost(leg, Fault.TIMED_OUT)]))
+            self.give(self.rng.choice([*last, DecodeLost(leg, Fault.TIMED_OUT), DecodeLost(leg, Fault.TORN)]))
 
     def hear_prefill(self, leg: int) -> None:
         attempt = self.live.pop(leg).attempt
@@ -729,6 +954,11 @@ class World:
                 self.give(PrefillLost(leg, self.rng.choice(list(Fault))))
 
     def hear_decode(self, leg: int) -> None:
+        if isinstance(self.live[leg], SendContinuation) and self.rng.random() < 0.15:
+            self.live.pop(leg)
+            over: list[Event] = [Unresumed(leg, "unreadable"), DecodeEnded(leg)]
+            self.give(self.rng.choice(over))
+            return
         match self.rng.choice(["opened", "opened", "rejected", "lost"]):
             case "opened":
                 self.opened.add(leg)
@@ -750,7 +980,7 @@ def test_whatever_the_order_of_events_a_request_ends_exactly_once(block: int) ->
             if world.outcome is None:
                 world.step()
         # Whatever state it was left in, time alone ends it.
-        for _ in range(2 * len(TARGETS) + 3):
+        for _ in range(2 * len(TARGETS) + 3 + 4):
             if world.outcome is None:
                 world.let_the_deadline_pass()
         assert world.outcome is not None, f"seed {seed}"

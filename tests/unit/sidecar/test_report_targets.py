@@ -29,6 +29,22 @@ def test_what_any_replica_names_may_be_dialled() -> None:
     assert len(book) == 1
 
 
+def test_decode_endpoints_are_named_apart_and_go_with_their_replica() -> None:
+    book = TargetBook()
+    book.connect("a")
+    book.take("a", Targets(is_whole=True, decodes=(P, Q)))
+    assert (book.has_decode(P), book.has_decode(Q)) == (True, True)
+    assert list(book.targets()) == []  # They are not probed.
+    book.take("a", Targets(decodes_removed=(Q,)))
+    assert (book.has_decode(P), book.has_decode(Q)) == (True, False)
+    book.take("a", Targets(is_whole=True))
+    assert not book.has_decode(P)
+    book.take("a", Targets(decodes=(P,)))
+    book.lose("a", 0.0)
+    book.sweep(KEEP_S)
+    assert not book.has_decode(P)
+
+
 def test_what_is_impossible_may_not() -> None:
     book = TargetBook()
     book.connect("a")

@@ -1,5 +1,7 @@
 """The journal of requests: every stream hears of all of them, by events or by a snapshot."""
 
+from dataclasses import replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -26,12 +28,14 @@ from sidecar.vocabulary import (
     Begun,
     ClientLeft,
     DecodeEnded,
+    DecodeLost,
     DecodeOpened,
     Event,
     Fault,
     Order,
     PrefillAnswered,
     PrefillLost,
+    Resume,
 )
 
 P, Q = HostPort("p:1"), HostPort("q:1")
@@ -41,12 +45,17 @@ TICKET = Ticket(b'{"secret":1}')
 
 
 def told_of(
-    *events: Event, load: PlannedLoad | None = LOAD, targets: int = 2, end: str = ""
+    *events: Event,
+    load: PlannedLoad | None = LOAD,
+    targets: int = 2,
+    end: str = "",
+    resume: Resume | None = None,
 ) -> list[LoadEvent]:
     """What a journal is told of one request to which this happens, one thing a second."""
     journal = Journal()
     prefills = tuple(PrefillTarget(address=address) for address in (P, Q)[:targets])
     order = Order(dialect=DialectName.NIXLV2, engine=HostPort("e:1"), prefills=prefills, is_stream=True)
+    order = replace(order, resume=resume)
     report, handoff = RequestReport(journal, order, load, 0.0), Handoff(order)
     for second, event in enumerate((Begun(), *events)):
         handoff.handle(event, float(second))
@@ -79,6 +88,19 @@ def test_a_rung_is_told_with_its_reason_as_its_leg_ends() -> None:
         LegEnded(1, 1, PREFILL, P, "prefill-unreachable", 1.0),
         LegBegan(1, 2, PREFILL, Q),
     ]
+
+
+def test_a_stream_that_goes_on_elsewhere_is_no_load_here_any_more() -> None:
+    resume = Resume((HostPort("d:1"),))
+    lost = DecodeLost(1, Fault.LOST_IN_BODY)
+    told = told_of(
+        DecodeOpened(1), lost, DecodeOpened(2), DecodeEnded(2), targets=0, resume=resume, end="served"
+    )
+    assert told[-2:] == [LegEnded(1, 1, DECODE, None, "decode-error", 2.0), RequestEnded(1, "moved")]
+    # At the own engine it stays.
+    told = told_of(DecodeOpened(1), lost, DecodeOpened(2), targets=0, resume=Resume(()), end="served")
+    assert told[-1] == RequestEnded(1, "served")
+    assert LegBegan(1, 2, DECODE, None) in told
 
 
 def test_a_request_that_ends_early_is_told_with_what_was_done_and_no_leg_left_open() -> None:

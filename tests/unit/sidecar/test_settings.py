@@ -82,7 +82,10 @@ def test_a_file_is_a_path() -> None:
         (["--host", "a b"], "--host is 'a b'"),
         (["--metrics-host", ""], "--metrics-host is ''"),
         (["--allow-any", "--allow", "a:1"], "--allow-any"),
-        (["--allow", "a:1/b"], "--allow is 'a:1/b': give host:port, or host:port/kv_port"),
+        (
+            ["--allow", "a:1/b"],
+            "--allow is 'a:1/b': give host:port, such as 10.0.0.1:8000, host:port/kv_port",
+        ),
         (["--allow-any", "--kv-agent", "a:1"], "--kv-agent is 'a:1': with --allow-any no target is known"),
         (["--control", "a"], "--control is 'a': give host:port"),
         (["--control-address", "a"], "--control-address is 'a': give host:port"),

@@ -371,3 +371,21 @@ def test_nothing_is_left_open_at_the_end(caplog: pytest.LogCaptureFixture) -> No
         record.message for record in caplog.records if record.name == "asyncio" and record.levelno > 20
     ] == []
     assert asyncio._get_running_loop() is None
+
+
+def test_a_drain_waits_until_what_was_handed_over_is_fetched_but_no_longer_than_a_lease(world: World) -> None:
+    agent = world.producer.agent
+    assert agent.drain()  # Nothing is left from here.
+    opened = world.offer()
+    until(lambda: opened.request in world.producer.poll().free_blocks)
+    told: list[bool] = []
+    waiting = threading.Thread(target=lambda: told.append(agent.drain()))
+    waiting.start()
+    assert world.consumer.report(world.load(opened)) is None
+    waiting.join(WAIT_S)
+    assert told == [True]
+    side = world.add(16, replace(SETTINGS, transfer_timeout_s=0.1, lease_s=0.2))
+    proof = Proof(secrets.token_bytes(16), prompt_hash([1]))
+    side.agent.open(Opened(TransferId(secrets.token_hex(16)), "unstaged", proof, TOKENS))
+    until(lambda: side.agent._control.offered_count == 1)
+    assert not side.agent.drain()

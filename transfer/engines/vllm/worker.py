@@ -70,6 +70,8 @@ class Worker:
         )
 
     def close(self) -> None:
+        """The engine ends: let decode pods fetch what is staged for them, then end too."""
+        self._agent.drain()
         self._agent.close()
 
 

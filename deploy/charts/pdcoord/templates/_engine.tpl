@@ -255,6 +255,9 @@ args:
   - --control-cert-key-file=/etc/pdcoord/control-tls/tls.key
   {{- end }}
   - --allow-from-control
+  {{- if $root.Values.auth.planKeysSecret }}
+  - --plan-keys-file=/etc/pdcoord/plan-keys/plan-keys
+  {{- end }}
   {{- if eq $pool.connector "pdcoord" }}
   - --kv-agent=127.0.0.1:14579
   {{- if not $pool.isAdopted }}
@@ -297,6 +300,9 @@ volumeMounts:
   - {name: {{ ternary "pdcoord-keys" "keys" $pool.isAdopted }}, mountPath: /etc/pdcoord/keys, readOnly: true}
   {{- if $root.Values.auth.controlTls.secretName }}
   - {name: pdcoord-control-tls, mountPath: /etc/pdcoord/control-tls, readOnly: true}
+  {{- end }}
+  {{- if $root.Values.auth.planKeysSecret }}
+  - {name: pdcoord-plan-keys, mountPath: /etc/pdcoord/plan-keys, readOnly: true}
   {{- end }}
 {{- end -}}
 
@@ -359,6 +365,9 @@ volumes:
   {{- with and $hasSidecar (include "pdcoord.controlTlsVolume" $root) }}
   {{- . | nindent 2 }}
   {{- end }}
+  {{- with and $hasSidecar (include "pdcoord.planKeysVolume" $root) }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- with $pool.pool.extraVolumes }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -400,6 +409,9 @@ spec:
             defaultMode: 0440
             items: [{key: control, path: control}]
         {{- with include "pdcoord.controlTlsVolume" $root }}
+        {{- . | nindent 8 }}
+        {{- end }}
+        {{- with include "pdcoord.planKeysVolume" $root }}
         {{- . | nindent 8 }}
         {{- end }}
       {{- end }}

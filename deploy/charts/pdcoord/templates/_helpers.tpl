@@ -22,6 +22,43 @@
 {{- default (printf "%s-keys" (include "pdcoord.fullname" .)) .Values.auth.existingSecret -}}
 {{- end -}}
 
+{{/*
+What the coordinator lets in by, and is let in by, where the values name it: a list of {"name", "variable",
+"secret", "entry"} in JSON. Each is a volume of that name, mounted whole so that a change arrives.
+*/}}
+{{- define "pdcoord.accessFiles" -}}
+{{- $files := list -}}
+{{- with .Values.auth.keysSecret -}}
+  {{- $files = append $files (dict "name" "api-keys" "variable" "PDCOORD_KEYS_FILE" "secret" . "entry" "keys.yaml") -}}
+{{- end -}}
+{{- with .Values.auth.adminKeySecret -}}
+  {{- $files = append $files (dict "name" "admin-key" "variable" "PDCOORD_ADMIN_KEY_FILE" "secret" . "entry" "key") -}}
+{{- end -}}
+{{- with .Values.auth.engineKeySecret -}}
+  {{- $files = append $files (dict "name" "engine-key" "variable" "PDCOORD_ENGINE_KEY_FILE" "secret" . "entry" "key") -}}
+{{- end -}}
+{{- with .Values.auth.planKeysSecret -}}
+  {{- $files = append $files (dict "name" "plan-keys" "variable" "PDCOORD_PLAN_KEYS_FILE" "secret" . "entry" "plan-keys") -}}
+{{- end -}}
+{{- $files | toJson -}}
+{{- end -}}
+
+{{/* Keys of plan signatures, where the values name them; an entry of a pod's volumes. */}}
+{{- define "pdcoord.planKeysVolume" -}}
+{{- with .Values.auth.planKeysSecret -}}
+- name: pdcoord-plan-keys
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 0440
+    items: [{key: plan-keys, path: plan-keys}]
+{{- end }}
+{{- end -}}
+
+{{/* How the coordinator's own port is spoken to. */}}
+{{- define "pdcoord.frontScheme" -}}
+{{- ternary "https" "http" (and (eq .Values.gateway.mode "embedded") (ne .Values.gateway.tls.secretName "")) -}}
+{{- end -}}
+
 {{/* Certificates of the control stream, where the values name them; an entry of a pod's volumes. */}}
 {{- define "pdcoord.controlTlsVolume" -}}
 {{- with .Values.auth.controlTls.secretName -}}

@@ -17,6 +17,7 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
     "--control-cert-file" "auth.controlTls.secretName"
     "--control-cert-key-file" "auth.controlTls.secretName"
     "--allow-from-control" ""
+    "--plan-keys-file" "auth.planKeysSecret"
     "--kv-agent" "models[].pools[].connector"
     "--transfer-deadline-ms" "pd.leaseSeconds"
     "--drain-s" "sidecar.drainSeconds"
@@ -25,7 +26,7 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
 {{- end -}}
 
 {{- define "pdcoord.sidecarFlagsFree" -}}
-{{- list "--host" "--allow" "--allow-file" "--stream-idle-ms" "--answer-ms" "--prefill-deadline-ms" "--fallback-colocated" "--bootstrap-port" "--kv-port" "--kv-key-file" "--probe-interval-s" "--body-bytes-max" "--control-address" | toJson -}}
+{{- list "--host" "--allow" "--allow-file" "--stream-idle-ms" "--answer-ms" "--prefill-deadline-ms" "--fallback-colocated" "--bootstrap-port" "--kv-port" "--kv-key-file" "--probe-interval-s" "--body-bytes-max" "--resume-bytes-max" "--control-address" | toJson -}}
 {{- end -}}
 
 {{- define "pdcoord.extprocFlagsSet" -}}
@@ -64,6 +65,12 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
     "PDCOORD_CONTROL_CERT_FILE" "auth.controlTls.secretName"
     "PDCOORD_CONTROL_CERT_KEY_FILE" "auth.controlTls.secretName"
     "PDCOORD_CONTROL_CA_FILE" "auth.controlTls.secretName"
+    "PDCOORD_KEYS_FILE" "auth.keysSecret"
+    "PDCOORD_PLAN_KEYS_FILE" "auth.planKeysSecret"
+    "PDCOORD_TLS_CERT_FILE" "gateway.tls.secretName"
+    "PDCOORD_TLS_KEY_FILE" "gateway.tls.secretName"
+    "PDCOORD_ADMIN_KEY_FILE" "auth.adminKeySecret"
+    "PDCOORD_ENGINE_KEY_FILE" "auth.engineKeySecret"
     "PDCOORD_REPLICA" ""
     "PDCOORD_LOG_LEVEL" "coordinator.logLevel"
     "PDCOORD_DRAIN_NOTICE_S" "coordinator.drainNoticeSeconds"
@@ -81,7 +88,7 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
 {{- if eq (include "pdcoord.isExtproc" .) "true" -}}
   {{- $free = concat $free (list "PDCOORD_HOST" "PDCOORD_FALLBACKS_MAX" "PDCOORD_CONFORMANCE" "PDCOORD_PASS_PATHS" "PDCOORD_STREAMS_MAX") -}}
 {{- else -}}
-  {{- $free = concat $free (list "PDCOORD_HEAD_TIMEOUT_S" "PDCOORD_ANSWER_TIMEOUT_S" "PDCOORD_STREAM_IDLE_S") -}}
+  {{- $free = concat $free (list "PDCOORD_BODIES_BYTES_MAX" "PDCOORD_HEAD_TIMEOUT_S" "PDCOORD_ANSWER_TIMEOUT_S" "PDCOORD_STREAM_IDLE_S" "PDCOORD_RESUME_BYTES_MAX") -}}
 {{- end -}}
 {{- $free | toJson -}}
 {{- end -}}
@@ -147,6 +154,11 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
     {{- fail (printf "sidecar.args[%d] is %q: coordinators name the targets (--allow-from-control), and with connector pdcoord the sidecar would not start; leave it out, or name further targets by --allow" $i $word) -}}
   {{- end -}}
 {{- end -}}
+{{- range $i, $word := $v.sidecar.args -}}
+  {{- if regexMatch "^--(tls|upstream)-" $word -}}
+    {{- fail (printf "sidecar.args[%d] is %q, but no volume of the pod has a certificate for that: leave it out, and encrypt what is between pods by the network" $i $word) -}}
+  {{- end -}}
+{{- end -}}
 {{- $free := include "pdcoord.sidecarFlagsFree" . | fromJsonArray -}}
 {{- include "pdcoord.validateFlags" (dict "at" "sidecar.args" "args" $v.sidecar.args "process" "pdcoord-sidecar" "set" $set "free" $free "switches" list) -}}
 {{- $args := $v.gateway.extproc.args -}}
@@ -174,6 +186,9 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
   {{- if eq (upper $name) "PDCOORD_CERT_PATH" -}}
     {{- fail (printf "%s, but no volume of the pod has a certificate: leave it out, and the process makes one" $here) -}}
   {{- end -}}
+  {{- if regexMatch "^PDCOORD_(ADMIN_TLS|TLS_CLIENT|UPSTREAM)_" (upper $name) -}}
+    {{- fail (printf "%s, but no volume of the pod has a certificate for that: leave it out, and encrypt what is between pods by the network" $here) -}}
+  {{- end -}}
   {{- if and (hasPrefix "PDCOORD_" (upper $name)) (not (has (upper $name) $free)) -}}
     {{- fail (printf "%s, which no setting is named like with gateway.mode %s: give some of %s, or leave it out" $here $.Values.gateway.mode ($free | sortAlpha | join ", ")) -}}
   {{- end -}}
@@ -200,6 +215,30 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
 {{- $first := float64 (dig "backoff_first_s" 0.1 $given) -}}{{- $most := float64 (dig "backoff_max_s" 5.0 $given) -}}
 {{- if gt $first $most -}}
   {{- fail (printf "transfer.settings.backoff_first_s is %g, above transfer.settings.backoff_max_s (%g): give at most that" $first $most) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Who would be let in by nobody's leave. */}}
+{{- define "pdcoord.validateAccess" -}}
+{{- $v := .Values -}}
+{{- if and $v.auth.keysSecret (ne $v.gateway.mode "embedded") (eq $v.gateway.extproc.failureMode "FailOpen") -}}
+  {{- fail (printf "gateway.extproc.failureMode is FailOpen with auth.keysSecret %q: without a coordinator the Gateway would let in calls without a key; set FailClose" $v.auth.keysSecret) -}}
+{{- end -}}
+{{- if and $v.gateway.tls.secretName (ne $v.gateway.mode "embedded") -}}
+  {{- fail (printf "gateway.tls.secretName is %q but gateway.mode is %s, where the coordinator has no front door: give the certificate to the Gateway, or leave it out" $v.gateway.tls.secretName $v.gateway.mode) -}}
+{{- end -}}
+{{- if not $v.auth.adminKeySecret -}}
+  {{- range $name, $value := $v.coordinator.env -}}
+    {{- if and (eq (upper $name) "PDCOORD_ADMIN_HOST") (not (regexMatch "^(127\\..*|::1|localhost)$" $value)) -}}
+      {{- fail (printf "coordinator.env.%s is %q, where anybody may ask the admin listener, and the process would not start: set auth.adminKeySecret" $name $value) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- range $i, $word := $v.gateway.extproc.args -}}
+    {{- $value := ternary (default "" (index $v.gateway.extproc.args (min (add $i 1) (sub (len $v.gateway.extproc.args) 1)))) (last (splitList "=" $word)) (not (contains "=" $word)) -}}
+    {{- if and (regexMatch "^--?admin-host(=|$)" $word) (not (regexMatch "^(127\\..*|::1|localhost)$" $value)) -}}
+      {{- fail (printf "gateway.extproc.args[%d] gives --admin-host %q, where anybody may ask the admin listener, and the process would not start: set auth.adminKeySecret" $i $value) -}}
+    {{- end -}}
+  {{- end -}}
 {{- end -}}
 {{- end -}}
 

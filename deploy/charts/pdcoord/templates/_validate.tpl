@@ -50,6 +50,7 @@ value, and what to give instead. Renders nothing.
 {{- include "pdcoord.validateVariables" . -}}
 {{- include "pdcoord.validateTransfer" . -}}
 {{- include "pdcoord.validateReach" . -}}
+{{- include "pdcoord.validateAccess" . -}}
 {{- end -}}
 
 {{- define "pdcoord.validateCoordinator" -}}

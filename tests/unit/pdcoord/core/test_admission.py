@@ -126,7 +126,7 @@ class Story:
 def test_with_room_a_request_goes_at_once() -> None:
     story = Story()
     assert story.ask("a") == "go p"
-    assert story.coordinator.next_event_s() is None
+    assert story.coordinator.admission.next_event_s() is None
 
 
 def test_at_the_limit_requests_wait_and_follow_one_another() -> None:
@@ -138,7 +138,7 @@ def test_at_the_limit_requests_wait_and_follow_one_another() -> None:
     story.pass_time(0.1)
     story.end("b")
     assert story.said["c"] == ["wait", "go p"]
-    assert story.coordinator.next_event_s() is None
+    assert story.coordinator.admission.next_event_s() is None
 
 
 def test_saturation_is_predicted_time_and_not_a_count() -> None:
@@ -317,7 +317,7 @@ def test_work_per_event_is_bounded_and_what_is_left_follows_at_once() -> None:
     story.pass_time(0.1)
     story.begin("big")
     assert len(story.order) == 1 + admission.TRIES_MAX
-    assert story.coordinator.next_event_s() == story.now_s
+    assert story.coordinator.admission.next_event_s() == story.now_s
     story.pass_time(0.0)
     assert len(story.order) == 1 + count
 
@@ -329,7 +329,7 @@ def test_after_a_try_in_vain_events_are_not_followed_by_others() -> None:
     tried_s = story.now_s = 1.0
     for _ in range(5):
         story.tell(SampleTaken(EndpointId("p/0"), Sample(1, 0, 0.1, 1.0)))
-    next_s = story.coordinator.next_event_s()
+    next_s = story.coordinator.admission.next_event_s()
     assert next_s is not None
     assert next_s == pytest.approx(tried_s + admission.RETRY_S_MIN)
 
@@ -398,7 +398,7 @@ def test_every_wait_ends_once_and_within_its_bound(
         assert len(said) == (2 if said[0] == "wait" else 1), f"{name}: {said}"
         assert said[-1] != "wait"
     assert story.coordinator.live_count == 0
-    assert story.coordinator.next_event_s() is None
+    assert story.coordinator.admission.next_event_s() is None
     reasons = {refusal.reason for refusal in story.refusals.values()}
     assert reasons <= {
         RefuseReason.SATURATED,

@@ -18,6 +18,8 @@ from pdcoord.core.events import (
     DecodeFailed,
     DecodeMoved,
     Dispatch,
+    HedgeAsked,
+    HedgeOver,
     ModelsReplaced,
     Outcome,
     PathProbed,
@@ -25,6 +27,7 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    StreamBroke,
     TimePassed,
     Wait,
 )
@@ -45,6 +48,7 @@ from pdcoord.core.fleet import (
     SampleFailed,
     SampleTaken,
 )
+from pdcoord.core.hedging import id_of
 from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, LegOrder, Model, Slo, SplitMode
 from pdcoord.core.paths import BreakerState
 from pdcoord.core.plan import DropReason, Plan, Why
@@ -677,9 +681,11 @@ POOLS = (
 ENDPOINTS = tuple(endpoint(of, index) for of in POOLS for index in range(2))
 fallbacks = st.builds(
     Fallback,
-    rungs=st.permutations([RungKind.OTHER_PREFILL, RungKind.COLOCATED, RungKind.OTHER_DECODE]).flatmap(
-        lambda kinds: st.integers(0, 3).map(lambda count: tuple(kinds[:count]))
+    rungs=st.permutations([kind for kind in RungKind if kind is not RungKind.REFUSE]).flatmap(
+        lambda kinds: st.integers(0, 4).map(lambda count: tuple(kinds[:count]))
     ),
+    resume_tries_max=st.integers(1, 3),
+    resume_age_s_max=st.sampled_from([0.5, 600.0]),
     other_prefill_max=st.integers(0, 3),
     other_decode_max=st.integers(0, 3),
     colocated_share_max=st.sampled_from([0.0, 0.5, 1.0]),
@@ -750,7 +756,10 @@ class CoordinatorMachine(RuleBasedStateMachine):
         self.failed: dict[RequestId, set[EndpointId]] = {}
         self.attempts: Counter[RequestId] = Counter()
         self.begun: set[RequestId] = set()
+        self.first_byte_s: dict[RequestId, float] = {}
+        self.resumes: Counter[RequestId] = Counter()
         self.waiting: set[RequestId] = set()
+        self.hedges: dict[RequestId, Plan] = {}
 
     @initialize(model=models, listed=st.sets(indexes, min_size=3) | st.just({0, 1, 2, 6, 7, 8}))
     def start(self, model: Model, listed: set[int]) -> None:
@@ -823,8 +832,15 @@ class CoordinatorMachine(RuleBasedStateMachine):
         others = [rung for rung in plan.rungs if rung.kind is RungKind.OTHER_PREFILL]
         assert len(others) <= model.fallback.other_prefill_max
         assert {rung.kind for rung in plan.rungs} <= set(model.fallback.rungs)
-        assert plan.attempt <= model.fallback.other_decode_max
         assert plan.attempt == self.attempts[plan.request_id]
+        if plan.request_id in self.first_byte_s:
+            self.resumes[plan.request_id] += 1
+            assert RungKind.RESUME in model.fallback.rungs
+            assert self.resumes[plan.request_id] <= model.fallback.resume_tries_max
+            age_s = self.now_s - self.first_byte_s[plan.request_id]
+            assert age_s <= model.fallback.resume_age_s_max
+        else:
+            assert plan.attempt <= model.fallback.other_decode_max
 
     # Signals.
 
@@ -879,7 +895,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
     def pass_time(self, new: Model | None, seconds: float, *, is_gone: bool) -> None:
         self.now_s += seconds
         next_s = self.coordinator.next_event_s()
-        assert (next_s is not None) == bool(self.waiting)
+        assert (self.coordinator.admission.next_event_s() is not None) == bool(self.waiting)
         if next_s is not None and next_s <= self.now_s:
             self.tell(TimePassed())
         if new is not None:
@@ -916,7 +932,9 @@ class CoordinatorMachine(RuleBasedStateMachine):
         self, data: st.DataObject, *, rungs: list[RungTaken], mode: Mode, is_plain: bool
     ) -> None:
         name = data.draw(st.sampled_from(sorted(set(self.plans) - self.begun)))
+        self.leave_hedge(name)
         self.begun.add(name)
+        self.first_byte_s.setdefault(name, self.now_s)
         served = None if is_plain else self.served(data, name, rungs, mode)
         assert self.tell(ResponseBegan(name, served)) == []
 
@@ -941,6 +959,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         self, data: st.DataObject, *, reason: RungReason, rungs: list[RungTaken], is_plain: bool
     ) -> None:
         name = data.draw(st.sampled_from(sorted(set(self.plans) - self.begun)))
+        self.leave_hedge(name)
         failed = self.plans[name].decode.id
         self.failed.setdefault(name, set()).add(failed)
         self.attempts[name] += 1
@@ -949,11 +968,29 @@ class CoordinatorMachine(RuleBasedStateMachine):
             self.unfit |= {failed} & set(self.addresses)
         self.keep(name, self.tell(DecodeFailed(name, reason, served), name))
 
+    @precondition(lambda self: self.begun)
+    @rule(data=st.data(), reason=st.sampled_from(RungReason), tokens=st.integers(0, 9_000))
+    def break_stream(self, data: st.DataObject, *, reason: RungReason, tokens: int) -> None:
+        name = data.draw(st.sampled_from(sorted(self.begun)))
+        failed = self.plans[name].decode.id
+        self.failed.setdefault(name, set()).add(failed)
+        self.attempts[name] += 1
+        self.begun.discard(name)
+        if reason is RungReason.DECODE_UNREACHABLE:
+            self.unfit |= {failed} & set(self.addresses)
+        self.coordinator.silence_s_max(name, self.now_s)
+        actions = self.tell(StreamBroke(name, reason, tokens), name)
+        self.keep(name, actions)
+        for action in actions:
+            if isinstance(action, Refuse):
+                assert action.refusal.reason is RefuseReason.STREAM_LOST
+
     @precondition(lambda self: len(self.plans) > len(self.begun))
     @rule(data=st.data(), anywhere=addresses, is_onto_prefill=st.booleans())
     def move(self, data: st.DataObject, anywhere: HostPort, *, is_onto_prefill: bool) -> None:
         """A proxy took another endpoint, whichever it found."""
         name = data.draw(st.sampled_from(sorted(set(self.plans) - self.begun)))
+        self.leave_hedge(name)
         plan = self.plans[name]
         onto = plan.prefill.address if is_onto_prefill and plan.prefill is not None else anywhere
         model = self.requests[name].model
@@ -963,6 +1000,38 @@ class CoordinatorMachine(RuleBasedStateMachine):
             self.plans[name] = moved(plan, found)
             self.attempts[name] += 1
         assert self.tell(DecodeMoved(name, onto)) == []
+
+    @precondition(lambda self: len(self.plans) > len(self.begun) + len(self.hedges))
+    @rule(data=st.data(), seconds=st.sampled_from([0.0, 3.0]))
+    def hedge(self, data: st.DataObject, *, seconds: float) -> None:
+        """A second attempt beside one without output, which may be late by then."""
+        self.now_s += seconds
+        name = data.draw(st.sampled_from(sorted(set(self.plans) - self.begun - set(self.hedges))))
+        second = id_of(name)
+        self.requests[second] = replace(self.requests[name], id=second)
+        self.failed[second] = self.failed.get(name, set()) | {self.plans[name].decode.id}
+        self.attempts[second] = self.attempts[name] + 1
+        for action in self.tell(HedgeAsked(name), second):
+            assert isinstance(action, Dispatch)
+            self.hedges[name] = action.plan
+
+    @precondition(lambda self: self.hedges)
+    @rule(data=st.data(), is_won=st.booleans(), reason=st.sampled_from([None, None, RungReason.DECODE_ERROR]))
+    def end_hedge(self, data: st.DataObject, *, is_won: bool, reason: RungReason | None) -> None:
+        name = data.draw(st.sampled_from(sorted(self.hedges)))
+        second = self.hedges.pop(name)
+        slower = self.plans[name] if is_won else second
+        if is_won:
+            self.plans[name] = replace(second, request_id=name)
+            self.attempts[name] += 1
+        if is_won or reason is not None:
+            self.failed.setdefault(name, set()).add(slower.decode.id)
+        assert self.tell(HedgeOver(name, is_won, reason)) == []
+
+    def leave_hedge(self, name: RequestId) -> None:
+        """What a gateway tells before anything else of its call."""
+        if self.hedges.pop(name, None) is not None:
+            assert self.tell(HedgeOver(name, is_won=False)) == []
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -982,12 +1051,13 @@ class CoordinatorMachine(RuleBasedStateMachine):
 
     def forget(self, name: RequestId) -> None:
         del self.plans[name]
+        self.hedges.pop(name, None)
         self.begun.discard(name)
 
     @invariant()
     def accounts_agree(self) -> None:
         self.coordinator.validate()
-        assert self.coordinator.live_count == len(self.plans) + len(self.waiting)
+        assert self.coordinator.live_count == len(self.plans) + len(self.hedges) + len(self.waiting)
         assert self.coordinator.admission.count == len(self.waiting)
         assert self.coordinator.paths.breaker_count <= len(self.addresses) ** 2
 

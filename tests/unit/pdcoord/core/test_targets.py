@@ -69,6 +69,15 @@ def test_every_prefill_endpoint_of_its_models_is_listed_with_ports_verdict_and_b
     assert lists.of(D.address, 1.5)[Q.address].breaker == "half-open"
 
 
+def test_peers_are_the_other_decode_endpoints_of_the_same_pool() -> None:
+    twin = replace(D, id=EndpointId("d2"), address=HostPort("d2:80"))
+    other = endpoint("o", Role.DECODE, name=PoolName("other"))
+    _, _, lists = fleet_of(P, D, twin, other)
+    assert lists.peers(D.address) == {twin.address}
+    assert lists.peers(P.address) == frozenset()
+    assert lists.peers(HostPort("x:1")) == frozenset()
+
+
 def test_nobody_is_listed_for_a_prefill_endpoint_or_an_address_that_is_unknown() -> None:
     _, _, lists = fleet_of(P, Q, D)
     assert lists.of(P.address, 0.0) == {}

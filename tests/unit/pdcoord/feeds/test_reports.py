@@ -240,6 +240,31 @@ def test_targets_are_told_whole_then_as_they_change_and_now_and_then_a_sign_of_l
     assert gone.removed == (PREFILL,)
 
 
+def test_peers_are_told_whole_then_as_they_come_and_go() -> None:
+    twin = Endpoint(EndpointId("d2"), D.pool, HostPort("10.0.0.3:8000"))
+    bench = Bench(D, P)
+    session = bench.open()
+    bench.feed.look()
+    first = bench.feed.notice(session)
+    assert first is not None
+    assert first.decodes == ()
+    bench.fleet.handle(EndpointSeen(twin))
+    bench.feed.look()
+    come = bench.feed.notice(session)
+    assert come is not None
+    assert (come.is_whole, come.changed, come.decodes, come.decodes_removed) == (
+        False,
+        (),
+        (twin.address,),
+        (),
+    )
+    bench.fleet.handle(EndpointGone(twin.id))
+    bench.feed.look()
+    gone = bench.feed.notice(session)
+    assert gone is not None
+    assert (gone.decodes, gone.decodes_removed) == ((), (twin.address,))
+
+
 def test_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "STREAMS_MAX", 1)
     bench = Bench(D)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pdcoord.core.model import Fallback
 from pdcoord.core.plan import Plan, Rung
 from pdcoord.front.upstream import (
     error_body,
@@ -17,13 +18,16 @@ from pdcoord.front.upstream import (
     failure_of_error,
     headers_for,
     plan_header,
+    resumed_below,
     served_of,
-    with_model,
+    with_fields,
 )
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import ROUTING_FROM_OUTSIDE
 from pdcoord.protocol.plans import Mode, PlanHeader, RungKind, ServedHeader, decode_plan, encode_served
+from pdcoord.protocol.signing import PLAN_SIGNATURE, Steering
 from pdcoord.wire.errors import ConnectError, HeadTimeoutError, ResetError, StreamError, WireError
+from pdcoord.wire.heads import Headers
 
 JSON = st.recursive(
     st.none()
@@ -39,16 +43,17 @@ JSON = st.recursive(
 @given(st.dictionaries(st.text(max_size=8), JSON, max_size=5), st.text(min_size=1, max_size=20))
 def test_only_the_model_changes(body: dict[str, object], name: str) -> None:
     raw = json.dumps(body | {"model": "alias"}).encode()
-    assert json.loads(with_model(raw, name)) == body | {"model": name}
+    assert json.loads(with_fields(raw, {"model": name})) == body | {"model": name}
 
 
 def test_a_nested_model_stays_and_of_two_the_last_counts() -> None:
     raw = b'{"model":"a","x":{"model":"alias"},"model":"alias"}'
-    assert json.loads(with_model(raw, "m")) == {"model": "m", "x": {"model": "alias"}}
+    assert json.loads(with_fields(raw, {"model": "m"})) == {"model": "m", "x": {"model": "alias"}}
 
 
 def test_a_colocated_plan_names_no_prefill(plan: Callable[..., Plan]) -> None:
     assert plan_header(plan("r")) == PlanHeader()
+    assert plan_header(plan("r"), is_resumed_above=True) == PlanHeader(is_resumed_above=True)
 
 
 def test_a_split_plan_names_prefills_in_order_with_its_deadlines(plan: Callable[..., Plan]) -> None:
@@ -57,6 +62,24 @@ def test_a_split_plan_names_prefills_in_order_with_its_deadlines(plan: Callable[
     assert [target.address for target in header.prefills] == ["10.0.0.1:8000", "10.0.0.3:8000"]
     assert (header.prefill_deadline_ms, header.transfer_deadline_ms) == (1_500.0, 500.0)
     assert header.is_colocated_allowed
+
+
+def test_a_sidecar_that_continues_its_streams_is_told_where_and_within_what(
+    plan: Callable[..., Plan],
+) -> None:
+    made = plan("r", is_split=True)
+    others = [each for each in (made.prefill, made.decode) if each is not None]
+    rules = Fallback(resume_tries_max=1, resume_age_s_max=2.0, resume_stall_s_min=3.0)
+    header = resumed_below(made, rules, others)
+    assert header.resumes == ("10.0.0.1:8000",)
+    assert (header.resume_tries_max, header.resume_age_ms_max, header.resume_stall_ms) == (
+        1,
+        2_000.0,
+        3_000.0,
+    )
+    slow = replace(made, chosen=replace(made.chosen, figures=replace(made.chosen.figures, step_s=0.1)))
+    assert resumed_below(slow, rules, []).resume_stall_ms == 10_000.0
+    assert resumed_below(made, Fallback(rungs=(RungKind.COLOCATED,)), others) == plan_header(made)
 
 
 def test_without_the_rung_a_split_plan_may_not_fall_back(plan: Callable[..., Plan]) -> None:
@@ -97,9 +120,26 @@ def test_nothing_from_outside_can_steer(plan: Callable[..., Plan], pairs: list[t
     assert others == set()
 
 
+def test_what_is_signed_is_what_is_sent(plan: Callable[..., Plan]) -> None:
+    signed: list[Steering] = []
+
+    def sign(what: Steering) -> Headers:
+        signed.append(what)
+        return [(PLAN_SIGNATURE, b"v1")]
+
+    sent = dict(headers_for(plan("r", is_split=True), [(PLAN_SIGNATURE, b"mine")], b"r", sign))
+    assert sent[PLAN_SIGNATURE] == b"v1"
+    assert signed == [Steering(b"r", plan=sent[b"x-pdcoord-plan"], prefills=b"10.0.0.1:8000")]
+    assert sent[b"x-prefiller-host-port"] == b"10.0.0.1:8000"
+    assert sent[b"x-request-id"] == b"r"
+    assert PLAN_SIGNATURE not in dict(headers_for(plan("r"), [(PLAN_SIGNATURE, b"mine")], b"r"))
+
+
 @pytest.mark.parametrize("reason", list(RefuseReason))
 def test_every_reason_of_a_sidecar_is_either_a_failure_or_relayed(reason: RefuseReason) -> None:
     relayed = {
+        RefuseReason.MALFORMED_HTTP,
+        RefuseReason.HEAD_TOO_LARGE,
         RefuseReason.MALFORMED_JSON,
         RefuseReason.INVALID_FIELD,
         RefuseReason.BODY_TOO_LARGE,

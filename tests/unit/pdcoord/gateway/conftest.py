@@ -8,7 +8,16 @@ from typing import Any, Self
 
 import pytest
 
-from pdcoord.core.events import Action, DecodeFailed, Dispatch, Event, Refuse, RequestArrived, Wait
+from pdcoord.core.events import (
+    Action,
+    DecodeFailed,
+    Dispatch,
+    Event,
+    Refuse,
+    RequestArrived,
+    StreamBroke,
+    Wait,
+)
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId
@@ -16,6 +25,7 @@ from pdcoord.front.ports import CallRecord, Decided, Limits, Tokens
 from pdcoord.gateway.app import GatewayApp
 from pdcoord.gateway.relay import Relay
 from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.resume.tape import Shelf
 
 WAIT = "wait"
 
@@ -29,6 +39,7 @@ class ScriptedCoordination:
     script: list[str | Refusal | Exception] = field(default_factory=lambda: ["10.0.0.2:8000"])
     is_split: bool = False
     unready_refusal: Refusal | None = None
+    silence_s: float | None = None
     events: list[Event] = field(default_factory=list)
     expected: dict[RequestId, Decided] = field(default_factory=dict)
 
@@ -37,7 +48,7 @@ class ScriptedCoordination:
         match event:
             case RequestArrived(request):
                 return [self._next(request.id)]
-            case DecodeFailed(request_id):
+            case DecodeFailed(request_id) | StreamBroke(request_id):
                 return [self._next(request_id)]
             case _:
                 return []
@@ -68,6 +79,9 @@ class ScriptedCoordination:
     def models(self) -> tuple[Model, ...]:
         return (self.served,)
 
+    def silence_s_max(self, _request_id: RequestId) -> float | None:
+        return self.silence_s
+
     def unready(self) -> Refusal | None:
         return self.unready_refusal
 
@@ -89,6 +103,7 @@ class Reply:
         self.headers = list(headers)
         self.chunks = list(chunks)
         self.last = b""
+        self.part_count = 0
         self.is_closed = False
         self.reading = asyncio.Event()
 
@@ -108,9 +123,12 @@ class Reply:
         assert chunk is not None
         return chunk
 
-    async def pump(self, sink: Callable[[bytes], Awaitable[None] | None], *, idle_timeout_s: float) -> None:
+    async def pump(
+        self, sink: Callable[[bytes], Awaitable[None] | None], *, idle_timeout_s: float, watch: object = None
+    ) -> None:
         while part := await self.read_chunk(idle_timeout_s=idle_timeout_s):
             self.last = part
+            self.part_count += 1
             pause = sink(part)
             if pause is not None:
                 await pause
@@ -193,11 +211,18 @@ class Stage:
         self.gone = asyncio.Event()
         self._ids = itertools.count(1)
         self._app: GatewayApp | None = None
+        self._relay: Relay | None = None
+
+    @property
+    def shelf(self) -> Shelf:
+        """What the relay keeps of streams."""
+        assert self._relay is not None
+        return self._relay.shelf
 
     @property
     def app(self) -> GatewayApp:
         if self._app is None:
-            relay = Relay(
+            relay = self._relay = Relay(
                 coordination=self.coordination,
                 upstream=self.upstream,
                 observer=self.observer,

@@ -6,8 +6,18 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+from pdcoord.front.keys import KEY_RANDOM_BYTES, ApiKey, KeyRing, digest_of, make_key
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.protocol.openai import APIS
+from pdcoord.wire.errors import ConnectError
+
+KEY = make_key(bytes(KEY_RANDOM_BYTES))
+BEARER = (b"authorization", b"Bearer " + KEY.encode())
+
+
+def ask_for_keys(stage: Any, **fields: Any) -> None:
+    key = ApiKey("a", digest_of(KEY.encode()), "team", "group", **fields)
+    stage.app._relay.gate.use(KeyRing([key], bytes(32)))
 
 
 def error_of(answer: Any) -> dict[str, Any]:
@@ -122,3 +132,67 @@ async def test_the_document_names_every_schema_that_it_refers_to(stage: Any) -> 
     document = json.loads((await stage.call("/openapi.json", b"", method="GET")).body)
     assert "Error" in document["components"]["schemas"]
     assert "HTTPValidationError" not in json.dumps(document)
+
+
+async def test_models_are_those_of_the_key(stage: Any) -> None:
+    ask_for_keys(stage, models=frozenset({"other"}))
+    for path in ("/v1/models", "/v1/models/org/model", "/v1/models/none"):
+        answer = await stage.call(path, b"", method="GET")
+        assert (answer.status, answer.header("www-authenticate")) == (401, "Bearer")
+    assert stage.observer.reasons == [RefuseReason.UNAUTHORIZED] * 3
+    answer = await stage.call("/v1/models", b"", method="GET", headers=[BEARER])
+    assert (answer.status, json.loads(answer.body)["data"]) == (200, [])
+    answer = await stage.call("/v1/models/alias", b"", method="GET", headers=[BEARER])
+    assert (answer.status, error_of(answer)["code"]) == (403, "model-forbidden")
+    answer = await stage.call("/v1/models/none", b"", method="GET", headers=[BEARER])
+    assert (answer.status, error_of(answer)["code"]) == (404, "model-unknown")
+    ask_for_keys(stage, models=frozenset({"alias"}))
+    assert (await stage.call("/v1/models/org/model", b"", method="GET", headers=[BEARER])).status == 200
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/openapi.json"])
+async def test_pages_for_operators_need_no_key(stage: Any, path: str) -> None:
+    ask_for_keys(stage)
+    assert (await stage.call(path, b"", method="GET")).status == 200
+
+
+async def test_a_call_without_a_key_is_answered_before_its_body(stage: Any) -> None:
+    ask_for_keys(stage)
+    answer = await stage.call(body=None)
+    assert (answer.status, error_of(answer)["code"]) == (401, "unauthorized")
+    assert (stage.upstream.asked, stage.coordination.events) == ([], [])
+    assert stage.observer.records[0].key_name is None
+
+
+async def test_what_goes_upstream_has_the_tenants_salt_and_no_key(stage: Any) -> None:
+    ask_for_keys(stage)
+    claim = (b"x-llm-d-inference-fairness-id", b"another")
+    await stage.call(headers=[BEARER, claim, (b"x-api-key", KEY.encode()), (b"accept", b"a/b")])
+    (asked,) = stage.upstream.asked
+    names = [name for name, _ in asked["headers"]]
+    assert (b"accept", b"a/b") in asked["headers"]
+    assert (claim[0], b"team") in asked["headers"]
+    assert names.count(claim[0]) == 1
+    assert {b"authorization", b"x-api-key"}.isdisjoint(names)
+    assert len(json.loads(asked["body"])["cache_salt"]) == 43
+    assert stage.coordination.events[0].request.tenant == "team"
+    assert stage.observer.records[0].key_name == "a"
+
+
+async def test_a_model_that_the_key_is_not_for_is_not_asked(stage: Any) -> None:
+    ask_for_keys(stage, models=frozenset({"other"}))
+    answer = await stage.call(headers=[BEARER])
+    assert (answer.status, error_of(answer)["code"]) == (403, "model-forbidden")
+    assert stage.upstream.asked == []
+
+
+async def test_a_request_counts_once_however_often_it_is_tried(stage: Any) -> None:
+    ask_for_keys(stage, requests_per_minute=2)
+    stage.coordination.script = ["10.0.0.2:8000", "10.0.0.4:8000"]
+    stage.upstream.script = [ConnectError("no"), *stage.upstream.script * 2]
+    assert (await stage.call(headers=[BEARER])).status == 200
+    assert len(stage.upstream.asked) == 2
+    assert (await stage.call(headers=[BEARER])).status == 200
+    answer = await stage.call(headers=[BEARER])
+    assert (answer.status, error_of(answer)["code"]) == (429, "rate-limited")
+    assert int(answer.header("retry-after") or 0) in range(1, 31)

@@ -223,6 +223,13 @@ class Writer:
                 decode_kv_usage_max=self._rng.random(),
                 window_requests=self._rng.randint(1, 100_000),
             ),
+            resume=self._some(
+                tries_max=self._rng.randint(1, 8),
+                age_s_max=self._figure() + 1,
+                stall_ms_min=self._rng.uniform(100, 6e5),
+            ),
+            hedge=self._some(share_max=self._rng.random(), after_ms_min=self._figure()),
+            quarantine=self._some(share_max=self._rng.random()),
         )
 
 

@@ -86,10 +86,16 @@ spec:
     other_prefill_max: 2
     other_decode_max: 2
     budget: {colocated_share_max: 1.0, decode_kv_usage_max: 0.5, window_requests: 200}
+    resume: {tries_max: 3, age_s_max: 600.0, stall_ms_min: 10000.0}
+    hedge: {share_max: 0.05, after_ms_min: 250.0}
+    quarantine: {share_max: 0.5}
   slo: {ttft_ms: 2000.0, tpot_ms: 50.0}
   admission:
     {queue_ms_max: 5000.0, wait_ms_max: 30000.0, requests_max: 1024, deadline_excess_max: 0.25,
      low_share_min: 0.05, objectives: {batch: -1}}
+  canary:
+    {mode: enforce, interval_s: 600.0, timeout_ms: 30000.0, prompt_tokens: 400, output_tokens: 16,
+     logprob_tolerance: 0.5}
 """
 FULL_DOCUMENT: dict[str, Any] = yaml.safe_load(FULL)
 WRONG: tuple[Any, ...] = (
@@ -219,7 +225,7 @@ def test_defaults_are_told_and_not_set() -> None:
     assert "required" not in layout
     assert layout["nullable"]
     ladder = schema["properties"]["fallback"]["properties"]["ladder"]["description"]
-    assert ladder.endswith("Default: other-prefill, colocated, other-decode.")
+    assert ladder.endswith("Default: other-prefill, colocated, other-decode, resume.")
 
 
 def test_the_status_holds_what_is_written() -> None:

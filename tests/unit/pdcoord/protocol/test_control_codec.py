@@ -198,7 +198,11 @@ def test_the_longest_list_of_probes_fits() -> None:
 def test_the_longest_list_of_targets_fits_in_parts_that_count_from_the_last_on() -> None:
     at = HostPort(WIDE)
     told = Targets(
-        (Target(at, WIDE, WIDE, WIDE, 65_535, 65_535),) * TARGETS_MAX, (at,) * TARGETS_MAX, is_whole=True
+        (Target(at, WIDE, WIDE, WIDE, 65_535, 65_535),) * TARGETS_MAX,
+        (at,) * TARGETS_MAX,
+        is_whole=True,
+        decodes=(at,) * TARGETS_MAX,
+        decodes_removed=(at,) * TARGETS_MAX,
     )
     raw = encode_notice(told)
     assert max(map(len, raw)) < MESSAGE_BYTES_MAX
@@ -208,7 +212,8 @@ def test_the_longest_list_of_targets_fits_in_parts_that_count_from_the_last_on()
     assert joined(lists[:-1]) is None
     whole = joined(lists)
     assert whole is not None
-    assert (len(whole.changed), len(whole.removed)) == (TARGETS_MAX, TARGETS_MAX)
+    lengths = map(len, (whole.changed, whole.removed, whole.decodes, whole.decodes_removed))
+    assert set(lengths) == {TARGETS_MAX}
     assert (whole.is_whole, whole.has_more) == (True, False)
     with pytest.raises(ControlError, match="more than 16384 targets"):
         joined([*lists[:-1], *lists])

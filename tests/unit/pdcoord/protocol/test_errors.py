@@ -7,6 +7,8 @@ import pytest
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason, RungReason
 
 STATUSES = {
+    "malformed-http": 400,
+    "head-too-large": 431,
     "malformed-json": 400,
     "invalid-field": 400,
     "body-too-large": 413,
@@ -55,7 +57,7 @@ def test_a_refusal_is_an_openai_error(reason: RefuseReason) -> None:
         b"content-type": b"application/json",
         b"x-pdcoord-reason": str(reason).encode(),
         b"retry-after": b"2",
-    }
+    } | ({b"www-authenticate": b"Bearer"} if refusal.status == 401 else {})
     assert refusal.is_servers_fault == (refusal.status >= 500)
 
 

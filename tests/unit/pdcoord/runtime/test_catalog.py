@@ -7,22 +7,29 @@ from typing import Any
 import pytest
 import structlog
 
+from pdcoord.core.canary import CanaryBegan, CanaryJudged
+from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.events import ModelsReplaced, Outcome, ResponseBegan, TimePassed
-from pdcoord.core.fleet import EndpointId, SampleFailed
+from pdcoord.core.fleet import EndpointId, EndpointSeen, Sample, SampleFailed, SampleTaken
+from pdcoord.core.likeness import CanaryOutcome, Finding
 from pdcoord.core.model import PrefixMode, Slo
 from pdcoord.core.request import RequestId
 from pdcoord.feeds.kubewatch import PageListed, Started, WatchTrouble
 from pdcoord.feeds.kvevents import KvEventsFeed
 from pdcoord.feeds.scrapes import ScrapeFailure
 from pdcoord.feeds.tokens import TokensMissing, TokenSource
+from pdcoord.front.keys import ApiKey, KeyRing
 from pdcoord.front.ports import CallRecord
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.plans import RungKind, ServedHeader
+from pdcoord.runtime.access import Access
+from pdcoord.runtime.canaries import CanaryRecord
 from pdcoord.runtime.catalog import METRICS, render_page
 from pdcoord.runtime.control import Control
 from pdcoord.runtime.metricspec import MetricType, bound_of
 from pdcoord.runtime.observe import Metrics
 from pdcoord.runtime.prefix_state import kv_events_samples
+from pdcoord.runtime.secured import Secured, SecuredSettings
 from pdcoord.runtime.settings import load_settings
 from pdcoord.runtime.sources import Sources
 
@@ -46,6 +53,13 @@ def test_names_are_unique_and_say_what_they_are() -> None:
         assert spec.action.endswith(".")
 
 
+def read_access(metrics: Metrics) -> None:
+    """Have one key in force."""
+    access = Access(load_settings(policy=Path("p")), structlog.get_logger())
+    access.use_keys(KeyRing([ApiKey("a", bytes(32), "t", "g")], bytes(32)))
+    metrics.read_state_from(access.samples)
+
+
 def discover(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have pods followed, and let the API server answer once, badly."""
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
@@ -64,6 +78,19 @@ def test_something_bounds_every_label() -> None:
             assert bound is not None, f"{label} of {spec.name}"
             assert bound.why
             assert len(bound.values) <= 64
+
+
+def judged_canaries(bench: Any) -> CanaryRecord:
+    """Canaries of the bench's unlike pools, of which one has ended."""
+    coordinator = Coordinator(has_canaries=True)
+    coordinator.handle(ModelsReplaced(bench.coordinator.models()), 0.0)
+    for state in bench.coordinator.fleet.states():
+        coordinator.handle(EndpointSeen(state.endpoint), 0.0)
+        coordinator.handle(SampleTaken(state.endpoint.id, Sample(0, 0, 0.0, 0.0)), 0.0)
+    order = coordinator.canaries.due(1.0)[0]
+    coordinator.handle(CanaryBegan(order), 1.0)
+    coordinator.handle(CanaryJudged(order, Finding(CanaryOutcome.PASSED)), 2.0)
+    return CanaryRecord(coordinator.canaries, lambda: 3.0, structlog.get_logger())
 
 
 def test_the_process_has_the_metrics_of_the_table_and_no_others(
@@ -97,6 +124,9 @@ def test_the_process_has_the_metrics_of_the_table_and_no_others(
     feed = KvEventsFeed(bench.loop, bench.loop.precise_endpoints, lambda: 0.0)
     bench.metrics.read_state_from(lambda: kv_events_samples(feed))
     bench.metrics.read_state_from(Control(bench.coordinator).samples)
+    bench.metrics.read_state_from(Secured(SecuredSettings(), structlog.get_logger()).samples)
+    bench.metrics.read_state_from(judged_canaries(bench).samples)
+    read_access(bench.metrics)
     discover(bench.metrics, monkeypatch)
     found: dict[str, tuple[str, set[str]]] = {}
     for family in bench.metrics.registry.collect():

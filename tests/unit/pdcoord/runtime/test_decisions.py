@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pdcoord.core.events import DecodeFailed, Outcome, RequestEnded, ResponseBegan
+from pdcoord.core.events import DecodeFailed, Outcome, RequestEnded, ResponseBegan, StreamBroke
 from pdcoord.core.request import RequestId
 from pdcoord.protocol.errors import RungReason
 from pdcoord.runtime.decisions import DecisionLog
@@ -32,6 +32,7 @@ def test_events_of_forgotten_requests_are_ignored() -> None:
     gone = RequestId("gone")
     log.began(gone, None, now_s=1.0)
     log.failed(DecodeFailed(gone, RungReason.DECODE_ERROR), [], now_s=1.0)
+    log.broke(StreamBroke(gone, RungReason.DECODE_ERROR, 1), [], now_s=1.0)
     log.ended(gone, Outcome.OK, now_s=1.0)
     assert len(log) == 0
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pdcoord.core.events import DecodeFailed, Outcome, RequestEnded, ResponseBegan
+from pdcoord.core.events import DecodeFailed, Outcome, RequestEnded, ResponseBegan, StreamBroke
 from pdcoord.core.plan import Why
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.plans import Mode, RungKind, RungTaken, ServedHeader
@@ -43,6 +43,15 @@ def test_a_split_request_is_shown_beside_its_alternative_with_the_margin(bench: 
     assert "128 tokens were cached" in text
     assert "Rungs taken: none" in text
     assert "Ladder: other-prefill" in text
+
+
+def test_a_stream_that_went_on_elsewhere_says_where_it_broke_off_and_why(bench: Any) -> None:
+    plan = bench.arrive()
+    bench.loop.handle(ResponseBegan(plan.request_id, None))
+    bench.loop.handle(StreamBroke(plan.request_id, RungReason.DECODE_STALLED, 1_234))
+    text = draw(bench.loop.decision_view("r-1"))
+    assert f"Broke off at {plan.decode.id} after 1,234 tokens: decode-stalled" in text
+    assert "Attempt 2" in text
 
 
 def test_rungs_taken_are_listed_with_their_reasons(bench: Any) -> None:
@@ -89,7 +98,16 @@ def test_it_stays_readable_on_a_narrow_screen(bench: Any) -> None:
     draw(bench.loop.decision_view("r-1"), width=60)
 
 
-@pytest.mark.parametrize("url", ["https://127.0.0.1:1", "http://", "ftp://x"])
-def test_an_address_that_cannot_be_asked_is_said_so(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://127.0.0.1:1", "give --admin-ca-file"),
+        ("http://", "is neither http://host:port"),
+        ("ftp://x", "is neither http://host:port"),
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_said_so(
+    url: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert explain("r", url) == UNREACHABLE
-    assert "is not http://host:port" in capsys.readouterr().err
+    assert said in capsys.readouterr().err

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pdcoord.core.events import DecodeFailed, Outcome, PathProbed, RequestEnded, ResponseBegan
+from pdcoord.core.events import DecodeFailed, Outcome, PathProbed, RequestEnded, ResponseBegan, StreamBroke
 from pdcoord.core.fleet import EndpointDraining, EndpointId, SampleFailed
 from pdcoord.core.plan import Plan
 from pdcoord.core.probes import Probe
@@ -54,6 +54,34 @@ def test_a_failover_is_two_attempts_and_a_rung(bench: Any) -> None:
     assert (first.failure, second.failure) == ("decode-unreachable", None)
     assert first.chosen.decode != second.chosen.decode
     assert bench.metric('pdcoord_gateway_rungs_total{reason="decode-unreachable",rung="other-decode"}') == 1.0
+
+
+def test_a_stream_that_breaks_off_is_two_attempts_and_a_rung(bench: Any) -> None:
+    plan = bench.arrive()
+    bench.loop.handle(ResponseBegan(plan.request_id, None))
+    assert bench.loop.silence_s_max(plan.request_id) >= 10.0
+    (action,) = bench.loop.handle(StreamBroke(plan.request_id, RungReason.DECODE_STALLED, 70))
+    assert action.plan.decode != plan.decode
+    first_byte_ms = bench.loop.decision_view("r-1").first_byte_ms
+    bench.loop.handle(ResponseBegan(plan.request_id, None))
+    view = bench.loop.decision_view("r-1")
+    assert view.first_byte_ms == first_byte_ms, "the client has had its first byte before"
+    first, second = view.attempts
+    assert (first.failure, first.broke_after_tokens) == ("decode-stalled", 70)
+    assert (second.failure, second.broke_after_tokens) == (None, None)
+    assert bench.metric('pdcoord_gateway_rungs_total{reason="decode-stalled",rung="resume"}') == 1.0
+    bench.loop.handle(RequestEnded(plan.request_id, Outcome.OK, 90))
+    assert bench.coordinator.ledger.open_count == 0
+
+
+def test_a_stream_that_cannot_go_on_is_a_refusal(bench: Any) -> None:
+    plan = bench.arrive()
+    for _ in range(2):
+        bench.loop.handle(ResponseBegan(plan.request_id, None))
+        (action,) = bench.loop.handle(StreamBroke(plan.request_id, RungReason.DECODE_ERROR, 7))
+    view = bench.loop.decision_view("r-1")
+    assert (view.outcome, action.refusal.reason) == ("upstream-error", "stream-lost")
+    assert bench.metric('pdcoord_gateway_rungs_total{reason="decode-error",rung="refuse"}') == 1.0
 
 
 def test_the_last_failure_is_a_refusal(bench: Any) -> None:

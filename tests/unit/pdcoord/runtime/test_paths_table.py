@@ -56,6 +56,28 @@ def test_what_probes_found_is_shown_where_there_is_any() -> None:
     assert "failure" not in head
 
 
+def test_layouts_are_shown_where_a_canary_failed() -> None:
+    canary = {
+        "state": "untried",
+        "is_enforced": True,
+        "fault": "canary-untried",
+        "detail": "",
+        "position": None,
+        "age_ms": None,
+        "prefill_layout": "nvidia pdcoord: block_tokens=16",
+        "decode_layout": "amd pdcoord: block_tokens=128",
+    }
+    shut = PATH | {"breaker": "open", "fault": "canary-untried"}
+    head, row = lines_of(shut | {"canary": canary})
+    assert "layout" not in head
+    assert "untried" in row
+    failed = canary | {"state": "failed", "fault": "canary-tokens", "detail": "tokens differ"}
+    head, row = lines_of(shut | {"fault": "canary-tokens", "canary": failed})
+    assert "prefill layout" in head
+    for words in ("failed", "canary-tokens", "tokens differ", "block_tokens=16", "amd pdcoord"):
+        assert words in row
+
+
 def test_more_paths_than_were_asked_for_are_told_of() -> None:
     assert lines_of(PATH, total=9)[-1].startswith("1 of 9 paths")
 
@@ -78,7 +100,12 @@ def test_the_gateways_own_answer_is_understood(bench: Any) -> None:
     assert all(row.startswith(path["prefill"]) for row, path in zip(rows, page["paths"], strict=True))
 
 
-@pytest.mark.parametrize("url", ["https://127.0.0.1:1", "http://"])
-def test_an_address_that_cannot_be_asked_is_said_so(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("https://127.0.0.1:1", "give --admin-ca-file"), ("http://", "is neither http://host:port")],
+)
+def test_an_address_that_cannot_be_asked_is_said_so(
+    url: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert show_paths(url, as_json=False) == UNREACHABLE
-    assert "is not http://host:port" in capsys.readouterr().err
+    assert said in capsys.readouterr().err

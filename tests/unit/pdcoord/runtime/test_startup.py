@@ -105,3 +105,17 @@ def test_a_file_of_the_control_stream_is_named_by_its_variable(part: str, tmp_pa
     with pytest.raises(StartError) as caught:
         check_start(settings)
     assert str(caught.value).startswith(f"PDCOORD_CONTROL_{part}_FILE is {str(bad)!r}: ")
+
+
+def test_a_gateway_that_strangers_reach_without_keys_is_doubted(tmp_path: Path) -> None:
+    assert "PDCOORD_HOST is '0.0.0.0', where anybody may use every model" in said(tmp_path, host="0.0.0.0")
+    assert said(tmp_path, host="0.0.0.0", keys_file=Path("k")) == ""
+
+
+def test_an_admin_listener_that_strangers_reach_needs_a_key(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"policy": tmp_path / "p", "port": 0, "admin_port": 0, "admin_host": "0.0.0.0"}
+    with pytest.raises(
+        StartError, match=r"PDCOORD_ADMIN_HOST \(--admin-host\) is '0.0.0.0'.*_ADMIN_KEY_FILE"
+    ):
+        check_start(load_settings(**given))
+    check_start(load_settings(**given, admin_key_file=Path("k")))

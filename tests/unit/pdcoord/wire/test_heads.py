@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdcoord.wire.errors import InvalidRequestError, WireError
-from pdcoord.wire.heads import encode_request_head, end_to_end
+from pdcoord.wire.heads import Headers, encode_request_head, end_to_end, request_fault
 
 
 def test_writes_host_and_length_itself_and_drops_what_belongs_to_one_connection() -> None:
@@ -97,3 +97,46 @@ def test_end_to_end_lowers_names_keeps_order_and_drops_nominated_headers() -> No
         (b"a", b"3"),
     ]
     assert end_to_end(headers) == [(b"b", b"1"), (b"a", b"3")]
+
+
+GET = (b"GET", b"/v1/models")
+HOST = (b"host", b"gateway:8080")
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "headers"),
+    [
+        ("1.1", GET, [HOST]),
+        ("1.1", GET, [(b"host", b"[::1]:8080")]),
+        ("1.1", GET, [(b"host", b"")]),
+        ("1.0", GET, []),
+        ("1.1", (b"OPTIONS", b"*"), [HOST]),
+        ("1.1", (b"POST", b"/"), [HOST, (b"transfer-encoding", b"Chunked")]),
+        ("1.1", (b"POST", b"/"), [HOST, (b"content-length", b"3")]),
+    ],
+)
+def test_plain_heads_are_taken(version: str, line: tuple[bytes, bytes], headers: Headers) -> None:
+    assert request_fault(version, *line, headers) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "headers", "said"),
+    [
+        ("0.9", GET, [HOST], "its version is 0.9"),
+        ("2.0", GET, [HOST], "its version is 2.0"),
+        ("1.1", (b"GET", b"http://a/"), [HOST], "its target is no path"),
+        ("1.1", (b"GET", b"*"), [HOST], "its target is no path"),
+        ("1.1", (b"CONNECT", b"a:1"), [HOST], "its target is no path"),
+        ("1.1", GET, [], "it has 0 host fields"),
+        ("1.0", GET, [HOST, HOST], "it has 2 host fields"),
+        ("1.1", GET, [(b"host", b"a b")], "its host field has a character"),
+        ("1.1", GET, [HOST, (b"transfer-encoding", b"gzip, chunked")], "transfer-encoding is not chunked"),
+        ("1.0", GET, [(b"transfer-encoding", b"chunked")], "transfer-encoding is not chunked alone"),
+    ],
+)
+def test_heads_in_doubt_are_refused_with_why(
+    version: str, line: tuple[bytes, bytes], headers: Headers, said: str
+) -> None:
+    fault = request_fault(version, *line, headers)
+    assert fault is not None
+    assert (fault.status, said in fault.message) == (400, True)

@@ -46,7 +46,7 @@ class Rig:
     """One server connection whose app hands out what it was called with."""
 
     def __init__(self) -> None:
-        self.lost = 0
+        self.lost_count = 0
         self.called: asyncio.Future[tuple[Scope, Receive, Send]] = asyncio.get_running_loop().create_future()
         self.done = asyncio.Event()
 
@@ -58,12 +58,15 @@ class Rig:
             cast("Any", app), http="httptools", ws="none", lifespan="off", log_config=None
         )
         config.load()
-        self.protocol = ServerProtocol(config, ServerState(), self._on_lost)
+        self.protocol = ServerProtocol(config, ServerState(), self)
         self.transport = Transport()
         self.protocol.connection_made(cast("asyncio.Transport", self.transport))
 
-    def _on_lost(self, _protocol: ServerProtocol) -> None:
-        self.lost += 1
+    def admits(self, _connection: ServerProtocol) -> bool:
+        return True
+
+    def lost(self, _connection: ServerProtocol) -> None:
+        self.lost_count += 1
 
     async def begin(
         self, method: bytes = b"GET", headers: tuple[tuple[bytes, bytes], ...] = ()
@@ -79,7 +82,7 @@ class Rig:
 
     async def end(self) -> None:
         self.done.set()
-        if not self.lost:
+        if not self.lost_count:
             self.protocol.connection_lost(None)
         await asyncio.sleep(0)
 
@@ -153,7 +156,7 @@ async def test_a_client_that_has_gone_is_written_nothing() -> None:
     rig.transport.is_closed = True
     rig.protocol.connection_lost(ConnectionResetError())
     assert writer.write(b"b") is None
-    assert rig.lost == 1
+    assert rig.lost_count == 1
     await rig.end()
 
 

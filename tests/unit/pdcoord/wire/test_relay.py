@@ -17,7 +17,7 @@ class FakeResponse:
         self.parts = parts
         self.idle_timeout_s = 0.0
 
-    async def pump(self, sink: Sink, *, idle_timeout_s: float) -> None:
+    async def pump(self, sink: Sink, *, idle_timeout_s: float, watch: object = None) -> None:
         self.idle_timeout_s = idle_timeout_s
         for part in self.parts:
             pause = sink(part)

@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 
 import pytest
 
-from pdcoord.wire.errors import BodyTooLargeError, StreamError
+from pdcoord.wire.errors import BodyTooLargeError, StalledError, StreamError
 from pdcoord.wire.response import BUFFERED_BYTES_MAX, Response
 
 
@@ -217,6 +217,94 @@ async def test_pumping_gives_nothing_more_until_the_pause_that_the_sink_asked_fo
         assert rig.transport.is_reading
         rig.response.end()
     assert len(b"".join(got)) == 5 + BUFFERED_BYTES_MAX // 4 * 5
+
+
+class Watch:
+    """Allows so much silence; parts that begin with a colon are none of it."""
+
+    def __init__(self, allowed_s: float, *then_s: float) -> None:
+        self.allowed_s = allowed_s
+        self.then_s = list(then_s)
+        self.asked: list[float] = []
+
+    def is_progress(self, part: bytes) -> bool:
+        return not part.startswith(b":")
+
+    def silence_s_max(self, silent_s: float) -> float:
+        if silent_s:
+            self.asked.append(silent_s)
+            return self.then_s.pop(0)
+        return self.allowed_s
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+async def test_a_body_that_comes_without_progress_ends_when_its_watch_says_so(*, has_begun: bool) -> None:
+    rig, watch = Rig(), Watch(0.03, 0.03)
+    if has_begun:
+        rig.arrive(b"token")
+
+    async def breathe() -> None:
+        while True:
+            rig.arrive(b": alive")
+            await asyncio.sleep(0.005)
+
+    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+        breath = group.create_task(breathe())
+        with pytest.raises(StalledError):
+            await rig.response.pump(lambda _: None, idle_timeout_s=3_600.0, watch=watch)
+        breath.cancel()
+    assert rig.aborts == 1
+    assert watch.asked[0] >= 0.03
+
+
+async def test_a_watch_may_allow_more_when_it_is_asked() -> None:
+    rig, watch = Rig(), Watch(0.02, 0.06, 0.0)
+    with pytest.raises(StalledError):
+        await rig.response.pump(lambda _: None, idle_timeout_s=3_600.0, watch=watch)
+    first_s, second_s = watch.asked[:2]
+    assert 0.02 <= first_s < second_s
+    assert second_s >= 0.06
+
+
+async def test_a_watch_that_fails_ends_the_body_and_is_told_of() -> None:
+    rig, watch = Rig(), Watch(0.02)
+    told: list[dict[str, object]] = []
+    rig.loop.set_exception_handler(lambda _, context: told.append(context))
+    with pytest.raises(StalledError):
+        await rig.response.pump(lambda _: None, idle_timeout_s=3_600.0, watch=watch)
+    (context,) = told
+    assert isinstance(context["exception"], IndexError)
+
+
+async def test_progress_and_waiting_for_the_sink_are_no_silence() -> None:
+    rig, watch = Rig(), Watch(0.08, 0.08)
+    gate = asyncio.Event()
+
+    async def pause() -> None:
+        await gate.wait()
+
+    sink = {b"full": pause}
+    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+        pump = group.create_task(
+            rig.response.pump(
+                lambda part: sink[part]() if part in sink else None, idle_timeout_s=3_600.0, watch=watch
+            )
+        )
+        for _ in range(20):
+            await asyncio.sleep(0.01)  # In all longer than is allowed: this is what is tested.
+            rig.arrive(b"token")
+        rig.arrive(b"full")
+        await asyncio.sleep(0.2)  # Likewise.
+        assert not pump.done()
+        gate.set()
+        rig.response.end()
+    assert rig.aborts == 0
+
+
+async def test_a_dead_body_is_silent_whatever_its_watch_allows() -> None:
+    rig = Rig()
+    with pytest.raises(StreamError, match="silent"):
+        await rig.response.pump(lambda _: None, idle_timeout_s=0.02, watch=Watch(3_600.0))
 
 
 @pytest.mark.parametrize("when", ["buffered", "pushed"])

@@ -1,0 +1,302 @@
+"""One answer on its way to the client, from its first byte to its end, from however many engines it comes."""
+
+from collections.abc import Callable
+from enum import Enum, auto
+
+from pdcoord.front.outputs import OutputCounter, count_kept
+from pdcoord.protocol.errors import Refusal
+from pdcoord.resume.continuation import Continuation, Finished, Unresumable, continue_stream, count_request
+from pdcoord.resume.errors import TornError, UnreadableError
+from pdcoord.resume.passed import read_passed
+from pdcoord.resume.splice import Splice
+from pdcoord.resume.tape import Tape
+from pdcoord.wire.asgi import Scope, Send, send_head
+from pdcoord.wire.errors import StalledError, StreamError
+from pdcoord.wire.heads import Headers
+from pdcoord.wire.relay import relay_body
+from pdcoord.wire.response import Response
+
+EVENT_STREAM = b"text/event-stream"
+SIGNS_OF_LIFE = (b":", b"event: ping")
+"""How events begin that are no output: comments (vLLM's --sse-keep-alive-interval) and Anthropic's pings."""
+AGAIN_S = 5.0
+"""A silent stream that could not go elsewhere is looked at again after so long."""
+_ERROR_EVENT = b'data: {"error"'
+_ENDS = (b"[DONE]", b"message_stop", b"response.completed")
+_TAIL_BYTES = 1_024
+
+
+def is_plain_stream(response: Response) -> bool:
+    """Whether a body is an event stream whose bytes can be read as they are."""
+    is_stream = (response.header(b"content-type") or b"").lower().startswith(EVENT_STREAM)
+    return is_stream and response.header(b"content-encoding") is None
+
+
+class Fate(Enum):
+    """How a body that was relayed came to its end.
+
+    OVER: no longer of interest, since the client has the end of its answer, or an error.
+    """
+
+    WHOLE = auto()
+    BROKEN = auto()
+    STALLED = auto()
+    OVER = auto()
+
+
+class Answer:
+    """What of an answer goes to the client; parts pass through one function, which parses nothing.
+
+    Args:
+        first_response: its head says what the answer is.
+        tape: keeps the stream and the client's request, so that it can be continued.
+        why_not_kept: why there is no tape.
+
+    Attributes:
+        tape: likewise; None where nothing is kept.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        send: Send,
+        first_response: Response,
+        *,
+        tape: Tape | None = None,
+        why_not_kept: Unresumable = Unresumable.API,
+    ) -> None:
+        self.tape = tape
+        self._why_not_kept = why_not_kept
+        self._scope = scope
+        self._send = send
+        self._response = first_response
+        self._is_plain = is_plain_stream(first_response)
+        self._is_encoded = first_response.header(b"content-encoding") is not None
+        self._counter: OutputCounter | None = None
+        self._parts_before = 0
+        self._splice: Splice | None = None
+        self._error_event = b""
+        self._last = b""
+
+    async def begin(self, headers: Headers) -> None:
+        """Send the head."""
+        if self.tape is not None:
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
+        await send_head(self._send, self._response.status, headers)
+
+    async def relay(
+        self, response: Response, first: bytes, watch: "StreamWatch", *, splice: Splice | None = None
+    ) -> Fate:
+        """Pass a body on as it comes, its first part being here already; what came before has been passed on.
+
+        Args:
+            splice: of a continuing engine's stream.
+        """
+        if self._response is not response:
+            self._parts_before += self._response.part_count
+            self._response = response
+        self._splice = splice
+        self._error_event = b""
+        self._last = first
+        change = self._change_for(first)
+        try:
+            shown = first if change is None or not first else self._first_shown(first)
+            if shown:
+                await self._write(shown)
+            if first:
+                await relay_body(
+                    self._scope,
+                    self._send,
+                    response,
+                    idle_timeout_s=watch.idle_timeout_s,
+                    change=change,
+                    watch=watch if self.tape is not None else None,
+                )
+        except StalledError:
+            return Fate.STALLED
+        except StreamError:
+            return Fate.BROKEN
+        except TornError as error:
+            self._error_event = error.error_event
+            if self.tape is not None and self.tape.pending:
+                await self._write(self.tape.pending)
+            return Fate.BROKEN
+        finally:
+            self._last = response.last or first
+        return Fate.WHOLE
+
+    async def end(self, rest: bytes = b"") -> None:
+        """Say that the answer is whole; `rest` comes before that."""
+        if self.tape is not None and not rest:
+            rest = self.tape.pending  # An engine that leaves out the last blank line has ended all the same.
+        if rest:
+            await self._write(rest)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def break_off(self, refusal: Refusal) -> None:
+        """End a broken answer so that it cannot pass for a whole one: its last chunk is never sent.
+
+        The error goes out as an event only where an event may stand: behind a whole one, in a stream that
+        is not compressed, and that the sidecar has not ended so already. Elsewhere it would be garbage.
+        An engine's own word for what happened is passed on in place of ours.
+        """
+        if self._error_event.startswith(_ERROR_EVENT):
+            await self._write(self._error_event)
+        elif self._is_plain and self._is_between_events() and not self._has_said_so():
+            await self._write(refusal.event())
+
+    def seems_whole(self) -> bool:
+        """Whether a stream that ended without an error has in its tail what streams end with."""
+        if self.tape is None or not self.tape.is_whole:
+            return True
+        if any(word in self._last[-_TAIL_BYTES:] for word in _ENDS):
+            return True
+        tail = self.tape.passed[-_TAIL_BYTES:] + self.tape.pending
+        return not tail or any(word in tail for word in _ENDS)
+
+    def continuation(
+        self, path: str, counted_tokens: int | None = None, context_tokens_max: int | None = None
+    ) -> Continuation | Finished | Unresumable:
+        """What would have the stream go on elsewhere.
+
+        Args:
+            counted_tokens: an engine's answer to `count_request`.
+            context_tokens_max: of the endpoint it would go to.
+        """
+        if self.tape is None:
+            return self._why_not_kept
+        if not self.tape.is_whole:
+            return Unresumable.TAPE_FULL
+        return continue_stream(
+            path,
+            self.tape.body,
+            self.tape.passed,
+            counted_tokens=counted_tokens,
+            context_tokens_max=context_tokens_max,
+        )
+
+    def count_request(self, path: str) -> bytes | None:
+        """What to ask an engine's /tokenize for the sake of `counted_tokens`; None if that is not needed."""
+        if self.tape is None or not self.tape.is_whole:
+            return None
+        return count_request(path, self.tape.body, self.tape.passed)
+
+    def has_output(self) -> bool:
+        """Whether a token was passed on; False where that cannot be told."""
+        if self.tape is None or not self.tape.is_whole:
+            return False
+        try:
+            return read_passed(self.tape.passed).has_output
+        except UnreadableError:
+            return False
+
+    def begin_again(self) -> None:
+        """Forget the unfinished event of a stream that broke off; another one goes on."""
+        if self.tape is not None:
+            self.tape.begin_again()
+
+    def output_tokens(self) -> int | None:
+        """Tokens as far as they were passed on; None where nothing tells."""
+        if self._counter is not None:
+            return self._counter.count()
+        return None if self.tape is None else count_kept(self.tape.passed)
+
+    def close(self) -> None:
+        """Let go of what was kept."""
+        if self.tape is not None:
+            self.tape.close()
+
+    def _change_for(self, first: bytes) -> Callable[[bytes], bytes] | None:
+        if self.tape is not None:
+            return self._keep if self._splice is None else self._keep_spliced
+        if not self._is_encoded:
+            self._counter = OutputCounter(first, is_stream=self._is_plain)
+        return self._counter
+
+    def _first_shown(self, first: bytes) -> bytes:
+        if self.tape is None:
+            return first
+        return self._keep(first) if self._splice is None else self._keep_spliced(first)
+
+    def _keep(self, part: bytes) -> bytes:
+        """The change of a stream that is kept: tokens are counted at its end, from what was kept."""
+        tape = self.tape
+        assert tape is not None
+        shown = tape(part)
+        return shown if tape.is_whole else self._count(shown)
+
+    def _keep_spliced(self, part: bytes) -> bytes:
+        assert self._splice is not None
+        shown = self._splice(part)
+        return self._keep(shown) if shown else b""
+
+    def _count(self, part: bytes) -> bytes:
+        """Count on in a stream that was let go of; what was kept of it had about one event in each part."""
+        if self._counter is None:
+            parts = self._parts_before + self._response.part_count
+            self._counter = OutputCounter(part, is_stream=True, events_before=parts)
+            return part
+        return self._counter(part)
+
+    def _is_between_events(self) -> bool:
+        is_kept = self.tape is not None and self.tape.is_whole
+        return is_kept or self._last.endswith((b"\n\n", b"\r\n\r\n"))
+
+    def _has_said_so(self) -> bool:
+        return self._last.rstrip().rpartition(b"\n\n")[2].startswith(_ERROR_EVENT)
+
+    async def _write(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+class StreamWatch:
+    """Tells when a stream that makes no progress is better off elsewhere.
+
+    Silence before the first token is not looked at: an engine that is asked directly sends its first event
+    before it has computed the prompt.
+
+    Args:
+        idle_timeout_s: longest silence, signs of life included, of a stream that has to be waited for.
+        silence_s_max: how long the core has it wait for a token; None where it cannot go elsewhere.
+        continuation: what would have it go on elsewhere.
+        has_output: whether a token has come.
+        stands_still: called, perhaps again and again, where it should go elsewhere and cannot.
+    """
+
+    def __init__(
+        self,
+        *,
+        idle_timeout_s: float,
+        silence_s_max: Callable[[], float | None],
+        continuation: Callable[[], Continuation | Finished | Unresumable],
+        has_output: Callable[[], bool],
+        stands_still: Callable[[], object],
+    ) -> None:
+        self.idle_timeout_s = idle_timeout_s
+        self._silence_s_max = silence_s_max
+        self._continuation = continuation
+        self._has_output = has_output
+        self._stands_still = stands_still
+        self._usual_s: float | None = None
+
+    def is_progress(self, part: bytes) -> bool:
+        """Whether a part is more than a comment: where looks are as frequent as these, a token is seen."""
+        return not part.startswith(SIGNS_OF_LIFE)
+
+    def silence_s_max(self, silent_s: float) -> float:
+        """As of wire.response.ProgressWatch; what it costs is only spent on a stream that is silent."""
+        if silent_s <= 0.0 and self._usual_s is not None:
+            return self._usual_s
+        allowed_s = self._silence_s_max()
+        if allowed_s is None:
+            # There may be somewhere to go by then.
+            return silent_s + AGAIN_S
+        self._usual_s = allowed_s
+        if silent_s < allowed_s:
+            return allowed_s
+        if not self._has_output():
+            return silent_s + AGAIN_S
+        if not isinstance(self._continuation(), Unresumable):
+            return silent_s
+        self._stands_still()
+        return silent_s + AGAIN_S

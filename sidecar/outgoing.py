@@ -1,0 +1,172 @@
+"""What one client gets: an engine's answer as it comes, one of our own, or a stream in several pieces."""
+
+from dataclasses import dataclass
+
+from pdcoord.protocol.errors import Refusal
+from pdcoord.resume.errors import TornError
+from pdcoord.resume.splice import Splice
+from pdcoord.resume.tape import Tape
+from pdcoord.wire.asgi import Scope, Send, send_head, send_json
+from pdcoord.wire.client import Response
+from pdcoord.wire.heads import end_to_end
+from pdcoord.wire.relay import Change, relay_body
+from sidecar.guard import Headers, for_client
+from sidecar.passing import Recorder
+from sidecar.usage import UsageRewriter
+
+ANSWER_BYTES_MAX = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An engine's whole answer, kept in case it must be passed on."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """An engine's answer with its head, and with what was read of its body.
+
+    Attributes:
+        held: the first bytes of the body.
+        has_ended: they are all of it.
+    """
+
+    response: Response
+    held: bytes
+    has_ended: bool
+
+    @property
+    def is_event_stream(self) -> bool:
+        return is_event_stream(self.response)
+
+
+class Outgoing:
+    """The response to one request.
+
+    Attributes:
+        status: of the head that was sent; None if none was.
+    """
+
+    def __init__(self, scope: Scope, send: Send, *, idle_timeout_s: float) -> None:
+        self.status: int | None = None
+        self._scope = scope
+        self._send = send
+        self._idle_timeout_s = idle_timeout_s
+        self._is_event_stream = False
+        self._held = b""
+        self._relayed: Response | None = None
+        self._recorder: Recorder | None = None
+
+    @property
+    def step_count(self) -> int:
+        """How far the answer has come; to be compared with what it was."""
+        if self._recorder is not None:
+            return self._recorder.step_count
+        return self._relayed.part_count if self._relayed is not None else 0
+
+    async def pass_on(self, answer: Answer, headers: Headers) -> None:
+        """Give an answer as it came, with these headers of ours."""
+        self.status = answer.status
+        headers = [*for_client(end_to_end(answer.headers)), *headers]
+        if self._scope["method"] == "HEAD" or answer.status in {204, 304}:
+            await send_head(self._send, answer.status, headers)
+            await self.end(b"")
+            return
+        await self._send_whole(answer.status, headers, answer.body)
+
+    async def refuse(self, refusal: Refusal, headers: Headers) -> None:
+        self.status = refusal.status
+        await send_json(self._send, refusal.status, refusal.body(), [*refusal.headers(), *headers])
+
+    async def break_off(self, refusal: Refusal) -> None:
+        """Say in a stream that it ends here.
+
+        The response stays unfinished on purpose: the server closes the connection, and no client and no
+        gateway can take what it has for the whole.
+        """
+        last = self._recorder.last if self._recorder is not None else b""
+        last = last or (self._relayed.last if self._relayed is not None else b"") or self._held
+        if self._is_event_stream and last.endswith((b"\n\n", b"\r\n\r\n")):
+            # Inside an event another would be garbage.
+            await self._send({"type": "http.response.body", "body": refusal.event(), "more_body": True})
+
+    async def relay(
+        self, piece: Piece, headers: Headers, rewriter: UsageRewriter | None, tape: Tape | None
+    ) -> None:
+        """Relay an answer to its end.
+
+        Args:
+            headers: ours.
+            tape: keeps what is passed on of an event stream; None where nothing is kept.
+
+        Raises:
+            StreamError: if the body breaks off.
+            TornError: if the engine itself said that it failed, in a stream that is kept.
+        """
+        self._is_event_stream = piece.is_event_stream
+        headers = [*for_client(end_to_end(piece.response.headers)), *headers]
+        if rewriter is not None and not self._is_event_stream:
+            rest = await piece.response.read_all(timeout_s=self._idle_timeout_s, bytes_max=ANSWER_BYTES_MAX)
+            body = rewriter.feed(piece.held + rest) + rewriter.finish()
+            self.status = piece.response.status
+            await self._send_whole(self.status, headers, body)
+            return
+        if rewriter is not None or tape is not None:
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
+        self.status = piece.response.status
+        await send_head(self._send, self.status, headers)
+        await self._relay_body(piece, rewriter, tape)
+
+    async def go_on(self, piece: Piece, splice: Splice, rewriter: UsageRewriter | None, tape: Tape) -> None:
+        """Relay the rest of a stream that broke off; raises as `relay` does."""
+        await self._relay_body(piece, rewriter, tape, splice)
+
+    async def end(self, rest: bytes) -> None:
+        """The last bytes of the body."""
+        await self._send({"type": "http.response.body", "body": rest, "more_body": False})
+
+    async def _relay_body(
+        self, piece: Piece, rewriter: UsageRewriter | None, tape: Tape | None, splice: Splice | None = None
+    ) -> None:
+        changes: list[Change] = [] if splice is None else [splice]
+        if rewriter is not None:
+            changes.append(rewriter.feed)
+        self._recorder = None if tape is None else Recorder(tape, *changes)
+        change = self._recorder or (changes[0] if changes else None)
+        try:
+            self._held = piece.held if change is None else change(piece.held)
+            await self._send_part(self._held)
+            if not piece.has_ended:
+                self._relayed = piece.response
+                await relay_body(
+                    self._scope,
+                    self._send,
+                    piece.response,
+                    idle_timeout_s=self._idle_timeout_s,
+                    change=change,
+                )
+            rest = b"" if rewriter is None else rewriter.finish()
+            if self._recorder is not None:
+                rest = self._recorder.end(rest)
+        except TornError:
+            if tape is not None:
+                await self._send_part(tape.pending)  # What came before its word in the same part is good.
+            raise
+        await self.end(rest)
+
+    async def _send_part(self, part: bytes) -> None:
+        if part:
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+
+    async def _send_whole(self, status: int, headers: Headers, body: bytes) -> None:
+        headers = [pair for pair in headers if pair[0] != b"content-length"]
+        await send_head(self._send, status, [*headers, (b"content-length", b"%d" % len(body))])
+        await self.end(body)
+
+
+def is_event_stream(response: Response) -> bool:
+    return (response.header(b"content-type") or b"").lower().startswith(b"text/event-stream")

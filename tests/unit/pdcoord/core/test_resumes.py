@@ -1,0 +1,388 @@
+"""Streams that break off: who takes over, within which bounds, and what the accounts say."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdcoord.core.coordinator import Coordinator
+from pdcoord.core.costs import SpeedFigures
+from pdcoord.core.events import (
+    Action,
+    DecodeFailed,
+    Dispatch,
+    ModelsReplaced,
+    Outcome,
+    Refuse,
+    RequestArrived,
+    RequestEnded,
+    ResponseBegan,
+    StreamBroke,
+)
+from pdcoord.core.fleet import (
+    Endpoint,
+    EndpointDraining,
+    EndpointId,
+    EndpointSeen,
+    EngineKind,
+    Health,
+    ModelName,
+    Pool,
+    PoolLimits,
+    PoolName,
+    Role,
+    Sample,
+    SampleTaken,
+)
+from pdcoord.core.ledger import Load
+from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, Model, Slo, SplitMode
+from pdcoord.core.observations import Observation, OutputSeen, StepsSeen
+from pdcoord.core.plan import Plan, Why
+from pdcoord.core.request import Request, RequestId
+from pdcoord.core.resumes import STALL_STEPS, grown, silence_s_max, why_not
+from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
+from pdcoord.protocol.headers import HostPort
+from pdcoord.protocol.plans import Mode, RungKind, ServedHeader
+from transfer.layout import KvLayout
+from transfer.verdict import Connector, Side
+
+M, R = ModelName("m"), RequestId("r")
+RUNGS = Fallback().rungs
+
+
+def pool(name: str, role: Role, **changes: Any) -> Pool:
+    fast, slow = SpeedFigures(0.01, 1e-4, 0.01), SpeedFigures(0.01, 1e-3, 0.01)
+    made = Pool(
+        name=PoolName(name),
+        model=M,
+        role=role,
+        vendor="v",
+        engine=EngineKind.VLLM,
+        side=Side(Connector.PDCOORD, KvLayout(16)),
+        speed=fast if role is Role.PREFILL else slow,
+        kv_bytes_per_token=1_000,
+        link_bytes_per_s=1e10,
+    )
+    return replace(made, **changes)
+
+
+P, D, BOTH = pool("p", Role.PREFILL), pool("d", Role.DECODE), pool("b", Role.BOTH)
+MODEL = Model(M, (P, D), admission=AdmissionRules(wait_s_max=0.0))
+
+
+class Story:
+    """One request after another at a coordinator that is validated after each event."""
+
+    def __init__(self, model: Model = MODEL, **counts: int) -> None:
+        self.now_s = 0.0
+        self.coordinator = Coordinator()
+        self.tell(ModelsReplaced((model,)))
+        for of in model.pools:
+            for index in range(counts.get(of.name, 2)):
+                made = Endpoint(EndpointId(f"{of.name}/{index}"), of, HostPort(f"{of.name}-{index}:80"))
+                self.tell(EndpointSeen(made))
+                self.sample(made.id)
+
+    def sample(self, name: str, kv_usage: float = 0.1) -> None:
+        self.tell(SampleTaken(EndpointId(name), Sample(0, 0, kv_usage, self.now_s)))
+
+    def tell(self, event: object) -> list[Action]:
+        actions = self.coordinator.handle(event, self.now_s)  # type: ignore[arg-type]
+        self.coordinator.validate()
+        return actions
+
+    def begin(self, name: str = "r", tokens: int = 4_000, **changes: Any) -> Plan:
+        request = replace(Request(RequestId(name), M, prompt_tokens=tokens), **changes)
+        plan = self.planned(self.tell(RequestArrived(request)))
+        self.answer(plan)
+        return plan
+
+    def answer(self, plan: Plan) -> None:
+        prefill = plan.prefill.address if plan.prefill is not None else None
+        self.tell(ResponseBegan(plan.request_id, ServedHeader(mode=plan.mode, prefill=prefill)))
+
+    def broke(
+        self, tokens: int, name: str = "r", reason: RungReason = RungReason.DECODE_ERROR
+    ) -> Plan | Refusal:
+        (action,) = self.tell(StreamBroke(RequestId(name), reason, tokens))
+        return action.plan if isinstance(action, Dispatch) else self.refused(action)
+
+    def went_on(self, tokens: int, name: str = "r", reason: RungReason = RungReason.DECODE_ERROR) -> Plan:
+        found = self.broke(tokens, name, reason)
+        assert isinstance(found, Plan), found
+        return found
+
+    def lost(self, tokens: int = 10, name: str = "r") -> str:
+        found = self.broke(tokens, name)
+        assert isinstance(found, Refusal), found
+        assert found.reason is RefuseReason.STREAM_LOST
+        assert self.coordinator.ledger.open_count == 0
+        return found.message
+
+    @staticmethod
+    def planned(actions: list[Action]) -> Plan:
+        (action,) = actions
+        assert isinstance(action, Dispatch), action
+        return action.plan
+
+    @staticmethod
+    def refused(action: Action) -> Refusal:
+        assert isinstance(action, Refuse)
+        return action.refusal
+
+
+def prompt_of(plan: Plan) -> int:
+    return plan.chosen.figures.cached_tokens + plan.chosen.figures.uncached_tokens
+
+
+def test_what_is_left_of_a_stream_goes_elsewhere_with_what_it_has_as_prompt() -> None:
+    story = Story()
+    first = story.begin()
+    plan = story.went_on(500)
+    assert plan.decode.id != first.decode.id
+    assert (plan.attempt, prompt_of(plan)) == (1, 4_500)
+    ledger = story.coordinator.ledger
+    assert ledger.load(first.decode.id).is_empty
+    assert ledger.load(plan.decode.id).context_tokens == 4_500
+    assert ledger.open_count == story.coordinator.live_count == 1
+    story.answer(plan)
+    story.tell(RequestEnded(R, Outcome.OK, 600))
+    assert ledger.open_count == story.coordinator.live_count == 0
+
+
+def test_tokens_are_counted_from_the_streams_beginning_however_often_it_breaks() -> None:
+    story = Story(d=4)
+    story.begin()
+    assert prompt_of(story.went_on(100)) == 4_100
+    plan = story.coordinator._live[R].plan  # the plan that is in force
+    story.answer(plan)
+    assert prompt_of(story.went_on(250)) == 4_250
+
+
+def test_a_continuation_that_fails_is_one_more_try_and_no_more() -> None:
+    story = Story(d=5)
+    tried = [story.begin().decode.id, story.went_on(100).decode.id]
+    for _ in range(2):
+        (action,) = story.tell(DecodeFailed(R, RungReason.DECODE_UNREACHABLE))
+        tried.append(story.planned([action]).decode.id)
+    (action,) = story.tell(DecodeFailed(R, RungReason.DECODE_UNREACHABLE))
+    refusal = story.refused(action)
+    assert refusal.reason is RefuseReason.STREAM_LOST
+    assert "3 continuations" in refusal.message
+    assert len(set(tried)) == 4
+    assert story.coordinator.ledger.open_count == 0
+    state = story.coordinator.fleet.get(tried[1])
+    assert state is not None
+    assert state.health is Health.UNREACHABLE
+
+
+def test_an_old_stream_is_not_continued() -> None:
+    story = Story(replace(MODEL, fallback=Fallback(resume_age_s_max=60.0)))
+    story.begin()
+    story.now_s = 61.0
+    assert "60 s" in story.lost()
+
+
+def test_without_the_rung_none_is() -> None:
+    rungs = tuple(kind for kind in RUNGS if kind is not RungKind.RESUME)
+    story = Story(replace(MODEL, fallback=Fallback(rungs=rungs)))
+    story.begin()
+    assert story.coordinator.silence_s_max(R, 0.0) is None
+    assert "no resume" in story.lost()
+
+
+def test_with_nobody_else_it_is_lost_and_says_so() -> None:
+    story = Story(d=1)
+    story.begin()
+    assert story.coordinator.silence_s_max(R, 0.0) is None, "it has to be waited for"
+    assert "no-endpoints" in story.lost()
+
+
+def test_a_model_that_is_gone_by_then_ends_it() -> None:
+    story = Story()
+    story.begin()
+    story.tell(ModelsReplaced(()))
+    assert "no longer served" in story.lost()
+
+
+def test_the_streams_of_a_pod_that_died_find_place_where_no_new_request_does() -> None:
+    full = replace(D, limits=PoolLimits(in_flight_max=2))
+    story = Story(replace(MODEL, pools=(full,)))
+    for index in range(4):
+        story.begin(f"r{index}", block_keys=())
+    on_first = [
+        n for n, live in story.coordinator._live.items() if live.plan.decode.id == "d/0"
+    ]  # who is where
+    assert len(on_first) == 2
+    (action,) = story.tell(RequestArrived(Request(RequestId("new"), M, prompt_tokens=10)))
+    assert story.refused(action).reason is RefuseReason.SATURATED
+    story.tell(EndpointDraining(EndpointId("d/0")))
+    for name in on_first:
+        assert story.went_on(10, name).decode.id == "d/1"
+    assert story.coordinator.ledger.load(EndpointId("d/1")).decode_count == 4
+
+
+# The budget.
+
+
+def local(**changes: Any) -> Model:
+    """A fleet on which a continuation is computed where it goes on, since nobody prefills for it."""
+    return replace(MODEL, **changes)
+
+
+def test_a_continuation_computed_where_it_decodes_counts_as_a_fallback() -> None:
+    story = Story(local(fallback=Fallback(window=4)))
+    story.begin()
+    for index in range(2):
+        story.tell(EndpointDraining(EndpointId(f"p/{index}")))
+    assert story.went_on(10).mode is Mode.COLOCATED
+    assert story.coordinator.budgets[M]._recent[-1]  # what was noted last
+
+
+def test_streams_that_break_at_one_moment_do_not_all_have_leave() -> None:
+    rules = Fallback(window=4, colocated_share_max=0.5)
+    story = Story(local(fallback=rules), d=3)
+    names = [f"r{index}" for index in range(8)]
+    for name in names:
+        story.begin(name)
+    for index in range(2):
+        story.tell(EndpointDraining(EndpointId(f"p/{index}")))
+    found = [story.broke(10, name) for name in names]
+    served = [each for each in found if isinstance(each, Plan)]
+    assert 0 < len(served) < len(names)
+    assert all(each.reason is RefuseReason.STREAM_LOST for each in found if isinstance(each, Refusal))
+    assert story.coordinator.budgets[M].refused_count == len(names) - len(served)
+
+
+def test_without_leave_it_is_split_where_it_can_be() -> None:
+    """Though computing it on the spot would be faster."""
+    quick = replace(D, speed=SpeedFigures(0.001, 1e-5, 0.01))
+    rules = Fallback(rungs=(RungKind.RESUME,))
+    story = Story(replace(MODEL, pools=(P, quick), fallback=rules))
+    assert story.begin().why is Why.COLOCATED_FASTER
+    plan = story.went_on(10)
+    assert (plan.mode, plan.why, plan.is_outage) == (Mode.SPLIT, Why.SPLIT_ONLY_WAY, False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pools": (BOTH,)},
+        {"disaggregation": Disaggregation(mode=SplitMode.NEVER)},
+    ],
+)
+def test_where_nobody_prefills_for_others_no_leave_is_needed(changes: dict[str, Any]) -> None:
+    rules = Fallback(rungs=(RungKind.RESUME,), colocated_share_max=0.0)
+    story = Story(replace(MODEL, fallback=rules, **changes))
+    story.begin()
+    assert story.went_on(10).mode is Mode.COLOCATED
+
+
+# What is learned.
+
+
+class Notes:
+    """Keeps what would be learned."""
+
+    def __init__(self, story: Story) -> None:
+        self.seen: list[Observation] = []
+        story.coordinator._speed.learn = self.seen.append  # type: ignore[assignment,method-assign]  # a spy
+
+    def of(self, kind: type) -> list[Observation]:
+        return [each for each in self.seen if isinstance(each, kind)]
+
+
+def test_an_answers_length_is_all_of_it_and_its_steps_those_of_the_last_endpoint() -> None:
+    story = Story()
+    notes = Notes(story)
+    story.begin()
+    story.now_s = 5.0
+    plan = story.went_on(500)
+    story.now_s = 6.0
+    story.answer(plan)
+    story.now_s = 7.0
+    story.tell(RequestEnded(R, Outcome.OK, 600))
+    assert notes.of(OutputSeen) == [OutputSeen(M, "", 600)]
+    (steps,) = notes.of(StepsSeen)
+    assert isinstance(steps, StepsSeen)
+    assert (steps.endpoint.id, steps.step_count) == (plan.decode.id, 99)
+
+
+# Silence.
+
+
+@given(
+    step_s=st.floats(1e-4, 2.0),
+    tpot_s=st.none() | st.floats(1e-3, 2.0),
+    pending_us=st.integers(0, 10**8),
+    least_s=st.floats(0.1, 600.0),
+)
+def test_nobody_is_called_stalled_for_less_than_any_of_the_bounds(
+    step_s: float, tpot_s: float | None, pending_us: int, least_s: float
+) -> None:
+    model = replace(MODEL, slo=Slo(tpot_s=tpot_s), fallback=Fallback(resume_stall_s_min=least_s))
+    load = Load(prefills={R: pending_us}, prefill_us=pending_us)
+    allowed_s = silence_s_max(model, step_s, load, 0.0)
+    assert allowed_s >= least_s
+    assert allowed_s >= STALL_STEPS * max(step_s, tpot_s or 0.0)
+    assert allowed_s >= pending_us / 1e6
+
+
+def test_a_stream_beside_a_long_prompt_is_waited_for_longer() -> None:
+    story = Story(replace(MODEL, pools=(D,)), d=2)
+    story.begin()
+    usual_s = story.coordinator.silence_s_max(R, 0.0)
+    assert usual_s is not None
+    for index in range(4):
+        story.tell(RequestArrived(Request(RequestId(f"long{index}"), M, prompt_tokens=50_000)))
+    later_s = story.coordinator.silence_s_max(R, 0.0)
+    assert later_s is not None
+    assert later_s > usual_s + 50.0
+
+
+# Rules.
+
+
+@given(st.integers(0, 10_000), st.none() | st.integers(1, 20_000))
+def test_a_grown_request_has_its_answer_as_prompt_and_less_to_generate(
+    tokens: int, limit: int | None
+) -> None:
+    request = grown(Request(R, M, prompt_tokens=7, output_tokens_max=limit), tokens)
+    assert request.prompt_tokens == 7 + tokens
+    assert request.is_resumed
+    assert request.output_tokens_max == (None if limit is None else max(1, limit - tokens))
+
+
+@given(tries=st.integers(0, 9), age_s=st.floats(0.0, 1_000.0), has_rung=st.booleans())
+def test_a_stream_may_go_on_within_tries_and_age(tries: int, age_s: float, *, has_rung: bool) -> None:
+    rules = Fallback(rungs=(RungKind.RESUME,) if has_rung else (), resume_tries_max=3, resume_age_s_max=100.0)
+    is_allowed = has_rung and tries < 3 and age_s <= 100.0
+    assert (why_not(replace(MODEL, fallback=rules), tries, age_s) == "") == is_allowed
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 500)), max_size=30))
+def test_whatever_breaks_every_account_is_closed(steps: list[tuple[int, int]]) -> None:
+    story = Story(d=3)
+    live: dict[str, Plan] = {}
+    tokens: Counter[str] = Counter()
+    for index, (kind, more) in enumerate(steps):
+        name = next(iter(live), "")
+        if kind == 0 or not name:
+            live[f"r{index}"] = story.begin(f"r{index}", tokens=1_000)
+        elif kind == 1:
+            story.tell(RequestEnded(RequestId(name), Outcome.CLIENT_GONE, tokens[name]))
+            del live[name]
+        else:
+            tokens[name] += more
+            found = story.broke(tokens[name], name)
+            del live[name]
+            if isinstance(found, Plan):
+                live[name] = found
+                story.answer(found)
+    for name in live:
+        story.tell(RequestEnded(RequestId(name), Outcome.OK, tokens[name]))
+    assert story.coordinator.ledger.open_count == story.coordinator.live_count == 0
+    assert all(load.is_empty for _, load in story.coordinator.ledger.loads())

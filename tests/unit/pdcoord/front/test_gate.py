@@ -1,0 +1,281 @@
+"""The gate lets in by key, and what it lets in is bound by the key: models, tenant, salt and rates."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pdcoord.core.model import Model
+from pdcoord.core.request import Request, RequestId
+from pdcoord.front.gate import Gate, Visa
+from pdcoord.front.intake import build_request
+from pdcoord.front.keys import KEY_RANDOM_BYTES, ApiKey, KeyFault, KeyRing, digest_of, make_key
+from pdcoord.front.rates import RateKind
+from pdcoord.front.salt import named_group, tenant_group
+from pdcoord.protocol.errors import RefusedError, RefuseReason
+from pdcoord.protocol.openai import APIS, Call, parse_call
+
+KEYS = {name: make_key(name.encode() * KEY_RANDOM_BYTES) for name in "abc"}
+SECRET = bytes(range(32))
+FAIRNESS = b"x-llm-d-inference-fairness-id"
+
+
+@dataclass
+class Bench:
+    """A gate with a clock that tests move, and what it told."""
+
+    now_s: float = 1_000.0
+    unix_s: float = 1_700_000_000.0
+    refused: list[KeyFault] = field(default_factory=list)
+    limited: list[tuple[str, RateKind]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gate = Gate(clock=lambda: self.now_s, wall=lambda: self.unix_s, observer=self)
+
+    def key_refused(self, fault: KeyFault) -> None:
+        self.refused.append(fault)
+
+    def rate_limited(self, key: str, kind: RateKind) -> None:
+        self.limited.append((key, kind))
+
+    def use(self, *keys: ApiKey) -> None:
+        self.gate.use(KeyRing(keys, SECRET))
+
+    def admit(self, name: str) -> Visa:
+        return self.enter(bearer(KEYS[name]))
+
+    def enter(self, headers: list[tuple[bytes, bytes]]) -> Visa:
+        """As a front lets a call in."""
+        visa = self.gate.identify(headers)
+        visa.take_request()
+        return visa
+
+
+def bearer(key: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", b"Bearer " + key.encode())]
+
+
+def api_key(name: str, **fields: Any) -> ApiKey:
+    tenant = fields.pop("tenant", f"team-{name}")
+    group = fields.pop("salt_group", tenant_group(tenant))
+    return ApiKey(name, digest_of(KEYS[name].encode()), tenant, group, **fields)
+
+
+def parse(path: str = "/v1/completions", **body: Any) -> Call:
+    return parse_call(APIS[path], json.dumps({"model": "org/model", "prompt": "x" * 400} | body).encode())
+
+
+def request_of(model: Model, **body: Any) -> Request:
+    return build_request(RequestId("r"), parse(**body), model)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_an_open_gate_passes_everything_on(bench: Bench, model: Model) -> None:
+    client = [*bearer("sk-1"), (FAIRNESS, b"me")]
+    visa = bench.enter(client)
+    assert (visa.headers(client), visa.key_name, bench.gate.is_open) == (client, None, True)
+    call, raw = parse(cache_salt="own"), b"{ }"
+    assert visa.salted(call) is call
+    assert visa.body(raw, call, model) is raw
+    visa.check_model(model)
+    visa.take_prompt(request_of(model))
+    visa.settle(10**9, has_begun=True)
+    bench.enter([])
+
+
+@pytest.mark.parametrize(
+    ("headers", "fault"),
+    [
+        ([], KeyFault.MISSING),
+        (bearer("x"), KeyFault.UNKNOWN),
+        (bearer(KEYS["c"]), KeyFault.UNKNOWN),
+        (bearer(KEYS["b"]), KeyFault.EXPIRED),
+        ([*bearer(KEYS["a"]), (b"x-api-key", KEYS["b"].encode())], KeyFault.AMBIGUOUS),
+    ],
+)
+def test_whoever_is_not_let_in_is_told_the_same(bench: Bench, headers: Any, fault: KeyFault) -> None:
+    bench.use(api_key("a"), api_key("b", expires_unix_s=bench.unix_s))
+    with pytest.raises(RefusedError) as refused:
+        bench.enter(headers)
+    with pytest.raises(RefusedError) as missing:
+        bench.enter([])
+    refusal = refused.value.refusal
+    assert refusal == missing.value.refusal
+    assert (refusal.status, refusal.reason) == (401, RefuseReason.UNAUTHORIZED)
+    assert (b"www-authenticate", b"Bearer") in refusal.headers()
+    assert "pdc_" not in refusal.message
+    assert bench.refused == [fault, KeyFault.MISSING]
+
+
+def test_the_key_says_whose_call_it_is_and_goes_nowhere(bench: Bench) -> None:
+    bench.use(api_key("a"))
+    client = [
+        (b"accept", b"x"),
+        (FAIRNESS, b"team-b"),
+        (b"x-gateway-inference-fairness-id", b"team-b"),
+        (b"x-api-key", KEYS["a"].encode()),
+        *bearer(KEYS["a"]),
+    ]
+    visa = bench.enter(client)
+    assert visa.headers(client) == [(b"accept", b"x"), (FAIRNESS, b"team-a")]
+    assert {name for name, _ in client[1:]} == visa.removed()
+    bench.gate.engine_key = b"engine"
+    assert visa.headers(client) == [
+        (b"accept", b"x"),
+        (FAIRNESS, b"team-a"),
+        (b"authorization", b"Bearer engine"),
+    ]
+
+
+def test_an_open_gate_sends_engines_their_own_key_and_not_the_clients(bench: Bench) -> None:
+    bench.gate.engine_key = b"engine"
+    client = [*bearer("sk-1"), (b"accept", b"x")]
+    visa = bench.enter(client)
+    assert visa.headers(client) == [(b"accept", b"x"), (b"authorization", b"Bearer engine")]
+    assert visa.removed() == {b"authorization"}
+
+
+@pytest.mark.parametrize(
+    ("models", "may"), [(None, True), ({"alias"}, True), ({"org/model"}, True), ({"x"}, False)]
+)
+def test_a_key_is_for_its_models(bench: Bench, model: Model, models: set[str] | None, may: bool) -> None:
+    bench.use(api_key("a", models=None if models is None else frozenset(models)))
+    visa = bench.admit("a")
+    assert visa.may_use(model) is may
+    if may:
+        visa.check_model(model)
+        return
+    with pytest.raises(RefusedError) as refused:
+        visa.check_model(model)
+    assert (refused.value.refusal.status, refused.value.refusal.reason) == (403, RefuseReason.MODEL_FORBIDDEN)
+
+
+def salts(bench: Bench, *names: str, **body: Any) -> list[str]:
+    return [bench.admit(name).salted(parse(**body)).cache_salt for name in names]
+
+
+def test_tenants_have_salts_of_their_own_and_may_share_one(bench: Bench) -> None:
+    bench.use(api_key("a"), api_key("b"), api_key("c", tenant="team-a"))
+    one, other, same = salts(bench, "a", "b", "c")
+    assert one == same != other
+    bench.use(*(api_key(name, salt_group=named_group("friends")) for name in "ab"), api_key("c"))
+    one, other, apart = salts(bench, "a", "b", "c")
+    assert one == other != apart
+    assert salts(bench, "a", cache_salt="mine") == salts(bench, "b", cache_salt="mine") != [one]
+
+
+def test_another_replica_makes_the_same_salt(bench: Bench) -> None:
+    replica = Bench()
+    for each in (bench, replica):
+        each.use(api_key("a"))
+    assert salts(bench, "a", cache_salt="s") == salts(replica, "a", cache_salt="s")
+
+
+@pytest.mark.parametrize("path", sorted(APIS))
+def test_the_body_carries_the_salt_and_the_keys_of_blocks_are_made_with_it(
+    bench: Bench, model: Model, path: str
+) -> None:
+    bench.use(api_key("a"))
+    fields = {"prompt": "p", "messages": [{"role": "user", "content": "p"}], "input": "p", "query": "p"}
+    body = {"model": "alias", "documents": ["p"], "tokens": [1], "cache_salt": "own"} | fields
+    visa, raw = bench.admit("a"), json.dumps(body).encode()
+    call = visa.salted(parse_call(APIS[path], raw))
+    sent = json.loads(visa.body(raw, call, model))
+    is_salted = path not in {"/tokenize", "/detokenize"}
+    assert sent == body | {"model": "org/model", "cache_salt": call.cache_salt}
+    assert (call.cache_salt == "own") is not is_salted
+    plain = build_request(RequestId("r"), parse_call(APIS[path], raw), model)
+    assert (build_request(RequestId("r"), call, model).block_keys == plain.block_keys) is (
+        not is_salted or not plain.block_keys
+    )
+
+
+def test_a_second_cache_salt_in_the_body_does_not_get_past(bench: Bench, model: Model) -> None:
+    bench.use(api_key("a"))
+    visa = bench.admit("a")
+    raw = b'{"model":"org/model","prompt":"p","cache_salt":"x","cache_salt":"y"}'
+    call = visa.salted(parse_call(APIS["/v1/completions"], raw))
+    sent = visa.body(raw, call, model)
+    assert sent.count(b"cache_salt") == 1
+    assert json.loads(sent)["cache_salt"] == call.cache_salt
+
+
+def used_tokens(visa: Visa) -> float:
+    assert visa._rates is not None
+    assert visa._rates.tokens is not None
+    return visa._rates.tokens.used
+
+
+def limited(error: RefusedError) -> tuple[int, str, int | None]:
+    return error.refusal.status, error.refusal.reason, error.refusal.retry_after_s
+
+
+def test_requests_are_counted_once_each_and_refused_with_a_true_time(bench: Bench) -> None:
+    bench.use(api_key("a", requests_per_minute=2), api_key("b"))
+    bench.admit("a")
+    bench.now_s += 10.0
+    bench.admit("a")
+    for _ in range(3):
+        with pytest.raises(RefusedError) as refused:
+            bench.admit("a")
+        assert limited(refused.value) == (429, "rate-limited", 20)
+    assert bench.limited == [("a", RateKind.REQUESTS)] * 3
+    bench.gate.identify(bearer(KEYS["a"]))
+    bench.admit("b")
+    bench.now_s += 20.0
+    bench.admit("a")
+
+
+def test_tokens_of_prompt_and_answer_count_together(bench: Bench, model: Model) -> None:
+    bench.use(api_key("a", tokens_per_minute=600))
+    visa = bench.admit("a")
+    visa.take_prompt(request_of(model, prompt=[1] * 100))
+    visa.settle(500, has_begun=True)
+    with pytest.raises(RefusedError) as refused:
+        bench.admit("a").take_prompt(request_of(model, prompt=[1] * 10))
+    assert limited(refused.value) == (429, "rate-limited", 1)
+    assert bench.limited == [("a", RateKind.TOKENS)]
+    bench.now_s += 1.0
+    bench.admit("a").take_prompt(request_of(model, prompt=[1] * 10))
+
+
+@pytest.mark.parametrize(
+    ("output_tokens", "has_begun", "counted"),
+    [(30, True, 30), (None, True, 200), (None, False, 0), (0, True, 0)],
+)
+def test_an_answer_that_cannot_be_counted_counts_as_what_was_allowed(
+    bench: Bench, model: Model, output_tokens: int | None, has_begun: bool, counted: int
+) -> None:
+    bench.use(api_key("a", tokens_per_minute=60_000))
+    visa = bench.admit("a")
+    visa.take_prompt(request_of(model, prompt=[1], max_tokens=200))
+    visa.settle(output_tokens, has_begun=has_begun)
+    visa.settle(None, has_begun=True)  # What was allowed counts once.
+    assert used_tokens(visa) == 1 + counted
+
+
+def test_what_a_key_has_used_outlives_a_change_of_the_file(bench: Bench) -> None:
+    bench.use(api_key("a", requests_per_minute=1))
+    bench.admit("a")
+    bench.use(api_key("a", requests_per_minute=1, models=frozenset({"x"})), api_key("b"))
+    with pytest.raises(RefusedError):
+        bench.admit("a")
+    bench.admit("b")
+    bench.use(api_key("b"))
+    with pytest.raises(RefusedError) as refused:
+        bench.admit("a")
+    assert refused.value.refusal.reason is RefuseReason.UNAUTHORIZED
+
+
+def test_a_call_under_way_ends_after_its_key_is_gone(bench: Bench, model: Model) -> None:
+    bench.use(api_key("a", tokens_per_minute=100))
+    visa = bench.admit("a")
+    visa.take_prompt(request_of(model, prompt=[1]))
+    bench.use()
+    visa.settle(5, has_begun=True)
+    assert bench.refused == []
