@@ -180,7 +180,7 @@ def open_batch(payload: bytes) -> RawBatch:
         batch = (_batch if _is_map(payload) else _batch_array).decode(payload)
         _check_length(batch.events, BATCH_EVENTS_MAX, "events in a batch")
         return RawBatch(_items.decode(batch.events), batch.data_parallel_rank)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BatchError("the payload is not a batch of KV events") from error
 
 
@@ -204,7 +204,7 @@ def pieces(batch: RawBatch, endpoint_id: EndpointId) -> Iterator[Piece]:
                     yield from _removed(event, endpoint_id)
                 case _Cleared(medium=medium):
                     yield Piece(KvCleared(endpoint_id, None if medium is None else _tier(medium, None)), 1)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             yield Piece(None, 1)
 
 
