@@ -26,6 +26,7 @@ from pdcoord.gateway.app import GatewayApp
 from pdcoord.gateway.relay import Relay
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.resume.tape import Shelf
+from pdcoord.wire.room import ByteRoom
 
 WAIT = "wait"
 
@@ -218,6 +219,12 @@ class Stage:
         """What the relay keeps of streams."""
         assert self._relay is not None
         return self._relay.shelf
+
+    @property
+    def bodies(self) -> ByteRoom:
+        """What the relay holds of bodies."""
+        assert self._relay is not None
+        return self._relay.bodies
 
     @property
     def app(self) -> GatewayApp:

@@ -172,6 +172,24 @@ async def test_one_call_too_many_is_refused_before_its_body_is_read(stage: Any) 
     assert stage.coordination.events == []
 
 
+async def test_bodies_of_all_calls_share_a_room(stage: Any) -> None:
+    raw = b'{"model":"org/model","prompt":"hi"}'
+    stage.limits = replace(stage.limits, bodies_bytes_max=len(raw) - 1)
+    answer = await stage.call(body=raw)
+    assert (answer.status, error_of(answer)["code"], answer.header("retry-after")) == (429, "saturated", "1")
+    assert stage.bodies.held_bytes == 0
+
+
+@pytest.mark.parametrize("decided", ["10.0.0.2:8000", Refusal(RefuseReason.SATURATED, "x")])
+async def test_a_body_gives_its_room_back(stage: Any, decided: str | Refusal) -> None:
+    raw = b'{"model":"org/model","prompt":"hi"}'
+    stage.limits = replace(stage.limits, bodies_bytes_max=len(raw))
+    stage.coordination.script = [decided]
+    answer = await stage.call(body=raw)
+    assert answer.status == (200 if isinstance(decided, str) else 429)
+    assert stage.bodies.held_bytes == 0
+
+
 async def test_a_client_that_leaves_within_its_body_gets_nothing(stage: Any) -> None:
     stage.gone.set()
     answer = await stage.call(body=None)
