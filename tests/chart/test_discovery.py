@@ -122,12 +122,23 @@ def coordinator_of(
     key.chmod(0o440)
     if release.values["pd"]["enabled"]:
         monkeypatch.setenv("PDCOORD_CONTROL_KEY_FILE", str(key))
+    private, chain = self_signed()
+    files = {"CERT_KEY_FILE": ("tls.key", private), "CERT_FILE": ("tls.crt", chain)}
+    if release.values["gateway"]["tls"]["secretName"]:
+        for name, (file, content) in (
+            ("KEY_FILE", files["CERT_KEY_FILE"]),
+            ("CERT_FILE", files["CERT_FILE"]),
+        ):
+            (folder / file).write_bytes(content)
+            monkeypatch.setenv(f"PDCOORD_TLS_{name}", str(folder / file))
     if release.values["auth"]["controlTls"]["secretName"]:
-        private, chain = self_signed()
-        files = {"CERT_KEY_FILE": ("tls.key", private), "CERT_FILE": ("tls.crt", chain)}
         for name, (file, content) in {**files, "CA_FILE": ("ca.crt", chain)}.items():
             (folder / file).write_bytes(content)
             monkeypatch.setenv(f"PDCOORD_CONTROL_{name}", str(folder / file))
+    if release.values["auth"]["planKeysSecret"]:
+        (folder / "plan-keys").write_text(f"one:{'0f' * 32}\n")
+        (folder / "plan-keys").chmod(0o440)
+        monkeypatch.setenv("PDCOORD_PLAN_KEYS_FILE", str(folder / "plan-keys"))
     if container["command"][1] == "serve":
         settings = load(GatewaySettings, {})
         return settings, GatewayFront(settings)
