@@ -22,6 +22,9 @@ def check_together(values: Mapping[str, Any]) -> None:
         raise SettingsError(
             "--kv-agent", values["kv_agent"], "with --allow-any no target is known to probe; give --allow"
         )
+    if values["bodies_bytes_max"] < values["body_bytes_max"]:
+        remedy = "one body may be longer than that; give no less than --body-bytes-max"
+        raise SettingsError("--bodies-bytes-max", values["bodies_bytes_max"], remedy)
     port = values["port"]
     if port and port == values["metrics_port"] and values["host"] == values["metrics_host"]:
         raise SettingsError("--metrics-port", port, "it is --port too; give another")

@@ -17,6 +17,7 @@ from sidecar.guard import Headers
 from sidecar.handoff import Handoff
 from sidecar.opening import OPENING_BYTES_MAX, Opening, Seen, was_given_up
 from sidecar.outgoing import ANSWER_BYTES_MAX, Answer, Outgoing, Piece, is_event_stream
+from sidecar.passing import shows_output
 from sidecar.reports import RequestReport
 from sidecar.resuming import Resumption, until_well
 from sidecar.tools import Call, Tools, fault_of
@@ -161,12 +162,14 @@ class Exchange:
             until_s = deadline_s
             if handoff.state is State.RELAYING and deadline_s is not None:
                 # Progress is looked at from time to time, so that nothing has to be noted per chunk.
-                until_s = min(deadline_s, self._tools.now_s() + handoff.quiet_s / _LOOKS_PER_IDLE)
+                until_s = min(deadline_s, self._tools.now_s() + self._look_s())
             try:
                 async with asyncio.timeout(until_s and until_s - self._tools.now_s()):
                     return await self._events.get()
             except TimeoutError:
-                self._look_at_progress()
+                has_progressed = self._look_at_progress()
+                if has_progressed and handoff.is_output_due:
+                    return Progressed(self._progress_s)
                 if until_s != deadline_s or deadline_s is None:
                     continue
                 progress_s = self._progress_s
@@ -175,11 +178,20 @@ class Exchange:
                     return DeadlinePassed()
                 return Progressed(progress_s)
 
-    def _look_at_progress(self) -> None:
+    def _look_s(self) -> float:
+        """How long after one look at a stream's progress the next is due."""
+        resume, quiet_s = self._order.resume, self.handoff.quiet_s
+        return (quiet_s if resume is None else min(quiet_s, resume.stall_s)) / _LOOKS_PER_IDLE
+
+    def _look_at_progress(self) -> bool:
+        """Note the time of progress; whether there was any since the last look."""
         count = self._out.step_count
-        if count != self._seen_count:
+        # Nothing is known of an engine while the client does not take what it has given already.
+        has_progressed = count != self._seen_count
+        if has_progressed or self._out.is_held_up:
             self._seen_count = count
             self._progress_s = self._tools.now_s()
+        return has_progressed
 
     async def _watch_client(self) -> None:
         await watch_disconnect(self._receive)
@@ -251,13 +263,14 @@ class Exchange:
 
     async def _ask_prefill(self, action: SendPrefill) -> Event:
         timeout_s = self._order.prefill_deadline_s + _BACKSTOP_S
+        marks = self._tools.prefill_headers(self._call.target, self._call.request_id)
         has_head = False
         try:
             async with await self._tools.client.request(
                 "POST",
                 action.target.address,
                 self._call.target,
-                headers=[*self._leg_headers(action.leg), *self._tools.prefill_headers(self._call.request_id)],
+                headers=[*self._leg_headers(action.leg), *marks],
                 body=self._bodies.prefill(action),
                 head_timeout_s=timeout_s,
             ) as response:
@@ -378,14 +391,19 @@ class Exchange:
         if is_split and seen is Seen.NOTHING:
             self._events.put_nowait(DecodeLost(action.leg, Fault.LOST_IN_BODY))
             return
-        self._events.put_nowait(DecodeOpened(action.leg, is_error=seen is Seen.ERROR))
+        tape = self._tape(piece)
+        is_output_due = tape is not None and not is_split and not shows_output(piece.held)
+        self._events.put_nowait(
+            DecodeOpened(action.leg, is_error=seen is Seen.ERROR, is_output_due=is_output_due)
+        )
         await self._committed.wait()  # The machine's deadline bounds it: it cancels this task.
-        await self._out.relay(piece, self._our_headers(), self._rewriter(), self._tape(piece))
+        await self._out.relay(piece, self._our_headers(), self._rewriter(), tape)
         self._events.put_nowait(DecodeEnded(action.leg))
 
     def _tape(self, piece: Piece) -> Tape | None:
         """Keeps a stream that may have to be continued; None for any other answer."""
-        if self._order.resume is None or not piece.is_event_stream:
+        is_plain = piece.response.header(b"content-encoding") is None
+        if self._order.resume is None or not piece.is_event_stream or not is_plain:
             return None
         tape = Tape(self._tools.shelf, self._call.raw)
         self._resumption = Resumption(self._tools, self._call, self._order, tape)

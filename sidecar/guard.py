@@ -261,16 +261,17 @@ class Guard:
     seal: Seal | None = None
     count_doubt: Callable[[Doubt], None] | None = None
 
-    def check_signature(self, target: str, headers: Headers) -> None:
+    def check_signature(self, method: str, target: str, headers: Headers) -> None:
         """Let in whoever shares a key, if there are keys.
 
         Args:
             target: path and query as they came.
 
         Raises:
-            RefusedError: 403, unless what the headers ask for is signed, just now, for this request's id.
+            RefusedError: 403, unless what the headers ask for is signed, just now, for this method, target
+                and request's id.
         """
-        doubt = self._doubt(headers)
+        doubt = self._doubt(method, target, headers)
         if doubt is None or target.partition("?")[0] in UNSIGNED_PATHS:
             return
         if self.count_doubt is not None:
@@ -281,7 +282,7 @@ class Guard:
         )
         raise RefusedError(Refusal(RefuseReason.PLAN_UNSIGNED, message))
 
-    def _doubt(self, headers: Headers) -> Doubt | None:
+    def _doubt(self, method: str, target: str, headers: Headers) -> Doubt | None:
         if self.seal is None:
             return None
         signatures = [value for name, value in headers if name == PLAN_SIGNATURE]
@@ -291,7 +292,8 @@ class Guard:
             b",".join(value for name, value in headers if name == wanted)
             for wanted in (PLAN, PREFILLER_HOST_PORT, LEG)
         )
-        what = Steering(self.request_id(headers), plan=plan, prefills=prefills, leg=leg)
+        call = (method.encode("latin-1"), target.encode("latin-1"), self.request_id(headers))
+        what = Steering(*call, plan=plan, prefills=prefills, leg=leg)
         return self.seal.doubt(what, signatures[0] if signatures else None)
 
     def read(self, headers: Headers) -> Asked:
@@ -316,10 +318,10 @@ class Guard:
         is_prefill_leg = not named and (LEG, PREFILL_LEG) in headers
         return Asked(plan, is_prefill_leg=is_prefill_leg, is_counted=not is_prefill_leg)
 
-    def read_load(self, headers: Headers) -> PlannedLoad | None:
+    def read_load(self, method: str, target: str, headers: Headers) -> PlannedLoad | None:
         """What the plan of a call that is never split says of its load, if there is one that can be read."""
         plans = [value for name, value in headers if name == PLAN]
-        if not plans or self._doubt(headers) is not None:
+        if not plans or self._doubt(method, target, headers) is not None:
             return None
         try:
             return decode_plan(plans[0]).load

@@ -25,14 +25,17 @@ where that may lead. A pair that is not listed is an error of ours and raises Ha
 13. A vLLM decode engine prefills itself if no KV comes. So in pdcoord output that is held when the prefill
     leg fails, however it fails, is a whole answer: it is committed and counts as the colocated rung. In
     sglang it is worth nothing.
-14. A stream that breaks off, stalls or is given up by its engine goes on at the decode endpoints that the
-    plan names, each once and in order, and after them at the own engine, until that does not come back in
-    time; a continuation that shows no output takes the next. Tries, age and the time without output of each
-    are bounded.
+14. A stream that breaks off, ends in its middle, stalls or is given up by its engine goes on at the decode
+    endpoints that the plan names, each once and in order, and after them at the own engine, until that does
+    not come back in time; a continuation that shows no output takes the next. Tries, age and the time
+    without output of each are bounded.
 15. What cannot be continued ends with an error event that says why. Whoever resumes above is told nothing:
     the connection ends, and that is the word for it.
 16. Shortly before the process ends, what has not begun is refused, so that it can be asked elsewhere, and
     what is resumed above is broken off. The rest goes on to the last moment.
+17. Comments and pings are no output. A colocated stream that began with them may be without any as long as a
+    prefill leg may take, and a stall besides; then it counts as stalled.
+18. While the client does not take what was written to it nothing counts as silence of the engine.
 """
 
 from collections.abc import Callable
@@ -189,7 +192,8 @@ def _open_split(legs: Legs, event: DecodeOpened, now_s: float) -> list[Action]:
 
 
 def _open_colocated(legs: Legs, event: DecodeOpened, now_s: float) -> list[Action]:
-    """Commit, an error event too (7)."""
+    """Commit, an error event too (7, 17)."""
+    legs.is_output_due = event.is_output_due
     return legs.commit(event.leg, now_s)
 
 
@@ -301,7 +305,8 @@ def _end_grace(legs: Legs, event: GraceEnding, now_s: float) -> list[Action]:
 
 
 def _go_on(legs: Legs, event: Progressed, _now_s: float) -> list[Action]:
-    """Set the deadline anew, from the last output (11)."""
+    """Set the deadline anew, from the last output (11, 17)."""
+    legs.is_output_due = False
     legs.enter(State.RELAYING, event.at_s)
     return []
 

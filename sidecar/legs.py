@@ -58,6 +58,7 @@ class Legs:
         cached_tokens: the count of the prefill engine whose KV is used; None if it did not say.
         outcome: None until the request is over.
         quiet_s: longest time without progress, since `deadline_s` was last set while relaying.
+        is_output_due: a stream is relayed of which only signs of life have come.
         gaps_s: of each continuation that has output, from the break to that output.
         unresumed: why a stream that broke off was not, or no longer, continued; empty where that was not so.
     """
@@ -71,6 +72,7 @@ class Legs:
         self.cached_tokens: int | None = None
         self.outcome: Outcome | None = None
         self.quiet_s = order.idle_deadline_s
+        self.is_output_due = False
         self.gaps_s: list[float] = []
         self.unresumed = ""
         self._remaining = list(order.prefills)
@@ -204,6 +206,7 @@ class Legs:
         if self.state is State.RELAYING:
             # What a stalled stream has waited already is part of the gap.
             self._torn_s = now_s if reason is not RungReason.DECODE_STALLED else now_s - self.quiet_s
+        self.is_output_due = False
         self.close(leg, reason, now_s)
         why, resume = self._why_not_resumed(now_s), self.order.resume
         failed = self.legs[leg].target
@@ -268,6 +271,8 @@ class Legs:
             case State.RELAYING:
                 resume, may_go_on = order.resume, self._why_not_resumed(now_s) is None
                 self.quiet_s = resume.stall_s if resume is not None and may_go_on else order.idle_deadline_s
+                if self.is_output_due:
+                    self.quiet_s += order.prefill_deadline_s
                 self.deadline_s = now_s + self.quiet_s
             case State.RESUMING:
                 self.deadline_s = now_s + order.idle_deadline_s

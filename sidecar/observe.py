@@ -62,7 +62,8 @@ METRICS: tuple[Metric, ...] = (
         ("reason",),
         "Requests that the sidecar itself answered with an error, by x-pdcoord-reason.",
         "target-not-allowed: the allowlist lacks a prefill pod, or somebody probes. ladder-exhausted: "
-        "prefill capacity is gone and the plan allows no colocated fallback.",
+        "prefill capacity is gone and the plan allows no colocated fallback. saturated: --live-max or "
+        "--bodies-bytes-max is reached: send less here, or raise it.",
     ),
     Metric(
         "unsigned",

@@ -7,6 +7,8 @@ from enum import StrEnum
 # each of the events that come before it.
 OPENING_BYTES_MAX = 1 << 20
 
+EVENT_STREAM = b"text/event-stream"
+
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 # Sent before it is known whether there will be a token: by Anthropic's API, and by vLLM 0.32, whose
 # first result opens the stream even where it is a failed pull (tests/contract/vllm-0.32.0/*.failed.sse).
@@ -42,7 +44,7 @@ class Opening:
     """
 
     def __init__(self, content_type: bytes) -> None:
-        self._is_event_stream = content_type.lower().startswith(b"text/event-stream")
+        self._is_event_stream = content_type.lower().startswith(EVENT_STREAM)
         self._scanned_bytes = 0
         self.held = bytearray()
 

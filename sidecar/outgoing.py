@@ -6,8 +6,9 @@ from pdcoord.protocol.errors import Refusal
 from pdcoord.resume.errors import TornError
 from pdcoord.resume.splice import Splice
 from pdcoord.resume.tape import Tape
-from pdcoord.wire.asgi import Scope, Send, send_head, send_json
+from pdcoord.wire.asgi import Message, Scope, Send, send_head, send_json
 from pdcoord.wire.client import Response
+from pdcoord.wire.errors import StreamError
 from pdcoord.wire.heads import end_to_end
 from pdcoord.wire.relay import Change, relay_body
 from sidecar.guard import Headers, for_client
@@ -54,7 +55,8 @@ class Outgoing:
     def __init__(self, scope: Scope, send: Send, *, idle_timeout_s: float) -> None:
         self.status: int | None = None
         self._scope = scope
-        self._send = send
+        self._send_now = send
+        self._is_sending = False
         self._idle_timeout_s = idle_timeout_s
         self._is_event_stream = False
         self._held = b""
@@ -67,6 +69,14 @@ class Outgoing:
         if self._recorder is not None:
             return self._recorder.step_count
         return self._relayed.part_count if self._relayed is not None else 0
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the client must read before anything more can be written to it.
+
+        The server bounds that: it gives up a connection that takes nothing for so long.
+        """
+        return self._is_sending or (self._relayed is not None and self._relayed.is_held_up)
 
     async def pass_on(self, answer: Answer, headers: Headers) -> None:
         """Give an answer as it came, with these headers of ours."""
@@ -104,7 +114,7 @@ class Outgoing:
             tape: keeps what is passed on of an event stream; None where nothing is kept.
 
         Raises:
-            StreamError: if the body breaks off.
+            StreamError: if the body breaks off, or ends in the middle of a stream that is kept.
             TornError: if the engine itself said that it failed, in a stream that is kept.
         """
         self._is_event_stream = piece.is_event_stream
@@ -135,6 +145,7 @@ class Outgoing:
         changes: list[Change] = [] if splice is None else [splice]
         if rewriter is not None:
             changes.append(rewriter.feed)
+        self._relayed = None
         self._recorder = None if tape is None else Recorder(tape, *changes)
         change = self._recorder or (changes[0] if changes else None)
         try:
@@ -152,11 +163,22 @@ class Outgoing:
             rest = b"" if rewriter is None else rewriter.finish()
             if self._recorder is not None:
                 rest = self._recorder.end(rest)
+                if self._recorder.is_cut_short:
+                    await self._send_part(rest)
+                    raise StreamError("the body ended before its stream did")
+                rest += self._recorder.pending
         except TornError:
             if tape is not None:
                 await self._send_part(tape.pending)  # What came before its word in the same part is good.
             raise
         await self.end(rest)
+
+    async def _send(self, message: Message) -> None:
+        self._is_sending = True
+        try:
+            await self._send_now(message)
+        finally:
+            self._is_sending = False
 
     async def _send_part(self, part: bytes) -> None:
         if part:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from pdcoord.resume.tape import Tape
+from pdcoord.resume.tape import Tape, seems_whole
+from sidecar.opening import EVENT_STREAM, Opening, Seen
 
 Change = Callable[[bytes], bytes]
 
@@ -18,15 +19,16 @@ class Recorder:
         changes: applied before, in order.
 
     Attributes:
-        step_count: parts that were more than a sign of life.
+        step_count: parts that were more than a sign of life, from the first output on.
         last: what was passed on last.
     """
 
-    __slots__ = ("_changes", "_tape", "last", "step_count")
+    __slots__ = ("_changes", "_has_output", "_tape", "last", "step_count")
 
     def __init__(self, tape: Tape, *changes: Change) -> None:
         self._tape = tape
         self._changes = changes
+        self._has_output = False
         self.step_count = 0
         self.last = b""
 
@@ -41,15 +43,39 @@ class Recorder:
         passed = self._tape(part)
         if passed:
             self.last = passed
-            if not passed.startswith(_PINGS):
+            if self._has_output and not passed.startswith(_PINGS):
+                self.step_count += 1
+            elif shows_output(passed):
+                self._has_output = True
                 self.step_count += 1
         return passed
 
     def end(self, rest: bytes) -> bytes:
-        """The stream has ended well: its last bytes, of which the changes held some back.
+        """The stream has ended: what may be passed on of its last bytes, of which the changes held some back.
+
+        What is then still pending on the tape ends a whole stream, and is none of one that `is_cut_short`.
 
         Raises:
             TornError: as before.
         """
         passed = self._tape(rest) if rest else b""
-        return passed + self._tape.pending
+        self.last = passed or self.last
+        return passed
+
+    @property
+    def pending(self) -> bytes:
+        """An event without its blank line, not passed on."""
+        return self._tape.pending
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether a stream that has ended without an error ended in its middle; False where nothing tells."""
+        tape = self._tape
+        return tape.is_whole and not (
+            seems_whole(self.last + tape.pending) or seems_whole(tape.passed + tape.pending)
+        )
+
+
+def shows_output(events: bytes) -> bool:
+    """Whether whole events of a stream have more than signs of life and what comes before any token."""
+    return Opening(EVENT_STREAM).feed(events) is not Seen.NOTHING

@@ -286,6 +286,8 @@ def make_proxy(
         answer_s=settings.answer_ms / 1e3,
         stream_idle_s=settings.stream_idle_ms / 1e3,
         body_bytes_max=settings.body_bytes_max,
+        bodies_bytes_max=settings.bodies_bytes_max,
+        live_max=settings.live_max,
     )
     return Proxy(tools, guard, health, limits)
 

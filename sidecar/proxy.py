@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import msgspec
@@ -15,6 +16,7 @@ from pdcoord.protocol.plans import PlanHeader, PrefillTarget
 from pdcoord.wire.asgi import (
     BodyTimeoutError,
     ClientGoneError,
+    NoRoomError,
     Receive,
     Scope,
     Send,
@@ -22,6 +24,7 @@ from pdcoord.wire.asgi import (
     send_json,
 )
 from pdcoord.wire.errors import BodyTooLargeError
+from pdcoord.wire.room import ByteRoom
 from sidecar import dialects
 from sidecar.exchange import Exchange
 from sidecar.guard import Asked, Guard, Headers, for_engine
@@ -36,17 +39,26 @@ BODY_S_MAX = 60.0
 _METHOD = re.compile(r"[A-Z]+")
 _TARGET = re.compile(rb"/[\x21-\x7e]*")
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_BODY_UNREAD = frozenset({RefuseReason.BODY_TOO_LARGE, RefuseReason.BODY_TOO_SLOW, RefuseReason.SATURATED})
 
 _log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The waits and sizes that do not come with a request; seconds and bytes."""
+    """The waits and sizes that do not come with a request; seconds and bytes.
+
+    Attributes:
+        body_bytes_max: of one request.
+        bodies_bytes_max: of all requests being read or served together.
+        live_max: requests being read or served.
+    """
 
     answer_s: float
     stream_idle_s: float
     body_bytes_max: int
+    bodies_bytes_max: int
+    live_max: int
 
 
 class Proxy:
@@ -62,6 +74,7 @@ class Proxy:
         self._guard = guard
         self._health = health
         self._limits = limits
+        self._bodies = ByteRoom(limits.bodies_bytes_max)
         self._live: set[Exchange] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -72,12 +85,17 @@ class Proxy:
         if scope["path"] in {"/health", "/livez", "/readyz"} and scope["method"] in {"GET", "HEAD"}:
             await answer_probe(scope["path"], self._health, send)
             return
+        if self.in_flight >= self._limits.live_max:
+            refusal = _saturated("serves as many requests as it may")
+            await self._refuse(refusal, scope, self._guard.request_id(scope["headers"]), send)
+            return
         self.in_flight += 1
         self._idle.clear()
         self._tools.metrics.set("in_flight", self.in_flight)
         self._tools.metrics.set("resume_bytes", float(self._tools.shelf.bytes_held))
         try:
-            await self._serve(scope, receive, send)
+            with ExitStack() as held:
+                await self._serve(scope, receive, send, held)
         finally:
             self.in_flight -= 1
             self._tools.metrics.set("in_flight", self.in_flight)
@@ -108,10 +126,10 @@ class Proxy:
             return False
         return True
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, held: ExitStack) -> None:
         request_id = self._guard.request_id(scope["headers"])
         try:
-            call, asked = await self._read(scope, receive, request_id)
+            call, asked = await self._read(scope, receive, request_id, held)
         except RefusedError as error:
             await self._refuse(error.refusal, scope, request_id, send)
             return
@@ -134,8 +152,13 @@ class Proxy:
         finally:
             self._live.discard(exchange)
 
-    async def _read(self, scope: Scope, receive: Receive, request_id: bytes) -> tuple[Call, Asked]:
+    async def _read(
+        self, scope: Scope, receive: Receive, request_id: bytes, held: ExitStack
+    ) -> tuple[Call, Asked]:
         """The request, fit to be sent to an engine, and what its headers ask for.
+
+        Args:
+            held: gives back the room that the body takes.
 
         Raises:
             RefusedError, ClientGoneError, BodyTimeoutError
@@ -151,13 +174,14 @@ class Proxy:
         if self._health.is_draining and (method not in _SAFE_METHODS or scope["path"] == "/metrics"):
             message = "This pod is going away; send the request to another."
             raise RefusedError(Refusal(RefuseReason.DRAINING, message, retry_after_s=RETRY_AFTER_S))
-        self._guard.check_signature(target, headers)
+        self._guard.check_signature(method, target, headers)
         api = APIS.get(scope["path"]) if method == "POST" else None
         is_generative = api is not None and api.is_generative
         asked = self._guard.read(headers) if is_generative else Asked(PlanHeader())
         if api is not None and not is_generative:
-            asked = Asked(PlanHeader(load=self._guard.read_load(headers)), is_counted=True)
-        raw = await self._read_body(headers, receive)
+            load = self._guard.read_load(method, target, headers)
+            asked = Asked(PlanHeader(load=load), is_counted=True)
+        raw = await self._read_body(headers, receive, held)
         body = None
         if api is not None and is_generative:
             body = dialects.read_body(api, raw, is_prefill_leg=asked.is_prefill_leg)
@@ -167,7 +191,7 @@ class Proxy:
         call = Call(method, target, for_engine(headers, request_id), raw, request_id, body, asked.plan.load)
         return call, asked
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _read_body(self, headers: Headers, receive: Receive, held: ExitStack) -> bytes:
         bytes_max = self._limits.body_bytes_max
         message = f"The body is longer than {bytes_max} bytes; send a shorter one."
         too_large = RefusedError(Refusal(RefuseReason.BODY_TOO_LARGE, message))
@@ -175,9 +199,13 @@ class Proxy:
         if int(announced) > bytes_max:  # The server has checked that it is a number.
             raise too_large
         try:
-            return await read_body(receive, bytes_max=bytes_max, timeout_s=BODY_S_MAX)
+            raw = await read_body(receive, bytes_max=bytes_max, timeout_s=BODY_S_MAX, room=self._bodies)
         except BodyTooLargeError as error:
             raise too_large from error
+        except NoRoomError as error:
+            raise RefusedError(_saturated("holds as many bytes of bodies as it may")) from error
+        held.callback(self._bodies.give, len(raw))
+        return raw
 
     def _order(self, call: Call, asked: Asked) -> Order:
         plan, body = asked.plan, call.body
@@ -262,7 +290,7 @@ class Proxy:
     async def _refuse(self, refusal: Refusal, scope: Scope, request_id: bytes, send: Send) -> None:
         self._tools.metrics.count("refusals", refusal.reason)
         headers = [*refusal.headers(), (REQUEST_ID, request_id)]
-        if refusal.reason in {RefuseReason.BODY_TOO_LARGE, RefuseReason.BODY_TOO_SLOW}:
+        if refusal.reason in _BODY_UNREAD:
             headers.append((b"connection", b"close"))  # What is left of the body is not read.
         await send_json(send, refusal.status, refusal.body(), headers)
         _log.info(
@@ -300,6 +328,11 @@ def _target(scope: Scope) -> str:
 
 def _content_type(headers: Headers) -> bytes:
     return next((value for name, value in headers if name == b"content-type"), b"")
+
+
+def _saturated(why: str) -> Refusal:
+    message = f"The sidecar {why}; retry after the time in Retry-After."
+    return Refusal(RefuseReason.SATURATED, message, retry_after_s=RETRY_AFTER_S)
 
 
 def _internal() -> Refusal:

@@ -86,7 +86,8 @@ class Resumption:
         order = self.order
         if action.target != order.engine:
             plan = encode_plan(self._plan(action))
-            signature = self.tools.signed(Steering(self.call.request_id, plan=plan))
+            what = Steering(b"POST", rest.path.encode("latin-1"), self.call.request_id, plan=plan)
+            signature = self.tools.signed(what)
             headers = [*headers, (PLAN, plan), *signature]
         return await self.tools.client.request(
             "POST",

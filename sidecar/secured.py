@@ -45,6 +45,9 @@ class Secured:
             else:
                 _log.error("secret.refused", files=name, why=why)
 
+        for tls in (self.listener, self.upstream):
+            if tls is not None and tls.doubt is not None:
+                _log.warning("secret.doubtful", files=tls.name, why=tls.doubt)
         parts: tuple[Followed | None, ...] = (self.listener, self.metrics, self.upstream, self.plan_keys)
         await follow((part for part in parts if part is not None), tell)
 

@@ -43,6 +43,8 @@ class Settings:
     kv_key_file: Path | None
     probe_interval_s: float
     body_bytes_max: int
+    bodies_bytes_max: int
+    live_max: int
     resume_bytes_max: int
     control: tuple[HostPort, ...]
     control_address: HostPort | None
@@ -151,11 +153,11 @@ def _number(low: float, high: float, unit: str) -> Callable[[str], float]:
     return read
 
 
-def _whole_bytes(low: int, high: int) -> Callable[[str], int]:
+def _whole(low: int, high: int, unit: str) -> Callable[[str], int]:
     def read(text: str) -> int:
         count = int(text) if text.isascii() and text.isdigit() and len(text) < 15 else -1
         if not low <= count <= high:
-            raise ValueError(f"give a whole number of bytes in {low}..{high}")
+            raise ValueError(f"give a whole number of {unit} in {low}..{high}")
         return count
 
     return read
@@ -304,12 +306,26 @@ FLAGS: tuple[Flag, ...] = (
         _number(1, 86_400, "seconds"),
         "time between two probes of a target that answers; one that does not is asked sooner",
     ),
-    Flag("--body-bytes-max", "BYTES", "67108864", _whole_bytes(1_024, 1 << 30), "longest request body"),
+    Flag("--body-bytes-max", "BYTES", "67108864", _whole(1_024, 1 << 30, "bytes"), "longest request body"),
+    Flag(
+        "--bodies-bytes-max",
+        "BYTES",
+        "268435456",
+        _whole(1_024, 1 << 40, "bytes"),
+        "bodies of all requests being read or served together; one that finds no room gets 429",
+    ),
+    Flag(
+        "--live-max",
+        "COUNT",
+        "4096",
+        _whole(1, 1_000_000, "requests"),
+        "requests being read or served; one more gets 429",
+    ),
     Flag(
         "--resume-bytes-max",
         "BYTES",
         "268435456",
-        _whole_bytes(0, 1 << 40),
+        _whole(0, 1 << 40, "bytes"),
         "what is kept of all running streams together, so that they can be continued; a stream that finds no "
         "room is passed on all the same",
     ),

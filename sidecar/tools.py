@@ -47,9 +47,10 @@ class Tools:
     reporter: Reporter | None = None
     keys: PlanKeysFile | None = None
 
-    def prefill_headers(self, request_id: bytes) -> Headers:
-        """What says that a request is a prefill leg, to the sidecar that may stand before the engine."""
-        return [(LEG, PREFILL_LEG), *self.signed(Steering(request_id, leg=PREFILL_LEG))]
+    def prefill_headers(self, target: str, request_id: bytes) -> Headers:
+        """What says that a POST is a prefill leg, to the sidecar that may stand before the engine."""
+        what = Steering(b"POST", target.encode("latin-1"), request_id, leg=PREFILL_LEG)
+        return [(LEG, PREFILL_LEG), *self.signed(what)]
 
     def signed(self, what: Steering) -> Headers:
         """The signature of what steers another sidecar, as headers; none where nothing is signed."""

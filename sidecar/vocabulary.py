@@ -86,7 +86,7 @@ class Resume:
         refused: those of them that the allowlist turns down; their rungs are skipped.
         tries_max: continuations of one stream, at least 1.
         age_s_max: a stream that began longer ago is not continued.
-        stall_s: longest time in which a stream that may be continued makes no progress.
+        stall_s: longest time in which a stream that may be continued, and has output, makes no progress.
     """
 
     targets: tuple[HostPort, ...]
@@ -174,10 +174,12 @@ class DecodeOpened:
 
     Attributes:
         is_error: the first output is an error event: the 200 came before the failure was known.
+        is_output_due: a colocated stream that may be continued has only shown signs of life.
     """
 
     leg: int
     is_error: bool = False
+    is_output_due: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +207,10 @@ class DecodeEnded:
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """The deadline came, but output reached the client since it was set, last at `at_s`."""
+    """Output reached the client since the deadline was set, last at `at_s`.
+
+    Given when the deadline comes; at once of the first output where that `is_output_due`.
+    """
 
     at_s: float
 

@@ -106,7 +106,7 @@ class Admission:
         queue = self._queues.get(model)
         if queue is None:
             return engine_wait_s
-        return engine_wait_s + self._turnover.factor(model) * queue.work_s / self._worker_count(model)
+        return engine_wait_s + self._turnover.wait_s(model, queue.work_s / self._worker_count(model))
 
     def is_behind(self, request: Request) -> bool:
         """Whether others wait whose class is before this one's.
@@ -343,7 +343,7 @@ class Admission:
         queue = self._queues.get(model.name)
         if queue is None:
             return []
-        if self._turnover.factor(model.name) * predicted_s > model.admission.wait_s_max:
+        if self._turnover.wait_s(model.name, predicted_s) > model.admission.wait_s_max:
             return None
         if queue.count < model.admission.requests_max:
             return []

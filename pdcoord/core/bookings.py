@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from pdcoord.core.fleet import Endpoint, EndpointId
+from pdcoord.core.fleet import Endpoint, Life
 from pdcoord.core.ledger import Entry
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Plan
@@ -17,18 +17,21 @@ class Live:
     """One request between its first plan and its end.
 
     Attributes:
+        failed_decodes: endpoints that failed it, each in the life in which it did.
         has_begun: the plan's endpoint answers.
         begun_s: when the first byte of its answer came, from whichever endpoint; None before.
-        resume_count: continuations planned.
+        resume_count: continuations planned since an endpoint failed it.
+        moved_count: likewise since one drained, which is no failure.
         output_tokens: of its answer, that its prompt has in it since it was continued.
     """
 
     request: Request
     plan: Plan
-    failed_decodes: frozenset[EndpointId] = frozenset()
+    failed_decodes: frozenset[Life] = frozenset()
     has_begun: bool = False
     begun_s: float | None = None
     resume_count: int = 0
+    moved_count: int = 0
     output_tokens: int = 0
 
 

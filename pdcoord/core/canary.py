@@ -15,7 +15,7 @@ from pdcoord.core.disagg import dialect
 from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Fleet, Health, ModelName, Pool
 from pdcoord.core.gates import PairKey
 from pdcoord.core.ledger import Ledger
-from pdcoord.core.likeness import Finding
+from pdcoord.core.likeness import CanaryOutcome, Finding
 from pdcoord.core.model import CanaryMode, Model
 from pdcoord.core.paths import PathTable
 from pdcoord.core.trials import (
@@ -101,6 +101,7 @@ class Canaries:
         self._pairs: dict[PairKey, UnlikePair] = {}
         self._ordinal = 0
         self._repeated_s = -math.inf
+        self._heard: set[EndpointId] = set()
 
     # What changes.
 
@@ -135,11 +136,19 @@ class Canaries:
                 pair.void_s = now_s + 2.0 * order.rules.timeout_s + LOST_S
             case CanaryJudged(order, finding) if pair.running is not None and pair.running == order:
                 pair.running = None
+                if finding.outcome is CanaryOutcome.PASSED:
+                    self.heard(order.decode.id)
                 pair.judge(order, finding, now_s)
                 self._set_gates(pair, order.ends)
 
+    def heard(self, decode: EndpointId) -> None:
+        """A sidecar of ours speaks there: from now on what it does not say of a canary is not known."""
+        if self._fleet.get(decode) is not None:
+            self._heard.add(decode)
+
     def forget(self, endpoint_id: EndpointId, now_s: float) -> None:
         """The endpoint is gone, or is another process by now: what was known of it is void."""
+        self._heard.discard(endpoint_id)
         for pair in self._pairs.values():
             if pair.running is not None and endpoint_id in pair.running.ends:
                 pair.running = None
@@ -153,7 +162,7 @@ class Canaries:
     def look(self, pool: Pool, now_s: float) -> None:
         """An endpoint of that pool became ready: see to it at once."""
         for pair in self._pairs.values():
-            if pair.state is PairState.PASSED and pool.name in pair.key:
+            if pair.is_open and pool.name in pair.key:
                 pair.due_s = min(pair.due_s, now_s)
 
     # What is asked.
@@ -173,12 +182,12 @@ class Canaries:
         orders: list[CanaryOrder] = []
         # Shut pairs first: an open one can wait.
         waiting = [pair for pair in pairs if pair.running is None and pair.due_s <= now_s]
-        for pair in sorted(waiting, key=lambda pair: (pair.state is PairState.PASSED, pair.due_s)):
+        for pair in sorted(waiting, key=lambda pair: (pair.is_open, pair.due_s)):
             if len(orders) >= room:
                 break
             order = self._order(pair, busy, self._ordinal + len(orders), now_s)
             if order is None:
-                pair.due_s = now_s + (LOOK_S if pair.state is PairState.PASSED else SHUT_LOOK_S)
+                pair.due_s = now_s + (LOOK_S if pair.is_open else SHUT_LOOK_S)
                 continue
             if pair.is_repeat(order):
                 self._repeated_s = now_s
@@ -213,8 +222,8 @@ class Canaries:
                 assert bool(end.failure_count) == bool(end.fault), f"{pair.key}: {endpoint_id} is miscounted"
             suspects = sum(bool(end.fault) for _, end in pair.ends())
             assert pair.suspect_count == suspects, f"{pair.key}: suspects are miscounted"
-            is_open = pair.state is PairState.PASSED
-            assert not is_open or pair.is_proven, f"{pair.key}: open, and nobody who passed is left"
+            assert not pair.is_open or pair.is_borne_out, f"{pair.key}: open, and nobody who passed is left"
+        assert all(self._fleet.get(each) is not None for each in self._heard), "a sidecar of nobody was heard"
 
     # Inside.
 
@@ -246,7 +255,7 @@ class Canaries:
 
     def _look_anew(self, pair: UnlikePair, now_s: float) -> None:
         """A process that was tried is gone."""
-        if pair.state is PairState.PASSED and not pair.is_proven:
+        if pair.is_open and not pair.is_borne_out:
             # All that is there may be of another version.
             pair.state, pair.failure_count = PairState.UNTRIED, 0
             self._set_gates(pair, ())
@@ -258,7 +267,7 @@ class Canaries:
         """Whom to try of this pair now; None if nobody needs it, or nobody has the time."""
         if pair.state is PairState.UNJUDGED:
             return None
-        may_wait = pair.state is PairState.PASSED
+        may_wait = pair.is_open
         sides = []
         for pool, ends in ((pair.prefill, pair.prefills), (pair.decode, pair.decodes)):
             ready = self._ready(pool, busy, may_wait=may_wait)
@@ -283,6 +292,7 @@ class Canaries:
             dialect=dialect(decode.pool, pair.model),
             prompt_tokens_min=pair.model.block_tokens_max * 5 // 2,
             bytes_per_token=pair.model.bytes_per_token,
+            has_sidecar=decode.id in self._heard,
         )
 
     def _is_needed(self, rank: Rank, now_s: float) -> bool:

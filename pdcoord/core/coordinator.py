@@ -49,6 +49,7 @@ from pdcoord.core.intake import Intake
 from pdcoord.core.kvcache import KvSignal
 from pdcoord.core.ladder import FallbackBudget, rungs
 from pdcoord.core.learned import LearnedSpeed
+from pdcoord.core.leave import Leave
 from pdcoord.core.ledger import Ledger
 from pdcoord.core.lessons import Lessons
 from pdcoord.core.model import Model
@@ -61,7 +62,7 @@ from pdcoord.core.progress import Progress
 from pdcoord.core.queues import Waiting
 from pdcoord.core.remote import Accounts, RemoteLoad
 from pdcoord.core.request import Request, RequestId
-from pdcoord.core.scheduler import NoChoice, Scheduler
+from pdcoord.core.scheduler import Choice, NoChoice, Scheduler
 from pdcoord.core.served import PathEvidence, target_of
 from pdcoord.core.silent import SilentFailures
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
@@ -109,6 +110,7 @@ class Coordinator:
         self._live: dict[RequestId, Live] = {}
         self.admission = Admission(self.fleet, self.ledger, self._speed)
         self._scheduler = Scheduler(self.fleet, self.ledger, self.prefixes, self.paths, self._speed)
+        self._leave = Leave(self.fleet, self.paths)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take one event in; what must be done about it, and about requests that wait, comes out."""
@@ -174,9 +176,10 @@ class Coordinator:
         if live is None or model is None or live.begun_s is None:
             return None
         decode = live.plan.decode
-        if resumes.why_not(model, live.resume_count, now_s - live.begun_s):
+        if resumes.why_not(model, live.resume_count, now_s - live.begun_s, moves=live.moved_count):
             return None
-        if not resumes.has_other(self.fleet, live.request, live.failed_decodes | {decode.id}):
+        excluded = resumes.excluded(live.failed_decodes, self.fleet) | {decode.id}
+        if not resumes.has_other(self.fleet, live.request, excluded):
             return None
         load = self.ledger.load(decode.id)
         step_s = self._speed.step_s(decode, max(1, load.streaming_count), load.streaming_tokens)
@@ -285,22 +288,17 @@ class Coordinator:
         choice = self._scheduler.choose(request, model, excluded, now_s, shunned)
         if isinstance(choice, NoChoice):
             return refusals.why_nobody(request, model, choice.drops)
+        budget = self.budgets[model.name]
+
+        def spare() -> Choice | None:
+            return self._scheduler.choose_with_shunned_prefills(request, model, excluded, now_s, shunned)
+
+        within = self._leave.choice(choice, request, model, budget, spare)
+        if isinstance(within, Refusal):
+            return within
+        choice = within
         decode = self.fleet.get(choice.best.decode.id)
         assert decode is not None, "the scheduler chose an endpoint that is not in the fleet"
-        budget = self.budgets[model.name]
-        if request.is_resumed:
-            within = resumes.within_budget(choice, model, budget, decode, self.paths)
-            if within is None:
-                return refusals.saturated()
-            choice = within
-        elif choice.is_outage and not budget.allows(model.fallback, decode):
-            # Counted, since the share is of what was asked for: were only what is served counted, a
-            # share once reached would let nothing pass any more.
-            budget.note(is_fallback=False)
-            if RungKind.COLOCATED not in model.fallback.rungs:
-                return refusals.why_nobody(request, model, choice.drops)
-            budget.refused_count += 1
-            return refusals.saturated()
         is_split = choice.best.mode is Mode.SPLIT
         return Plan(
             request_id=request.id,
@@ -328,6 +326,8 @@ class Coordinator:
         live.has_begun = True
         if live.begun_s is None:
             live.begun_s = now_s
+        if served is not None:
+            self.canaries.heard(live.plan.decode.id)
         model = self._models.get(live.request.model)
         bandwidth_min = model.disaggregation.bandwidth_bytes_per_s_min if model is not None else 0.0
         self.lessons.began(live.request.id, served, bandwidth_min, now_s)
@@ -335,7 +335,7 @@ class Coordinator:
         self.ledger.finish_prefill(live.request.id, now_s)
         self._evidence.take(live.plan, served, now_s)
         fell_back = served is not None and any(r.rung is RungKind.COLOCATED for r in served.rungs)
-        if fell_back or not live.resume_count:  # A continuation was noted when it was planned.
+        if fell_back or not live.request.is_resumed:  # A continuation was noted when it was planned.
             self._note_budget(live, is_fallback=fell_back or live.plan.is_outage)
         if model is not None and served is not None and served.prefill is not None:
             used = target_of(live.plan, served.prefill)
@@ -351,54 +351,60 @@ class Coordinator:
         live = self._live[event.id]
         assert not live.has_begun, f"request {event.id} failed over after its response began"
         self._evidence.take(live.plan, event.served, now_s)
-        self.progress.failed(event.id, event.reason, event.served, now_s)
-        excluded = self._give_up(live, event.reason, now_s)
+        reason = resumes.blamed(self.fleet.get(live.plan.decode.id), event.reason)
+        self.progress.failed(event.id, reason, event.served, now_s)
+        live = self._give_up(live, event.reason, now_s)
         attempt = live.plan.attempt + 1
         model = self._models.get(live.request.model)
-        if live.resume_count and not event.is_final:
-            return self._resume(live, excluded, now_s)
+        if live.request.is_resumed and not event.is_final:
+            return self._resume(live, reason, now_s)
         if model is None or event.is_final or not _may_try_other(model, attempt):
             return Refuse(event.id, refusals.exhausted(attempt))
+        excluded = resumes.excluded(live.failed_decodes, self.fleet)
         planned = self._plan(live.request, model, excluded, attempt, now_s)
         if isinstance(planned, Refusal):
             return Refuse(event.id, refusals.exhausted(attempt))
-        return self._dispatch(replace(live, plan=planned, failed_decodes=excluded), model, now_s)
+        return self._dispatch(replace(live, plan=planned), model, now_s)
 
-    def _give_up(self, live: Live, reason: RungReason, now_s: float) -> frozenset[EndpointId]:
-        """Close the account of a plan whose endpoint failed; all that failed the request."""
+    def _give_up(self, live: Live, reason: RungReason, now_s: float) -> Live:
+        """Close the account of a plan whose endpoint failed or drains; the request with that noted."""
         self._close(live, now_s)
-        failed = live.plan.decode.id
+        decode = live.plan.decode
         if reason is RungReason.DECODE_UNREACHABLE:
-            self.fleet.mark_unreachable(failed)
-        return live.failed_decodes | {failed}
+            self.fleet.mark_unreachable(decode.id)
+        state = self.fleet.get(decode.id)
+        failed = resumes.failed_with(live.failed_decodes, decode, state, resumes.blamed(state, reason))
+        return replace(live, failed_decodes=failed)
 
     def _break_stream(self, event: StreamBroke, now_s: float) -> Action:
         live = self._live[event.id]
         assert live.has_begun, f"the stream of {event.id} broke off before it began"
         reason = resumes.blamed(self.fleet.get(live.plan.decode.id), event.reason)
         self.progress.broke(event.id, reason, now_s)
-        excluded = self._give_up(live, event.reason, now_s)
+        live = self._give_up(live, event.reason, now_s)
         tokens = max(live.output_tokens, event.output_tokens)
         request = resumes.grown(live.request, tokens - live.output_tokens)
-        return self._resume(replace(live, request=request, output_tokens=tokens), excluded, now_s)
+        return self._resume(replace(live, request=request, output_tokens=tokens), reason, now_s)
 
-    def _resume(self, live: Live, excluded: frozenset[EndpointId], now_s: float) -> Action:
+    def _resume(self, live: Live, reason: RungReason, now_s: float) -> Action:
         """Have what is left of an answer made elsewhere; its old account is closed."""
         request, plan = live.request, live.plan
         model = self._models.get(request.model)
         if model is None:
             return Refuse(request.id, refusals.stream_lost("its model is no longer served"))
         assert live.begun_s is not None, f"the stream of {request.id} goes on though it never began"
-        why = resumes.why_not(model, live.resume_count, now_s - live.begun_s)
+        is_drain = reason is RungReason.DECODE_DRAINING
+        tries, moves = live.resume_count, live.moved_count
+        why = resumes.why_not(model, tries, now_s - live.begun_s, moves=moves, is_drain=is_drain)
         if why:
             return Refuse(request.id, refusals.stream_lost(why))
+        excluded = resumes.excluded(live.failed_decodes, self.fleet)
         planned = self._plan(request, model, excluded, plan.attempt + 1, now_s)
         if isinstance(planned, Refusal):
             why = f"no other endpoint can take it ({planned.reason})"
             return Refuse(request.id, refusals.stream_lost(why))
-        live = replace(
-            live, plan=planned, failed_decodes=excluded, has_begun=False, resume_count=live.resume_count + 1
-        )
+        tries, moves = tries + (not is_drain), moves + is_drain
+        live = replace(live, plan=planned, has_begun=False, resume_count=tries, moved_count=moves)
         return self._dispatch(live, model, now_s)
 
     def _take_hedge(self, event: HedgeAsked | HedgeOver, now_s: float) -> list[Action]:
@@ -417,8 +423,8 @@ class Coordinator:
         if not self.hedges.allows(model, live.plan, barred):
             self.hedges.count(model.name, HedgeEnd.WITHHELD)
             return []
-        request = replace(live.request, id=second)
-        for excluded in hedging.exclusions(live.plan, live.failed_decodes, barred):
+        request, failed = replace(live.request, id=second), resumes.excluded(live.failed_decodes, self.fleet)
+        for excluded in hedging.exclusions(live.plan, failed, barred):
             planned = self._plan(request, model, excluded, attempt, now_s)
             if isinstance(planned, Plan):
                 self.hedges.note(model.name, is_second=True)
@@ -434,8 +440,10 @@ class Coordinator:
         elif event.is_won:
             self.progress.outrun(event.id, now_s)
         if event.reason is not None or event.is_won:
-            excluded = first.failed_decodes | {slower.plan.decode.id}
-            first.failed_decodes = second.failed_decodes = excluded
+            decode = slower.plan.decode
+            state, why = self.fleet.get(decode.id), event.reason or RungReason.DECODE_TIMEOUT
+            failed = resumes.failed_with(first.failed_decodes, decode, state, resumes.blamed(state, why))
+            first.failed_decodes = second.failed_decodes = failed
         self._evidence.take(slower.plan, event.served, now_s)
         if event.reason is RungReason.DECODE_UNREACHABLE:
             self.fleet.mark_unreachable(slower.plan.decode.id)

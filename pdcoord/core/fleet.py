@@ -159,6 +159,8 @@ class EndpointState:
         unreachable_count: failures in a row since the last good sample.
         sampled_s: when that sample was taken, kept where the sample itself is too old to go by; None if
             this process never gave one.
+        life: another one where it may be another process by now; no two lives have one number.
+        said_draining: it is unreachable because it said itself that it goes away, until it answers again.
     """
 
     endpoint: Endpoint
@@ -167,10 +169,21 @@ class EndpointState:
     sample: Sample | None = None
     unreachable_count: int = 0
     sampled_s: float | None = None
+    life: int = 0
+    said_draining: bool = False
+
+    @property
+    def is_leaving(self) -> bool:
+        """Discovery or the endpoint itself says that it goes away."""
+        return self.said_draining or self.health is Health.DRAINING
 
     @property
     def is_eligible(self) -> bool:
         return self.health is Health.READY
+
+
+Life = tuple[EndpointId, int]
+"""An endpoint in one of its lives."""
 
 
 # A closed vocabulary of what can be heard of an endpoint.
@@ -207,10 +220,17 @@ class SampleTaken:
 
 @dataclass(frozen=True, slots=True)
 class SampleFailed:
-    """The endpoint did not answer, or said it is not ready."""
+    """The endpoint did not answer, or said it is not ready.
+
+    Attributes:
+        why: for metrics and the log; SAID_DRAINING where the endpoint says that it goes away.
+    """
 
     id: EndpointId
     why: str
+
+
+SAID_DRAINING = "draining"
 
 
 Signal = EndpointSeen | EndpointGone | EndpointDraining | SampleTaken | SampleFailed
@@ -239,6 +259,7 @@ class Fleet:
         self._groups: dict[ModelName, list[PoolGroup]] = {}
         self._free_ordinals: list[int] = []
         self._ids: dict[HostPort, dict[EndpointId, None]] = {}
+        self._life_count = 0
 
     def get(self, endpoint_id: EndpointId) -> EndpointState | None:
         return self._states.get(endpoint_id)
@@ -270,12 +291,21 @@ class Fleet:
                 state = self._states.get(endpoint_id)
                 if state is not None:
                     health = Health.DRAINING if state.health is Health.DRAINING else Health.READY
+                    if state.health is Health.UNREACHABLE:
+                        state = replace(state, life=self._next_life())
                     sampled_s = sample.at_s
                     self._put(
-                        replace(state, health=health, sample=sample, unreachable_count=0, sampled_s=sampled_s)
+                        replace(
+                            state,
+                            health=health,
+                            sample=sample,
+                            unreachable_count=0,
+                            sampled_s=sampled_s,
+                            said_draining=False,
+                        )
                     )
-            case SampleFailed(endpoint_id):
-                self._count_failure(endpoint_id)
+            case SampleFailed(endpoint_id, why):
+                self._count_failure(endpoint_id, said_draining=why == SAID_DRAINING)
 
     def mark_unreachable(self, endpoint_id: EndpointId) -> None:
         """A request found nobody there: no new work until a sample succeeds."""
@@ -288,6 +318,8 @@ class Fleet:
         ordinals = [state.ordinal for state in self._states.values()]
         assert len(set(ordinals)) == len(ordinals), "two endpoints share an ordinal"
         assert not set(ordinals) & set(self._free_ordinals), "an ordinal is both used and free"
+        lives = {state.life for state in self._states.values()}
+        assert len(lives) == len(self._states), "two endpoints share a life"
         groups = [group for groups in self._groups.values() for group in groups]
         assert all(any(group.states()) for group in groups), "a group without an endpoint"
         assert len({group.pool for group in groups}) == len(groups), "two groups of one pool"
@@ -309,12 +341,16 @@ class Fleet:
             endpoint = replace(endpoint, pool=group.pool)
         if known is None:
             ordinal = self._free_ordinals.pop() if self._free_ordinals else len(self._states)
-            self._put(EndpointState(endpoint, ordinal))
+            self._put(EndpointState(endpoint, ordinal, life=self._next_life()))
         elif known.endpoint.address != endpoint.address or known.health is Health.DRAINING:
             # Another process under the old name, or one that came back: nothing is known of it yet.
-            self._put(EndpointState(endpoint, known.ordinal))
+            self._put(EndpointState(endpoint, known.ordinal, life=self._next_life()))
         elif known.endpoint != endpoint:
             self._put(replace(known, endpoint=endpoint))
+
+    def _next_life(self) -> int:
+        self._life_count += 1
+        return self._life_count
 
     def _drop(self, endpoint_id: EndpointId) -> None:
         state = self._states.get(endpoint_id)
@@ -324,12 +360,14 @@ class Fleet:
             del self._states[endpoint_id]
             self._free_ordinals.append(state.ordinal)
 
-    def _count_failure(self, endpoint_id: EndpointId) -> None:
+    def _count_failure(self, endpoint_id: EndpointId, *, said_draining: bool) -> None:
         state = self._states.get(endpoint_id)
         if state is None:
             return
         count = state.unreachable_count + 1
-        is_down = count >= SAMPLE_FAILURES_MAX or state.health is Health.UNKNOWN
+        is_down = said_draining or count >= SAMPLE_FAILURES_MAX or state.health is Health.UNKNOWN
+        if said_draining:
+            state = replace(state, said_draining=True)
         if state.health is Health.DRAINING or not is_down:
             self._put(replace(state, unreachable_count=count))
         else:

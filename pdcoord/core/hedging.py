@@ -15,6 +15,7 @@ from pdcoord.core.model import Model
 from pdcoord.core.plan import Figures, Plan
 from pdcoord.core.progress import expected_s, late_after_s
 from pdcoord.core.request import Request, RequestId
+from pdcoord.protocol.headers import REQUEST_ID_BYTES_MAX
 from pdcoord.protocol.plans import RungKind
 
 FACTOR_MIN = 2.0
@@ -40,9 +41,9 @@ def id_of(request_id: RequestId) -> RequestId:
     return RequestId(request_id + _SUFFIX)
 
 
-def is_second(name: str) -> bool:
-    """Whether a second attempt may have this id; no request of a client may."""
-    return name.endswith(_SUFFIX)
+def may_have_second(name: str) -> bool:
+    """Whether a request may have this id: it is no second attempt's, and that would be none too long."""
+    return not name.endswith(_SUFFIX) and len(name) + len(_SUFFIX) <= REQUEST_ID_BYTES_MAX
 
 
 def after_s(request: Request, model: Model, figures: Figures) -> float | None:

@@ -108,6 +108,8 @@ class Intake:
                 self._take_probe(event, now_s)
             case SidecarReported(sidecar, epoch, report):
                 self._remote.take(sidecar, epoch, report, now_s)
+                for state in self._fleet.at(sidecar):
+                    self._canaries.heard(state.endpoint.id)
             case StreamStalled(request_id):
                 self._progress.stalled(request_id, now_s)
             case TimePassed():

@@ -6,7 +6,10 @@ from enum import StrEnum
 
 
 class CanaryOutcome(StrEnum):
-    """What a canary found; closed, the outcome label of metrics and, of one that failed, the path's fault."""
+    """What a canary found; closed, the outcome label of metrics and, of one that failed, the path's fault.
+
+    unproven: the answers are equal, and no sidecar of ours is there to say that the prompt was split.
+    """
 
     PASSED = "passed"
     TOKENS = "canary-tokens"
@@ -14,10 +17,11 @@ class CanaryOutcome(StrEnum):
     DIGEST = "canary-digest"
     ERROR = "canary-error"
     INCONCLUSIVE = "inconclusive"
+    UNPROVEN = "unproven"
 
     @property
     def is_failure(self) -> bool:
-        return self not in {CanaryOutcome.PASSED, CanaryOutcome.INCONCLUSIVE}
+        return self not in {CanaryOutcome.PASSED, CanaryOutcome.INCONCLUSIVE, CanaryOutcome.UNPROVEN}
 
 
 @dataclass(frozen=True, slots=True)

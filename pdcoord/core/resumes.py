@@ -2,35 +2,39 @@
 
 from dataclasses import replace
 
-from pdcoord.core.disagg import MUST_STAY_TOGETHER
-from pdcoord.core.fleet import EndpointId, EndpointState, Fleet, Health
-from pdcoord.core.ladder import FallbackBudget
+from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Fleet, Health, Life
 from pdcoord.core.ledger import Load
 from pdcoord.core.model import Model
-from pdcoord.core.pairs import has_way_to_split
-from pdcoord.core.paths import PathTable
-from pdcoord.core.plan import Candidate, Why
 from pdcoord.core.request import Request
-from pdcoord.core.scheduler import Choice
 from pdcoord.protocol.errors import RungReason
-from pdcoord.protocol.plans import Mode, RungKind
+from pdcoord.protocol.plans import RungKind
+
+_NOBODY: frozenset[EndpointId] = frozenset()
 
 STALL_STEPS = 100
 """Expected steps without a token after which a stream counts as stalled, where that is longer than the
 policy's least: an engine that is merely busy is late by some of them."""
 
 
-def why_not(model: Model, tries: int, age_s: float) -> str:
+RESUMES_MAX = 16
+"""Continuations of one stream in all, whatever the reasons, so that nothing goes on for ever."""
+
+
+def why_not(model: Model, tries: int, age_s: float, *, moves: int = 0, is_drain: bool = False) -> str:
     """Why the policy has a stream not continued; empty if it may be.
 
     Args:
-        tries: continuations that were planned for it already.
+        tries: continuations that were planned for it since an endpoint failed it.
         age_s: since its first byte.
+        moves: those that were planned since one drained; they are none of the policy's tries.
+        is_drain: this one would be another of those.
     """
     rules = model.fallback
     if RungKind.RESUME not in rules.rungs:
         return "the policy's ladder has no resume"
-    if tries >= rules.resume_tries_max:
+    if tries + moves >= RESUMES_MAX:
+        return f"it was continued {tries + moves} times, which is all that any stream is"
+    if tries >= rules.resume_tries_max and not is_drain:
         return f"{tries} continuations failed, which is all that the policy allows"
     if age_s > rules.resume_age_s_max:
         return f"it is older than the {rules.resume_age_s_max:g} s that the policy allows"
@@ -42,8 +46,32 @@ def blamed(state: EndpointState | None, reason: RungReason) -> RungReason:
 
     A sidecar whose streams are continued elsewhere breaks them off without a word then.
     """
-    is_draining = state is not None and state.health is Health.DRAINING
-    return RungReason.DECODE_DRAINING if is_draining else reason
+    return RungReason.DECODE_DRAINING if state is not None and state.is_leaving else reason
+
+
+def failed_with(
+    failed: frozenset[Life], decode: Endpoint, state: EndpointState | None, reason: RungReason
+) -> frozenset[Life]:
+    """Those that failed a request, now that its decode endpoint gave it up too.
+
+    One that drains is not chosen while it does, and has failed nothing once it is back.
+
+    Args:
+        state: of the endpoint of that id, which may be another process by now.
+        reason: as `blamed` has it.
+    """
+    is_there = state is not None and state.endpoint.address == decode.address
+    if state is None or not is_there or reason is RungReason.DECODE_DRAINING:
+        return failed
+    return failed | {(decode.id, state.life)}
+
+
+def excluded(failed: frozenset[Life], fleet: Fleet) -> frozenset[EndpointId]:
+    """Endpoints that are still the processes that failed a request."""
+    if not failed:
+        return _NOBODY
+    states = ((endpoint_id, life, fleet.get(endpoint_id)) for endpoint_id, life in failed)
+    return frozenset(each for each, life, state in states if state is not None and state.life == life)
 
 
 def grown(request: Request, output_tokens: int) -> Request:
@@ -59,37 +87,6 @@ def grown(request: Request, output_tokens: int) -> Request:
         output_tokens_max=None if left is None else max(1, left - output_tokens),
         is_resumed=True,
     )
-
-
-def is_local_prefill(best: Candidate, why: Why, model: Model, paths: PathTable) -> bool:
-    """Whether a decode endpoint is to compute what prefill endpoints are there for."""
-    return (
-        best.mode is Mode.COLOCATED
-        and why not in MUST_STAY_TOGETHER
-        and best.figures.uncached_tokens >= model.disaggregation.uncached_tokens_min
-        and has_way_to_split(model, paths)
-    )
-
-
-def within_budget(
-    choice: Choice, model: Model, budget: FallbackBudget, decode: EndpointState, paths: PathTable
-) -> Choice | None:
-    """The choice for a continuation that the fallback budget allows, which is told of it; None if none is.
-
-    A pod that dies takes many streams with it at one moment: each is noted as it is planned, since at their
-    first bytes all of them would have had leave.
-    """
-    is_fallback = is_local_prefill(choice.best, choice.why, model, paths)
-    if is_fallback and not budget.allows(model.fallback, decode):
-        other = choice.runner_up
-        if other is None or other.mode is not Mode.SPLIT:
-            budget.refused_count += 1
-            budget.note(is_fallback=False)
-            return None
-        choice = replace(choice, best=other, why=Why.SPLIT_ONLY_WAY, runner_up=choice.best, is_outage=False)
-        is_fallback = False
-    budget.note(is_fallback=is_fallback)
-    return choice
 
 
 def has_other(fleet: Fleet, request: Request, failed: frozenset[EndpointId]) -> bool:

@@ -81,7 +81,28 @@ class Scheduler:
             drops = choice.drops
             if drops.get(DropReason.QUARANTINED) and not drops.get(DropReason.AT_LIMIT):
                 return self._choose(request, model, excluded, _NOBODY, now_s)
+            return self.choose_with_shunned_prefills(request, model, excluded, now_s, shunned) or choice
         return choice
+
+    def choose_with_shunned_prefills(
+        self,
+        request: Request,
+        model: Model,
+        excluded: frozenset[EndpointId],
+        now_s: float,
+        shunned: frozenset[EndpointId],
+    ) -> Choice | None:
+        """The same with shunned endpoints that only prefill among the rest; None where that changes nothing.
+
+        As long as one that serves well has merely as many requests as it may, they stay away.
+        """
+        groups = [each for each in self._fleet.groups(model.name) if not each.pool.can_decode]
+        drops = eligible(groups, request, self._ledger, excluded, shunned).drops
+        if not drops.get(DropReason.QUARANTINED) or drops.get(DropReason.AT_LIMIT):
+            return None
+        let_in = {state.endpoint.id for group in groups for state in group.states()}
+        choice = self._choose(request, model, excluded, shunned - let_in, now_s)
+        return choice if isinstance(choice, Choice) else None
 
     def _choose(
         self,

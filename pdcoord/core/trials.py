@@ -30,11 +30,13 @@ Side = list[tuple[Rank, Endpoint]]
 class PairState(StrEnum):
     """What is known of a pair of pools; closed, a label of metrics.
 
+    unproven: answers are right, and no sidecar of ours says that they were split; open, as if observed only.
     unjudged: no pool of the model can serve the prompt alone, so that there is nothing to compare with.
     """
 
     UNTRIED = "untried"
     PASSED = "passed"
+    UNPROVEN = "unproven"
     FAILED = "failed"
     UNJUDGED = "unjudged"
 
@@ -45,6 +47,7 @@ class CanaryOrder:
 
     Attributes:
         ordinal: of this order, in this process.
+        has_sidecar: a sidecar of ours has spoken at the decode endpoint.
     """
 
     ordinal: int
@@ -56,6 +59,7 @@ class CanaryOrder:
     dialect: DialectName
     prompt_tokens_min: int
     bytes_per_token: float
+    has_sidecar: bool = False
 
     @property
     def pair(self) -> PairKey:
@@ -71,6 +75,7 @@ class End:
     """One endpoint as an end of one pair.
 
     Attributes:
+        is_passed: its last canary that said something found nothing wrong.
         tried_s: of its last canary, be it its fault or not.
         held_s: until when it is left alone, since a canary with it said nothing.
         failure_count: in a row, of which its partner was not blamed alone.
@@ -135,7 +140,12 @@ class UnlikePair:
         return (*sides, self.state is PairState.UNJUDGED)
 
     @property
-    def is_proven(self) -> bool:
+    def is_open(self) -> bool:
+        """Whether requests go over it because canaries found nothing wrong."""
+        return self.state in {PairState.PASSED, PairState.UNPROVEN}
+
+    @property
+    def is_borne_out(self) -> bool:
         """Whether on both sides a process is there that passed and did not fail since."""
         return all(any(end.is_passed for end in side.values()) for side in (self.prefills, self.decodes))
 
@@ -156,7 +166,7 @@ class UnlikePair:
     def is_repeat(self, order: CanaryOrder) -> bool:
         """Whether both ends of it have passed, so that it only repeats what is known."""
         ends = (self.prefills.get(order.prefill.id), self.decodes.get(order.decode.id))
-        return self.state is PairState.PASSED and all(end is not None and end.is_passed for end in ends)
+        return self.is_open and all(end is not None and end.is_passed for end in ends)
 
     def judge(self, order: CanaryOrder, finding: Finding, now_s: float) -> None:
         """What one canary of this pair came to."""
@@ -169,21 +179,23 @@ class UnlikePair:
         if finding.outcome is CanaryOutcome.INCONCLUSIVE:
             self.untold_count += 1
             until_s = now_s + pause_s(self.untold_count, UNTOLD_S_MIN, UNTOLD_S_MAX)
-            self.due_s = now_s if self.state is PairState.PASSED else until_s
+            self.due_s = now_s if self.is_open else until_s
             for end in ends:
                 end.held_s = until_s
             return
         self.untold_count, self.judged_s, self.finding = 0, now_s, finding
-        if finding.outcome is CanaryOutcome.PASSED:
+        if not finding.outcome.is_failure:
             for end in ends:
                 end.is_passed, end.fault, end.failure_count = True, "", 0
-            self.state, self.failure_count, self.due_s = PairState.PASSED, 0, now_s
+            is_proven = finding.outcome is CanaryOutcome.PASSED or self.state is PairState.PASSED
+            self.state = PairState.PASSED if is_proven else PairState.UNPROVEN
+            self.failure_count, self.due_s = 0, now_s
             return
         self.failure_count += 1
         self.due_s = now_s
-        if self.state is PairState.PASSED:
+        if self.is_open:
             _blame(ends, finding.outcome)
-            if self.failure_count < FAILURES_MAX and self.is_proven:
+            if self.failure_count < FAILURES_MAX and self.is_borne_out:
                 return
         self.state = PairState.FAILED
         self.due_s = now_s + pause_s(self.failure_count, RETRY_S_MIN, RETRY_S_MAX)

@@ -318,15 +318,17 @@ class PickedCall:
         # Envoy sends nothing twice that has begun to come back.
         is_stream = asking.call.is_stream
         steering = resumed_below(plan, fallback, others) if is_stream else plan_header(plan)
-        headers = steering_headers(steering, self.record.id.encode(), picker.sign) + self._entered.added()
+        path, query = _split_target(head.headers)
+        target = _target(self.record.path, query)
+        headers = steering_headers(steering, self.record.id.encode(), target, picker.sign)
+        headers += self._entered.added()
         if self._trace is not None:
             headers += self._trace.headers()
         if body is not None:
             headers.append((b"content-length", b"%d" % len(body)))
-        path, mark, query = (header(head.headers, b":path") or b"").partition(b"?")
-        if path != self.record.path.encode("latin-1"):
+        if path != self.record.path:
             # What is accounted for is what the engine is asked, whatever it takes for the same path.
-            headers.append((b":path", self.record.path.encode("latin-1") + mark + query))
+            headers.append((b":path", target.encode("latin-1")))
         return Route(
             destination=",".join([plan.decode.address, *(other.address for other in others[:fallbacks_max])]),
             headers=headers,
@@ -339,7 +341,9 @@ class PickedCall:
     def _plain_route(self, destination: str, head: RequestHead) -> Route:
         headers = [(names.REQUEST_ID, self._shown_id), *self._entered.added()]
         if self._picker.sign is not None:
-            headers += self._picker.sign(Steering(self._shown_id))
+            method = header(head.headers, b":method") or b""
+            target = _target(*_split_target(head.headers)).encode("latin-1")
+            headers += self._picker.sign(Steering(method, target, self._shown_id))
         removed = self._removed(head, headers)
         return Route(destination, headers, removed, request_id=self._shown_id)
 
@@ -370,6 +374,16 @@ def _removed(client: Headers, kept: Headers, secret: frozenset[bytes]) -> list[b
     own = {name for name, _ in kept} | {names.DESTINATION_ENDPOINT}
     dropped = {name for name, _ in client if names.is_routing(name) or name in secret}
     return sorted(dropped - own)
+
+
+def _split_target(headers: Headers) -> tuple[str, str]:
+    path, _, query = (header(headers, b":path") or b"").decode("latin-1").partition("?")
+    return path, query
+
+
+def _target(path: str, query: str) -> str:
+    """As sidecars read it: an empty query is none."""
+    return f"{path}?{query}" if query else path
 
 
 def _no_endpoints(what: str) -> Refusal:

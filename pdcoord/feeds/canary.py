@@ -31,6 +31,10 @@ from transfer.verdict import Connector
 LOOK_S = 0.25
 """Time between two looks for orders that are due."""
 ANSWER_BYTES_MAX = 1 << 20
+_UNPROVEN = (
+    "the answers are equal, and no sidecar of ours has spoken at the decode endpoint: nothing proves that "
+    "the prompt was split, so the pair is observed only"
+)
 TOP_LOGPROBS = 5
 """Alternatives asked for at each place; a tie is seen only where the other engine's token is among them."""
 _PATH = "/v1/completions"
@@ -125,13 +129,17 @@ class CanaryFeed:
         nonce = self.nonce()
         prompt = canary_prompt(nonce, round(_prompt_tokens(order) * order.bytes_per_token))
         body = _body(order, prompt)
-        alone, _ = await self._ask(order, order.reference, body | {CACHE_SALT_FIELD: f"{nonce}-alone"}, None)
+        salt, where = {CACHE_SALT_FIELD: f"{nonce}-alone"}, order.reference
+        alone, told = await self._ask(order, where, body | salt, None)
         split, served = await self._ask(
             order, order.decode, body | {CACHE_SALT_FIELD: f"{nonce}-split"}, order.prefill
         )
         found = compare(alone, split, order.rules.logprob_tolerance)
         if served is None and not found.outcome.is_failure:
             # Wrong is wrong whoever prefilled; right may be the decode engine's own doing.
+            is_foreign = told is None or where.id != order.decode.id
+            if is_foreign and not order.has_sidecar:
+                return Finding(CanaryOutcome.UNPROVEN, _UNPROVEN)
             raise _Untold("the answers are equal, but no sidecar of ours says that the prompt was split")
         if served is not None and not _is_split_over(served, order):
             raise _Untold(f"served otherwise: {_way_of(served)}")
@@ -143,7 +151,7 @@ class CanaryFeed:
         """One answer, and how its sidecar says it was served."""
         timeout_s = order.rules.timeout_s
         request_id = f"canary-{secrets.token_hex(8)}".encode()
-        headers = steering_headers(_plan(order, prefill), request_id, self.sign)
+        headers = steering_headers(_plan(order, prefill), request_id, _PATH, self.sign)
         async with asyncio.timeout(timeout_s):
             response = await self.client.request(
                 "POST",

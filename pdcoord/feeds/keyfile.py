@@ -13,6 +13,7 @@ Content = TypeVar("Content")
 SECRET_BYTES_MAX = 4_096
 ADMIN_KEY_BYTES_MIN = 32
 """What `openssl rand -hex 16` prints; an engine's key is not ours to judge."""
+_OF_ALL = stat.S_IROTH | stat.S_IWOTH
 _VISIBLE_BYTES = frozenset(range(0x21, 0x7F))
 
 
@@ -33,6 +34,7 @@ class SecretFile(Generic[Content]):
         self.problems: tuple[Problem, ...] = ()
         self._parse = parse
         self._watch = FileWatch(path)
+        self._open_to_all: Reading | None = None
 
     def load_first(self) -> Content:
         """What a process starts with.
@@ -49,13 +51,17 @@ class SecretFile(Generic[Content]):
             PolicyError: if it changed to what cannot be used.
         """
         reading = self._watch.poll()
+        refused_before = self._open_to_all if self._watch.is_settled else None
+        if reading is None and refused_before is not None and self._is_mended():
+            reading = refused_before  # chmod changes no content, which is what is watched.
         return None if reading is None else self._use(reading)
 
     def _use(self, reading: Reading) -> Content:
         try:
+            self._open_to_all = None
             if isinstance(reading.content, PolicyError):
                 raise reading.content
-            self._check_mode()
+            self._check_mode(reading)
             content = self._parse(reading.content, str(self.path))
         except PolicyError as error:
             self.problems = error.problems
@@ -63,16 +69,24 @@ class SecretFile(Generic[Content]):
         self.problems = ()
         return content
 
-    def _check_mode(self) -> None:
-        try:
-            mode = stat.S_IMODE(self.path.stat().st_mode)
-        except OSError:
-            return  # Gone again between the two looks; the next one says so.
-        if mode & (stat.S_IROTH | stat.S_IWOTH):
+    def _check_mode(self, reading: Reading) -> None:
+        mode = self._mode()
+        if mode is not None and mode & _OF_ALL:
+            self._open_to_all = reading
             remedy = (
                 f"mode {mode:04o} lets everyone at it: chmod o-rwx (a Kubernetes Secret: defaultMode 0440)"
             )
             raise refused(str(self.path), remedy)
+
+    def _is_mended(self) -> bool:
+        mode = self._mode()
+        return mode is not None and not mode & _OF_ALL
+
+    def _mode(self) -> int | None:
+        try:
+            return stat.S_IMODE(self.path.stat().st_mode)
+        except OSError:
+            return None  # Gone again between two looks; the next one says so.
 
 
 def refused(file: str, message: str) -> PolicyError:

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pdcoord.core.fleet import EndpointId
-from pdcoord.protocol.headers import HostPort
+from pdcoord.core.fleet import SAID_DRAINING, EndpointId
+from pdcoord.protocol.errors import RefuseReason
+from pdcoord.protocol.headers import REASON, HostPort
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import BodyTooLargeError, ConnectError, HeadTimeoutError, WireError
 
@@ -18,6 +19,8 @@ class ScrapeFailure(StrEnum):
     TIMEOUT = "timeout"
     BROKEN = "broken"
     STATUS = "status"
+    DRAINING = SAID_DRAINING
+    """It answered that it goes away."""
     UNREADABLE = "unreadable"
     TOO_LARGE = "too-large"
 
@@ -67,7 +70,8 @@ async def fetch(client: Client, address: HostPort, page: Page, limits: ScrapeLim
             )
             async with response:
                 if response.status != 200:
-                    return ScrapeFailure.STATUS
+                    is_draining = response.header(REASON) == RefuseReason.DRAINING.encode()
+                    return ScrapeFailure.DRAINING if is_draining else ScrapeFailure.STATUS
                 return await response.read_all(timeout_s=limits.deadline_s, bytes_max=limits.body_bytes_max)
     except (TimeoutError, HeadTimeoutError):
         return ScrapeFailure.TIMEOUT

@@ -63,6 +63,7 @@ _OF_FAILURE: Mapping[ScrapeFailure, TokensMissing] = {
     ScrapeFailure.STATUS: TokensMissing.REFUSED,
     ScrapeFailure.TOO_LARGE: TokensMissing.TOO_LONG,
     ScrapeFailure.UNREACHABLE: TokensMissing.FAILED,
+    ScrapeFailure.DRAINING: TokensMissing.FAILED,
     ScrapeFailure.BROKEN: TokensMissing.FAILED,
     ScrapeFailure.UNREADABLE: TokensMissing.FAILED,
 }
@@ -288,7 +289,12 @@ class TokensFeed:
                 self._troubles.pop(address, None)
             case ScrapeFailure.TIMEOUT | ScrapeFailure.STATUS | ScrapeFailure.TOO_LARGE:
                 pass
-            case ScrapeFailure.UNREACHABLE | ScrapeFailure.BROKEN | ScrapeFailure.UNREADABLE:
+            case (
+                ScrapeFailure.UNREACHABLE
+                | ScrapeFailure.DRAINING
+                | ScrapeFailure.BROKEN
+                | ScrapeFailure.UNREADABLE
+            ):
                 before = self._troubles.get(address)
                 count = before.count + 1 if before is not None else 0
                 pause_s = min(2.0 ** min(count, 16), self._limits.backoff_s_max)

@@ -16,7 +16,7 @@ from pdcoord.front.keys import (
     presented_key,
 )
 from pdcoord.front.rates import SLACK_S, KeyRates, RateKind
-from pdcoord.front.salt import SALTED_PATHS, cache_salt
+from pdcoord.front.salt import SALTED_PATHS, cache_salt, media_id_field
 from pdcoord.front.upstream import with_fields
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
 from pdcoord.protocol.headers import CACHE_SALT_FIELD, FAIRNESS_ID
@@ -26,6 +26,9 @@ Headers = list[tuple[bytes, bytes]]
 
 _OF_KEY = frozenset({AUTHORIZATION, API_KEY, *FAIRNESS_ID})
 """Headers that the key decides: they say who a client is, and none of them goes to an engine."""
+
+_SCHEDULING_FIELDS = frozenset({"priority", "data_parallel_rank", "routed_dp_rank", "request_id", "rid"})
+"""Of a body, taken by vLLM 0.32 or SGLang 0.5.23: who goes first, on which rank, and under whose name."""
 
 
 class GateObserver(Protocol):
@@ -158,19 +161,35 @@ class Visa:
             raise RefusedError(Refusal(RefuseReason.MODEL_FORBIDDEN, message, "model"))
 
     def salted(self, call: Call) -> Call:
-        """The call with the salt under which engines cache its prefix in place of the client's own."""
-        if self._key is None or call.api.path not in SALTED_PATHS:
+        """The call with the salt under which engines cache its prefix in place of the client's own.
+
+        Raises:
+            RefusedError: 400 for media that are named by an id, which no salt keeps apart.
+        """
+        if self._key is None:
+            return call
+        field = media_id_field(call)
+        if field is not None:
+            message = (
+                f"'{field}' names media in a cache that all API keys share; leave it out and send the media."
+            )
+            raise RefusedError(Refusal(RefuseReason.INVALID_FIELD, message, field))
+        if call.api.path not in SALTED_PATHS:
             return call
         return replace(call, cache_salt=cache_salt(self._secret, self._key.salt_group, call.cache_salt))
 
     def body(self, raw: bytes, call: Call, model: Model) -> bytes:
-        """What goes upstream: `raw` itself, unless its model has another name there or it was salted."""
+        """What goes upstream: `raw` itself, unless its model has another name there or a key was asked for.
+
+        Then it has the salt, and nothing by which its sender would go before others.
+        """
         texts: dict[str, str] = {}
+        dropped = _SCHEDULING_FIELDS & call.body.keys() if self._key is not None else frozenset()
         if call.model != model.name:
             texts["model"] = model.name
         if self._key is not None and call.api.path in SALTED_PATHS:
             texts[CACHE_SALT_FIELD] = call.cache_salt
-        return with_fields(raw, texts) if texts else raw
+        return with_fields(raw, texts, dropped) if texts or dropped else raw
 
     def take_request(self) -> None:
         """Count the call against the key's requests.

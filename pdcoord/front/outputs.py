@@ -44,10 +44,14 @@ class OutputCounter:
         self._last = part
         return part
 
+    @property
+    def tail(self) -> bytes:
+        """The last bytes, of the last two parts: a usage in the last but one is followed by [DONE] alone."""
+        return (self._before[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:]
+
     def count(self) -> int | None:
         """Tokens as far as they have been seen; None where nothing tells."""
-        # A usage in the last but one part is followed by [DONE] alone.
-        tail = (self._before[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:]
+        tail = self.tail
         found = _USAGE.findall(tail)
         if found:
             return int(found[-1])

@@ -108,7 +108,7 @@ class Limits:
     answer_timeout_s: float = 1_800.0
     stream_idle_s: float = 90.0
     request_deadline_s: float = 3_600.0
-    attempts_max: int = 8
+    attempts_max: int = 16
     held_bytes_max: int = 1 << 20
     live_max: int = 16_384
     resume_bytes_max: int = 256 << 20

@@ -6,18 +6,25 @@ long an answer takes, whether a prompt was seen before; so it is a keyed hash th
 vLLM 0.32 takes `cache_salt` of 1 to 128 characters, without slashes and @, in every call of SALTED_PATHS.
 SGLang 0.5.23 takes it in chats, completions and responses, puts it before a client's own `extra_key`, and
 ignores it elsewhere.
+
+Media have caches of their own. vLLM 0.32 finds an image, audio or video there by its content or, without
+looking at that, by the `uuid` that its content part may have, which no salt is mixed into.
 """
 
 import base64
 import hashlib
 import hmac
 
-from pdcoord.protocol.openai import APIS
+from pdcoord.protocol.openai import APIS, Call
 
 SALT_SECRET_BYTES_MIN = 32
 SALTED_PATHS = frozenset(APIS) - {"/tokenize", "/detokenize"}
 """Calls that leave KV behind; the others read no cache."""
 _PURPOSE = b"pdcoord cache_salt 1"
+# vLLM 0.32 takes media in these too, at /v1/score and /v1/responses.
+_MORE_FIELDS = ("items", "previous_input_messages")
+_OF_MESSAGES = frozenset({"messages", "input", "previous_input_messages"})
+_OF_PARTS = ("content", "output")
 
 
 def tenant_group(tenant: str) -> str:
@@ -44,3 +51,25 @@ def cache_salt(secret: bytes, group: str, own: str) -> str:
     message = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
     digest = hmac.digest(secret, message, hashlib.sha256)
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def media_id_field(call: Call) -> str | None:
+    """Where a call names media by an id that its sender chose, such as `messages[0].content[1].uuid`.
+
+    By such an id one tenant would be given what another had put there, or another be given what one had.
+    A message may have a `uuid`: only a content part's means anything to an engine.
+    """
+    names = [name for name in (*call.api.prompt_fields, *_MORE_FIELDS) if name != "tools"]
+    left: list[tuple[str, object, bool]] = [
+        (name, call.body.get(name), name not in _OF_MESSAGES) for name in names
+    ]
+    while left:
+        where, value, is_part = left.pop()
+        if isinstance(value, list):
+            inner = ((at, each) for at, each in enumerate(value) if isinstance(each, dict | list))
+            left.extend((f"{where}[{at}]", each, is_part) for at, each in inner)
+        elif isinstance(value, dict):
+            if is_part and value.get("uuid") is not None:
+                return f"{where}.uuid"
+            left.extend((f"{where}.{name}", value.get(name), True) for name in _OF_PARTS)
+    return None

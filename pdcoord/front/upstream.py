@@ -46,8 +46,8 @@ _SIDECAR_FAILURES: dict[str, RungReason] = {
     RefuseReason.UPSTREAM_TIMEOUT: RungReason.DECODE_TIMEOUT,
     RefuseReason.STREAM_LOST: RungReason.DECODE_ERROR,
     RefuseReason.TARGET_NOT_ALLOWED: RungReason.TARGET_NOT_ALLOWED,
-    RefuseReason.PLAN_UNSIGNED: RungReason.DECODE_ERROR,
-    RefuseReason.PLAN_UNSIGNED: RungReason.DECODE_ERROR,
+    # A key or a clock is wrong, and nothing was asked of the engine.
+    RefuseReason.PLAN_UNSIGNED: RungReason.PLAN_REFUSED,
     RefuseReason.INTERNAL: RungReason.DECODE_ERROR,
 }
 
@@ -58,8 +58,8 @@ _DETAIL_MAX = 2_000
 _top_level = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def with_fields(raw: bytes, texts: Mapping[str, str]) -> bytes:
-    """A JSON object that was already read, with some of its top-level fields set to texts.
+def with_fields(raw: bytes, texts: Mapping[str, str], dropped: Iterable[str] = ()) -> bytes:
+    """A JSON object that was already read, with some of its top-level fields set to texts, or gone.
 
     Every other value keeps its bytes: a number that no float holds, or a key order that a prompt
     template depends on, must reach the engine as the client wrote it. A field that was there twice is there
@@ -68,6 +68,8 @@ def with_fields(raw: bytes, texts: Mapping[str, str]) -> bytes:
     fields = _top_level.decode(raw)
     for name, text in texts.items():
         fields[name] = msgspec.Raw(msgspec.json.encode(text))
+    for name in dropped:
+        fields.pop(name, None)
     return msgspec.json.encode(fields)
 
 
@@ -129,6 +131,7 @@ def headers_for(
     plan: Plan,
     client: Iterable[tuple[bytes, bytes]],
     request_id: bytes,
+    target: str,
     sign: Sign | None = None,
     *,
     is_resumed_above: bool = False,
@@ -138,28 +141,28 @@ def headers_for(
     A foreign sidecar reads only the prefill's address.
 
     Args:
+        target: as of `steering_headers`.
         is_resumed_above: as of `plan_header`.
     """
     headers = [pair for pair in end_to_end(client, _NOT_SENT_ON) if not names.is_routing(pair[0])]
-    return headers + plan_headers(plan, request_id, sign, is_resumed_above=is_resumed_above)
+    steering = plan_header(plan, is_resumed_above=is_resumed_above)
+    return headers + steering_headers(steering, request_id, target, sign)
 
 
-def plan_headers(
-    plan: Plan, request_id: bytes, sign: Sign | None = None, *, is_resumed_above: bool = False
-) -> Headers:
-    """The headers that a request is sent with because of its plan, signed where keys are shared."""
-    return steering_headers(plan_header(plan, is_resumed_above=is_resumed_above), request_id, sign)
+def steering_headers(plan: PlanHeader, request_id: bytes, target: str, sign: Sign | None = None) -> Headers:
+    """What steers a sidecar, with the first prefill target in the words of a foreign one.
 
-
-def steering_headers(plan: PlanHeader, request_id: bytes, sign: Sign | None = None) -> Headers:
-    """What steers a sidecar, with the first prefill target in the words of a foreign one."""
+    Args:
+        target: path and query of the POST that these headers are for; signed, they are good for no other.
+    """
     encoded = encode_plan(plan)
     headers = [(names.REQUEST_ID, request_id), (names.PLAN, encoded)]
     prefills = plan.prefills[0].address.encode() if plan.prefills else b""
     if prefills:
         headers.append((names.PREFILLER_HOST_PORT, prefills))
     if sign is not None:
-        headers += sign(Steering(request_id, plan=encoded, prefills=prefills))
+        call = (b"POST", target.encode("latin-1"), request_id)
+        headers += sign(Steering(*call, plan=encoded, prefills=prefills))
     return headers
 
 

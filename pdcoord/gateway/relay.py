@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass
 
 from pdcoord.core.events import (
@@ -11,29 +11,24 @@ from pdcoord.core.events import (
     RequestArrived,
     ResponseBegan,
 )
-from pdcoord.core.hedging import is_second
+from pdcoord.core.hedging import may_have_second
 from pdcoord.core.model import PrefixMode
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId
 from pdcoord.front import upstream as wires
 from pdcoord.front.account import Account
-from pdcoord.front.answers import (
-    bodies_full,
-    body_too_large,
-    body_too_slow,
-    internal_error,
-    outcome_of,
-    too_many_calls,
-)
+from pdcoord.front.answers import internal_error, outcome_of, too_many_calls
 from pdcoord.front.asked import asked_of
 from pdcoord.front.gate import Gate, Visa
 from pdcoord.front.intake import build_request, check_reserved, client_request_id, model_unknown
 from pdcoord.front.ports import CallRecord, Limits, Observer, Relaying, Tokens
 from pdcoord.front.tracing import CallTrace, begin_call
+from pdcoord.gateway.arrival import Body
+from pdcoord.gateway.first import is_plain_stream, read_first
 from pdcoord.gateway.hedging import Failure, Opened, Race
 from pdcoord.gateway.held import Held, hold
 from pdcoord.gateway.resuming import Call, Means, Resumer, reason_of
-from pdcoord.gateway.streams import Answer, Fate, is_plain_stream
+from pdcoord.gateway.streams import Answer, Fate
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason, RungReason
 from pdcoord.protocol.openai import Api, parse_call
@@ -41,19 +36,9 @@ from pdcoord.protocol.plans import RungKind
 from pdcoord.resume.call import CHAT, COMPLETIONS
 from pdcoord.resume.continuation import Unresumable
 from pdcoord.resume.tape import Shelf, Tape
-from pdcoord.wire.asgi import (
-    BodyTimeoutError,
-    ClientGoneError,
-    NoRoomError,
-    Receive,
-    Scope,
-    Send,
-    read_body,
-    send_json,
-    watch_disconnect,
-)
+from pdcoord.wire.asgi import ClientGoneError, Receive, Scope, Send, send_json, watch_disconnect
 from pdcoord.wire.client import Client, Response
-from pdcoord.wire.errors import BodyTooLargeError, InvalidRequestError, StreamError, WireError
+from pdcoord.wire.errors import InvalidRequestError, StreamError, WireError
 from pdcoord.wire.heads import Headers
 from pdcoord.wire.room import ByteRoom
 from pdcoord.wire.tracing import Tracing
@@ -62,6 +47,8 @@ _OK = 200
 _CONTINUED_PATHS = frozenset({CHAT, COMPLETIONS})
 _OWN_ID_CUT = 80
 """What is kept of an id that needs a suffix, so that sidecars still take it over (128 bytes at most)."""
+_BREAK_OFF_S = 10.0
+"""Longest time that a client is given to take the error that ends its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +100,16 @@ class Relay:
         self.means = Means(coordination, upstream, limits, clock, self.headers_for)
         self._live: set[str] = set()
 
-    def headers_for(self, plan: Plan, client: Headers, request_id: bytes, *, is_kept: bool = True) -> Headers:
+    def headers_for(
+        self, plan: Plan, client: Headers, request_id: bytes, target: str, *, is_kept: bool = True
+    ) -> Headers:
         """The headers that a call is sent with.
 
         Args:
+            target: path and query that it is sent to.
             is_kept: its stream is continued from here if it breaks off.
         """
-        return wires.headers_for(plan, client, request_id, self.sign, is_resumed_above=is_kept)
+        return wires.headers_for(plan, client, request_id, target, self.sign, is_resumed_above=is_kept)
 
     @property
     def live_count(self) -> int:
@@ -131,7 +121,7 @@ class Relay:
         client_id = client_request_id(scope["headers"])
         shown_id = client_id if client_id is not None else self.new_id()
         # The core keeps an account per id, so two live calls under one id need two accounts.
-        is_taken = shown_id in self._live or is_second(shown_id)
+        is_taken = shown_id in self._live or not may_have_second(shown_id)
         own_id = f"{shown_id[:_OWN_ID_CUT]}-{self.new_id()}" if is_taken else shown_id
         self._live.add(own_id)
         record = CallRecord(id=RequestId(own_id), path=api.path, began_s=self.clock())
@@ -146,6 +136,7 @@ class Relay:
                 send=send,
                 record=record,
                 account=Account(self.coordination, record),
+                body=Body(self.bodies),
                 shown_id=shown_id,
                 trace=trace,
             ).run()
@@ -183,9 +174,8 @@ class _Exchange:
     record: CallRecord
     account: Account
     shown_id: str
+    body: Body
     trace: CallTrace | None = None
-    body: bytes = b""
-    body_bytes_held: int = 0
     is_stream: bool = False
     has_begun: bool = False
     is_continued: bool = False
@@ -226,7 +216,8 @@ class _Exchange:
         visa.take_request()
         # From here on the key is nowhere: not in what goes upstream, nor in what is traced.
         self.scope["headers"] = visa.headers(self.scope["headers"])
-        raw = await self._read()
+        await self.body.read(self.scope["headers"], self.receive, self.relay.limits)
+        raw = self.body.raw
         call = visa.salted(parse_call(self.api, raw))
         check_reserved(call)
         asked = asked_of(self.scope["headers"])
@@ -237,7 +228,7 @@ class _Exchange:
         self.record.model = model.name
         self.record.has_unknown_objective = asked.has_unknown_objective(model)
         self.is_stream = call.is_stream
-        self.body = visa.body(raw, call, model)
+        self.body.raw = visa.body(raw, call, model)
         token_ids = None
         tokens = self.relay.tokens
         if tokens is not None and self.api.is_generative and model.prefix_mode is PrefixMode.PRECISE:
@@ -251,34 +242,6 @@ class _Exchange:
             self.why_not_kept = Unresumable.MANY_CHOICES
         self.record.note_request(call, request, model)
         return self.account.ask(RequestArrived(request))
-
-    async def _read(self) -> bytes:
-        limits = self.relay.limits
-        too_large = body_too_large(limits.body_bytes_max)
-        for name, value in self.scope["headers"]:
-            # Answered before the body is sent where the client says how long it will be.
-            if name == b"content-length" and value.isdigit() and int(value) > limits.body_bytes_max:
-                raise RefusedError(too_large)
-        try:
-            raw = await read_body(
-                self.receive,
-                bytes_max=limits.body_bytes_max,
-                timeout_s=limits.body_timeout_s,
-                room=self.relay.bodies,
-            )
-        except BodyTooLargeError as error:
-            raise RefusedError(too_large) from error
-        except BodyTimeoutError as error:
-            raise RefusedError(body_too_slow(limits.body_timeout_s)) from error
-        except NoRoomError as error:
-            raise RefusedError(bodies_full()) from error
-        self.body_bytes_held = len(raw)
-        return raw
-
-    def _let_body_go(self) -> None:
-        self.body = b""
-        self.relay.bodies.give(self.body_bytes_held)
-        self.body_bytes_held = 0
 
     async def _planned(self) -> Plan:
         with nullcontext() if self.trace is None else self.trace.waiting():
@@ -368,14 +331,14 @@ class _Exchange:
     async def _reach(self, plan: Plan, headers: Headers, stack: AsyncExitStack) -> Opened | Failure:
         limits = self.relay.limits
         wait_s = limits.head_timeout_s if self.is_stream else limits.answer_timeout_s
-        request_id = plan.request_id.encode()
+        request_id, target = plan.request_id.encode(), self._target()
         try:
             response = await self.relay.upstream.request(
                 "POST",
                 plan.decode.address,
-                self._target(),
-                headers=self.relay.headers_for(plan, headers, request_id, is_kept=self.is_kept),
-                body=self.body,
+                target,
+                headers=self.relay.headers_for(plan, headers, request_id, target, is_kept=self.is_kept),
+                body=self.body.raw,
                 head_timeout_s=wait_s,
             )
         except InvalidRequestError as error:
@@ -397,8 +360,8 @@ class _Exchange:
             return Opened(plan, response, served, held=held)
         try:
             # An engine sends a stream's head at once and may still die in its prefill. The client
-            # has seen nothing until the first byte, so until then another endpoint can take over.
-            first = await response.read_chunk(idle_timeout_s=wait_s)
+            # has seen nothing until the first event, so until then another endpoint can take over.
+            first = await read_first(response, timeout_s=wait_s)
         except StreamError:
             return Failure(RungReason.DECODE_ERROR, served)
         return Opened(plan, response, served, first)
@@ -415,15 +378,15 @@ class _Exchange:
         headers = wires.headers_to_client(response.headers)
         headers += [(names.REQUEST_ID, self.shown_id.encode()), (names.DECISION, decision)]
         is_continued = self.is_continued and response.status == _OK and is_plain_stream(response)
-        tape = Tape(self.relay.shelf, self.body) if is_continued and self.is_kept else None
+        tape = Tape(self.relay.shelf, self.body.raw) if is_continued and self.is_kept else None
         why_not_kept = self.why_not_kept or Unresumable.API
         answer = Answer(self.scope, self.send, response, tape=tape, why_not_kept=why_not_kept)
-        self._let_body_go()
+        self.body.let_go()
         self.answer = answer
         await answer.begin(headers)
         resumer = Resumer(self.relay.means, self._as_call(), answer)
         fate = await answer.relay(response, first, resumer.watch())
-        is_whole = fate is Fate.WHOLE and (not is_continued or resumer.is_whole())
+        is_whole = fate is Fate.WHOLE and (not is_continued or await resumer.is_whole())
         if is_continued and not is_whole:
             return _Broken(fate, resumer)
         if is_whole:
@@ -441,6 +404,7 @@ class _Exchange:
         return self.is_continued and self.why_not_kept is None
 
     def _as_call(self) -> Call:
+        assert self.group is not None, "an answer outside its call"
         return Call(
             path=self.api.path,
             headers=self.scope["headers"],
@@ -448,6 +412,7 @@ class _Exchange:
             account=self.account,
             trace=self.trace,
             planned=self._planned,
+            group=self.group,
         )
 
     async def _answer(self, held: Held) -> None:
@@ -466,28 +431,33 @@ class _Exchange:
         await send_json(self.send, refusal.status, refusal.body(), headers)
 
     async def _time_out(self) -> None:
+        limit_s = self.relay.limits.request_deadline_s
         if self.has_begun:
-            self.record.outcome = Outcome.UPSTREAM_ERROR  # Left without its end, as in _break_off.
+            message = f"The answer was not complete after {limit_s:g} s; ask for less output at a time."
+            await self._break_off(Refusal(RefuseReason.UPSTREAM_TIMEOUT, message))
             return
-        message = (
-            f"No answer within {self.relay.limits.request_deadline_s:g} s; ask for less output at a time."
-        )
+        message = f"No answer within {limit_s:g} s; ask for less output at a time."
         await self._refuse(Refusal(RefuseReason.UPSTREAM_TIMEOUT, message))
 
     async def _cut(self) -> None:
-        if self.has_begun:
-            self.record.outcome = Outcome.UPSTREAM_ERROR  # Left without its end, as in _break_off.
-            return
         message = "The gateway is stopping and could not wait for this answer; send the call again."
-        await self._refuse(Refusal(RefuseReason.DRAINING, message, retry_after_s=RETRY_AFTER_S))
+        refusal = Refusal(RefuseReason.DRAINING, message, retry_after_s=RETRY_AFTER_S)
+        await (self._break_off(refusal) if self.has_begun else self._refuse(refusal))
 
     async def _crash(self, error: Exception) -> None:
         self.relay.observer.crashed(error, self.record.id)
-        if not self.has_begun:
-            await self._refuse(internal_error())
+        await (self._break_off(internal_error()) if self.has_begun else self._refuse(internal_error()))
+
+    async def _break_off(self, refusal: Refusal) -> None:
+        """End an answer that has begun, for a reason of ours that is none of its endpoint's."""
+        self.record.outcome, self.record.reason = Outcome.REFUSED, refusal.reason
+        if self.answer is not None:
+            with suppress(Exception):  # What the client cannot be told any more it need not be.
+                async with asyncio.timeout(_BREAK_OFF_S):
+                    await self.answer.break_off(refusal)
 
     def _end(self) -> None:
-        self._let_body_go()
+        self.body.let_go()
         if self.answer is not None:
             self.record.output_tokens = self.answer.output_tokens()
             self.answer.close()

@@ -1,18 +1,22 @@
 """Has a stream that broke off go on at another endpoint, on the same answer to the same client."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from pdcoord.core.events import DecodeFailed, Outcome, ResponseBegan, StreamBroke, StreamStalled
 from pdcoord.core.plan import Plan
+from pdcoord.core.progress import LATE_FACTOR, LATE_S_MIN, LATE_SPREADS
 from pdcoord.core.refusals import stream_lost
 from pdcoord.front import upstream as wires
 from pdcoord.front.account import Account
 from pdcoord.front.ports import Break, BreakOutcome, CallRecord, Limits, Relaying
 from pdcoord.front.tracing import CallTrace
-from pdcoord.gateway.streams import Answer, Fate, StreamWatch, is_plain_stream
+from pdcoord.gateway.first import is_plain_stream, read_first
+from pdcoord.gateway.reading import Readers, Reading
+from pdcoord.gateway.streams import Answer, Fate, StreamWatch
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import Refusal, RefusedError, RungReason
 from pdcoord.resume.continuation import Continuation, Finished, Unresumable
@@ -24,6 +28,11 @@ from pdcoord.wire.response import Response
 COUNT_PATH = "/tokenize"
 _COUNT_BYTES_MAX = 16 << 20
 _ENCODINGS = b"accept-encoding"
+_AUTHORIZATION = b"authorization"
+FIRST_FACTOR = 4.0
+"""A first token behind an event without one is waited for so many times longer than it takes to be late: the
+prompt is computed meanwhile, and whoever waits for it elsewhere begins anew."""
+_IN_DOUBT = frozenset({Unresumable.UNREADABLE, Unresumable.API, Unresumable.TAPE_FULL})
 
 
 def reason_of(fate: Fate) -> RungReason:
@@ -45,14 +54,17 @@ class Means:
     """What streams of a process are continued with.
 
     Attributes:
-        headers: those that a plan's request is sent with: of the plan, the client's own, the request's id.
+        headers: those that a plan's request is sent with: of the plan, the client's own, the request's id
+            and the target.
+        readers: read the streams that broke off.
     """
 
     coordination: Relaying
     upstream: Client
     limits: Limits
     clock: Callable[[], float]
-    headers: Callable[[Plan, Headers, bytes], Headers]
+    headers: Callable[[Plan, Headers, bytes, str], Headers]
+    readers: Readers = field(default_factory=Readers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,7 @@ class Call:
         path: of the API.
         headers: the client's.
         planned: the plan of a call that the core told to wait.
+        group: where what is found out meanwhile runs; ends no later than the call.
     """
 
     path: str
@@ -71,6 +84,7 @@ class Call:
     account: Account
     trace: CallTrace | None
     planned: Callable[[], Awaitable[Plan]]
+    group: asyncio.TaskGroup
 
 
 class Resumer:
@@ -81,14 +95,16 @@ class Resumer:
         self._call = call
         self._answer = answer
         self._tried_count = 0
+        self._read_last: Reading | None = None
 
     def watch(self) -> StreamWatch:
         """Watches the stream for progress, wherever it comes from just then."""
-        request_id, path, coordination = self._call.record.id, self._call.path, self._means.coordination
+        request_id, coordination = self._call.record.id, self._means.coordination
         return StreamWatch(
             idle_timeout_s=self._means.limits.stream_idle_s,
             silence_s_max=lambda: coordination.silence_s_max(request_id),
-            continuation=lambda: self._answer.continuation(path),
+            first_s_max=self._first_s_max,
+            find_out=lambda: self._call.group.create_task(self._could_go_on()),
             has_output=self._answer.has_output,
             stands_still=lambda: coordination.handle(StreamStalled(request_id)),
         )
@@ -96,27 +112,60 @@ class Resumer:
     async def run(self, fate: Fate) -> None:
         """From how a body came to its end to the end of the answer."""
         while fate is not Fate.OVER:
-            if fate is Fate.WHOLE and self.is_whole():
+            if fate is Fate.WHOLE and await self.is_whole():
                 self._call.record.outcome = Outcome.OK
                 await self._answer.end()
                 return
             fate = await self._go_on(fate)
 
-    def is_whole(self) -> bool:
+    async def is_whole(self) -> bool:
         """Whether a body that ended well is a stream that did; one that cannot be read is given the doubt."""
         if self._answer.seems_whole():
             return True
-        return isinstance(self._answer.continuation(self._call.path), Unresumable)
+        found = (await self._read()).found
+        return isinstance(found, Unresumable) and found in _IN_DOUBT
+
+    async def _could_go_on(self) -> bool:
+        return not isinstance((await self._read()).found, Unresumable)
+
+    def _first_s_max(self) -> float:
+        """How long a stream may be without its first token, beyond what it may be without any other."""
+        plan = self._call.record.plan
+        assert plan is not None, "a stream of a call without a plan"
+        figures = plan.chosen.figures
+        return FIRST_FACTOR * max(LATE_S_MIN, LATE_FACTOR * figures.ttft_s + LATE_SPREADS * figures.spread_s)
+
+    async def _read(self, plan: Plan | None = None, counted_tokens: int | None = None) -> Reading:
+        """What can be done about what the client was given so far; read once unless more is known.
+
+        Args:
+            plan: of the endpoint that it would go to; without it that is taken to be as the last one.
+        """
+        tape, why = self._answer.tape, self._answer.why_unreadable()
+        if tape is None or why is not None:
+            return Reading(why or Unresumable.API)
+        plan = plan or self._call.record.plan
+        context_tokens_max = None if plan is None else plan.decode.pool.limits.context_tokens_max
+        last = self._read_last
+        is_same = last is not None and last.context_tokens_max == context_tokens_max
+        if last is not None and is_same and counted_tokens is None and last.passed_bytes == len(tape.passed):
+            return last
+        reading = await self._means.readers.read(
+            self._call.path, tape, counted_tokens=counted_tokens, context_tokens_max=context_tokens_max
+        )
+        if counted_tokens is None:
+            self._read_last = reading
+        return reading
 
     async def _go_on(self, fate: Fate) -> Fate:
         """Deal with one break: how the continuing body came to its end."""
-        answer = self._answer
-        answer.begin_again()
-        found = answer.continuation(self._call.path)
-        broke = self._note_break(fate, found)
+        noticed_s = self._means.clock()
+        self._answer.begin_again()
+        found = (await self._read()).found
+        broke = self._note_break(fate, found, noticed_s)
         if isinstance(found, Finished):
             return await self._finish(found, broke)
-        if isinstance(found, Unresumable) and answer.count_request(self._call.path) is None:
+        if isinstance(found, Unresumable):
             broke.outcome, broke.why = BreakOutcome.UNRESUMABLE, found
             return await self._end_lost(stream_lost(found.value))
         try:
@@ -125,13 +174,15 @@ class Resumer:
             broke.outcome = BreakOutcome.REFUSED if broke.why is None else BreakOutcome.UNRESUMABLE
             return await self._end_lost(error.refusal)
 
-    def _note_break(self, fate: Fate, found: Continuation | Finished | Unresumable) -> Break:
+    def _note_break(
+        self, fate: Fate, found: Continuation | Finished | Unresumable, noticed_s: float
+    ) -> Break:
         record = self._call.record
         assert record.plan is not None, "a stream of a call without a plan"
         tokens = found.prompt_tokens_more if isinstance(found, Continuation) else None
         if tokens is None:
             tokens = self._answer.output_tokens() or 0
-        broke = Break(reason_of(fate), record.plan.decode.id, tokens, self._means.clock())
+        broke = Break(reason_of(fate), record.plan.decode.id, tokens, noticed_s)
         record.breaks = (*record.breaks, broke)
         return broke
 
@@ -166,9 +217,12 @@ class Resumer:
             return result
 
     async def _send_to(self, plan: Plan, broke: Break, client_headers: Headers) -> Fate | RungReason:
-        counted = await self._count(plan)
-        context_tokens_max = plan.decode.pool.limits.context_tokens_max
-        found = self._answer.continuation(self._call.path, counted, context_tokens_max)
+        reading = await self._read(plan)
+        if reading.count_body is not None:
+            counted = await self._count(plan, reading.count_body)
+            if counted is not None:
+                reading = await self._read(plan, counted)
+        found = reading.found
         if isinstance(found, Unresumable):
             broke.why = found
             raise RefusedError(stream_lost(found.value))
@@ -180,7 +234,7 @@ class Resumer:
                 "POST",
                 plan.decode.address,
                 found.path,
-                headers=self._headers(plan, client_headers),
+                headers=self._headers(plan, client_headers, found.path),
                 body=found.body,
                 head_timeout_s=means.limits.head_timeout_s,
             )
@@ -201,7 +255,7 @@ class Resumer:
         if not is_plain_stream(response):
             return RungReason.DECODE_ERROR
         try:
-            first = await response.read_chunk(idle_timeout_s=means.limits.head_timeout_s)
+            first = await read_first(response, timeout_s=means.limits.head_timeout_s)
         except StreamError:
             return RungReason.DECODE_ERROR
         means.coordination.handle(ResponseBegan(record.id, wires.served_of(response.header(names.SERVED))))
@@ -209,23 +263,23 @@ class Resumer:
         broke.gap_s = means.clock() - broke.noticed_s
         return await self._answer.relay(response, first, self.watch(), splice=found.splice)
 
-    def _headers(self, plan: Plan, client_headers: Headers) -> Headers:
+    def _headers(self, plan: Plan, client_headers: Headers, path: str) -> Headers:
         """The client's, without what it takes in place of plain text: the head it has says that this is."""
-        sent = self._means.headers(plan, client_headers, self._call.record.id.encode())
+        sent = self._means.headers(plan, client_headers, self._call.record.id.encode(), path)
         return [pair for pair in sent if pair[0] != _ENCODINGS]
 
-    async def _count(self, plan: Plan) -> int | None:
-        """Tokens of the text so far, as an engine counts them; None where it need not, or does not say."""
-        body = self._answer.count_request(self._call.path)
-        if body is None:
-            return None
+    async def _count(self, plan: Plan, body: bytes) -> int | None:
+        """Tokens of the text so far, as an engine counts them; None where it does not say.
+
+        It goes without a plan: sidecars would tell every coordinator of one as of a request that is served.
+        """
         timeout_s = self._means.limits.count_timeout_s
         try:
             response = await self._means.upstream.request(
                 "POST",
                 plan.decode.address,
                 COUNT_PATH,
-                headers=self._headers(plan, self._call.headers),
+                headers=self._headers_for_count(),
                 body=body,
                 head_timeout_s=timeout_s,
             )
@@ -234,6 +288,11 @@ class Resumer:
                 return _count_decoder.decode(raw).count if response.status == 200 else None
         except (WireError, msgspec.DecodeError, UnicodeDecodeError):
             return None
+
+    def _headers_for_count(self) -> Headers:
+        """What the engine wants to know of who asks, which is its key, and whose call it is for."""
+        kept = [pair for pair in self._call.headers if pair[0] == _AUTHORIZATION]
+        return [*kept, (names.REQUEST_ID, self._call.record.id.encode())]
 
     async def _finish(self, found: Finished, broke: Break) -> Fate:
         broke.outcome = BreakOutcome.FINISHED

@@ -1,35 +1,31 @@
 """One answer on its way to the client, from its first byte to its end, from however many engines it comes."""
 
+from asyncio import Future
 from collections.abc import Callable
 from enum import Enum, auto
 
 from pdcoord.front.outputs import OutputCounter, count_kept
+from pdcoord.gateway.first import SIGNS_OF_LIFE, is_plain_stream
 from pdcoord.protocol.errors import Refusal
-from pdcoord.resume.continuation import Continuation, Finished, Unresumable, continue_stream, count_request
 from pdcoord.resume.errors import TornError, UnreadableError
 from pdcoord.resume.passed import read_passed
 from pdcoord.resume.splice import Splice
-from pdcoord.resume.tape import Tape
+from pdcoord.resume.sse import whole_events
+from pdcoord.resume.tape import Tape, seems_whole
+from pdcoord.resume.unresumable import Unresumable
 from pdcoord.wire.asgi import Scope, Send, send_head
 from pdcoord.wire.errors import StalledError, StreamError
 from pdcoord.wire.heads import Headers
 from pdcoord.wire.relay import relay_body
 from pdcoord.wire.response import Response
 
-EVENT_STREAM = b"text/event-stream"
-SIGNS_OF_LIFE = (b":", b"event: ping")
-"""How events begin that are no output: comments (vLLM's --sse-keep-alive-interval) and Anthropic's pings."""
 AGAIN_S = 5.0
 """A silent stream that could not go elsewhere is looked at again after so long."""
+SOON_S = 0.1
+"""The same where it is just being found out whether it could."""
 _ERROR_EVENT = b'data: {"error"'
-_ENDS = (b"[DONE]", b"message_stop", b"response.completed")
-_TAIL_BYTES = 1_024
-
-
-def is_plain_stream(response: Response) -> bool:
-    """Whether a body is an event stream whose bytes can be read as they are."""
-    is_stream = (response.header(b"content-type") or b"").lower().startswith(EVENT_STREAM)
-    return is_stream and response.header(b"content-encoding") is None
+_TAIL_BYTES = 4_096
+_LOOK_BYTES = 16 << 10
 
 
 class Fate(Enum):
@@ -54,6 +50,7 @@ class Answer:
 
     Attributes:
         tape: likewise; None where nothing is kept.
+        why_not_kept: likewise.
     """
 
     def __init__(
@@ -66,7 +63,7 @@ class Answer:
         why_not_kept: Unresumable = Unresumable.API,
     ) -> None:
         self.tape = tape
-        self._why_not_kept = why_not_kept
+        self.why_not_kept = why_not_kept
         self._scope = scope
         self._send = send
         self._response = first_response
@@ -77,6 +74,8 @@ class Answer:
         self._splice: Splice | None = None
         self._error_event = b""
         self._last = b""
+        self._has_output = False
+        self._is_over = False
 
     async def begin(self, headers: Headers) -> None:
         """Send the head."""
@@ -127,6 +126,7 @@ class Answer:
 
     async def end(self, rest: bytes = b"") -> None:
         """Say that the answer is whole; `rest` comes before that."""
+        self._is_over = True
         if self.tape is not None and not rest:
             rest = self.tape.pending  # An engine that leaves out the last blank line has ended all the same.
         if rest:
@@ -138,8 +138,12 @@ class Answer:
 
         The error goes out as an event only where an event may stand: behind a whole one, in a stream that
         is not compressed, and that the sidecar has not ended so already. Elsewhere it would be garbage.
-        An engine's own word for what happened is passed on in place of ours.
+        An engine's own word for what happened is passed on in place of ours. An answer that was ended
+        already, be it that the client has not taken all of that, is left so.
         """
+        if self._is_over:
+            return
+        self._is_over = True
         if self._error_event.startswith(_ERROR_EVENT):
             await self._write(self._error_event)
         elif self._is_plain and self._is_between_events() and not self._has_said_so():
@@ -147,48 +151,27 @@ class Answer:
 
     def seems_whole(self) -> bool:
         """Whether a stream that ended without an error has in its tail what streams end with."""
-        if self.tape is None or not self.tape.is_whole:
-            return True
-        if any(word in self._last[-_TAIL_BYTES:] for word in _ENDS):
-            return True
-        tail = self.tape.passed[-_TAIL_BYTES:] + self.tape.pending
-        return not tail or any(word in tail for word in _ENDS)
+        if self.tape is not None and self.tape.is_whole:
+            return seems_whole(_lines_at_end(self.tape.passed) + self.tape.pending)
+        return self._counter is not None and seems_whole(_lines_at_end(self._counter.tail))
 
-    def continuation(
-        self, path: str, counted_tokens: int | None = None, context_tokens_max: int | None = None
-    ) -> Continuation | Finished | Unresumable:
-        """What would have the stream go on elsewhere.
-
-        Args:
-            counted_tokens: an engine's answer to `count_request`.
-            context_tokens_max: of the endpoint it would go to.
-        """
+    def why_unreadable(self) -> Unresumable | None:
+        """Why nobody can say what the client was given; None where the tape has all of it."""
         if self.tape is None:
-            return self._why_not_kept
-        if not self.tape.is_whole:
-            return Unresumable.TAPE_FULL
-        return continue_stream(
-            path,
-            self.tape.body,
-            self.tape.passed,
-            counted_tokens=counted_tokens,
-            context_tokens_max=context_tokens_max,
-        )
-
-    def count_request(self, path: str) -> bytes | None:
-        """What to ask an engine's /tokenize for the sake of `counted_tokens`; None if that is not needed."""
-        if self.tape is None or not self.tape.is_whole:
-            return None
-        return count_request(path, self.tape.body, self.tape.passed)
+            return self.why_not_kept
+        return None if self.tape.is_whole else Unresumable.TAPE_FULL
 
     def has_output(self) -> bool:
-        """Whether a token was passed on; False where that cannot be told."""
-        if self.tape is None or not self.tape.is_whole:
-            return False
-        try:
-            return read_passed(self.tape.passed).has_output
-        except UnreadableError:
-            return False
+        """Whether a token was passed on; False where that cannot be told.
+
+        Only the beginning and the end are looked at: whoever asks has the event loop.
+        """
+        if not self._has_output and self.tape is not None and self.tape.is_whole:
+            passed = self.tape.passed
+            self._has_output = _has_output(passed[:_LOOK_BYTES]) or _has_output(
+                _lines_at_end(passed, _LOOK_BYTES)
+            )
+        return self._has_output
 
     def begin_again(self) -> None:
         """Forget the unfinished event of a stream that broke off; another one goes on."""
@@ -249,16 +232,33 @@ class Answer:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
 
+def _lines_at_end(data: bytes, bytes_max: int = _TAIL_BYTES) -> bytes:
+    """The last lines of an event stream, none of them without its beginning."""
+    return data if len(data) <= bytes_max else data[-bytes_max:].partition(b"\n")[2]
+
+
+def _has_output(part: bytes) -> bool:
+    """Whether an event of a stream's part, which may be cut at either end, has a token."""
+    for event in whole_events(part)[0]:
+        try:
+            if read_passed(event).has_output:
+                return True
+        except UnreadableError:
+            continue
+    return False
+
+
 class StreamWatch:
     """Tells when a stream that makes no progress is better off elsewhere.
 
-    Silence before the first token is not looked at: an engine that is asked directly sends its first event
-    before it has computed the prompt.
+    Silence before the first token is allowed to be longer: an engine that is asked directly sends its first
+    event before it has computed the prompt.
 
     Args:
         idle_timeout_s: longest silence, signs of life included, of a stream that has to be waited for.
         silence_s_max: how long the core has it wait for a token; None where it cannot go elsewhere.
-        continuation: what would have it go on elsewhere.
+        first_s_max: how much longer it waits for the first.
+        find_out: begins to find out whether the stream could be continued.
         has_output: whether a token has come.
         stands_still: called, perhaps again and again, where it should go elsewhere and cannot.
     """
@@ -268,16 +268,19 @@ class StreamWatch:
         *,
         idle_timeout_s: float,
         silence_s_max: Callable[[], float | None],
-        continuation: Callable[[], Continuation | Finished | Unresumable],
+        first_s_max: Callable[[], float],
+        find_out: Callable[[], Future[bool]],
         has_output: Callable[[], bool],
         stands_still: Callable[[], object],
     ) -> None:
         self.idle_timeout_s = idle_timeout_s
         self._silence_s_max = silence_s_max
-        self._continuation = continuation
+        self._first_s_max = first_s_max
+        self._find_out = find_out
         self._has_output = has_output
         self._stands_still = stands_still
         self._usual_s: float | None = None
+        self._verdict: Future[bool] | None = None
 
     def is_progress(self, part: bytes) -> bool:
         """Whether a part is more than a comment: where looks are as frequent as these, a token is seen."""
@@ -285,8 +288,10 @@ class StreamWatch:
 
     def silence_s_max(self, silent_s: float) -> float:
         """As of wire.response.ProgressWatch; what it costs is only spent on a stream that is silent."""
-        if silent_s <= 0.0 and self._usual_s is not None:
-            return self._usual_s
+        if silent_s <= 0.0:
+            self._verdict = None
+            if self._usual_s is not None:
+                return self._usual_s
         allowed_s = self._silence_s_max()
         if allowed_s is None:
             # There may be somewhere to go by then.
@@ -295,8 +300,14 @@ class StreamWatch:
         if silent_s < allowed_s:
             return allowed_s
         if not self._has_output():
-            return silent_s + AGAIN_S
-        if not isinstance(self._continuation(), Unresumable):
+            allowed_s += self._first_s_max()
+            if silent_s < allowed_s:
+                return allowed_s
+        if self._verdict is None:
+            self._verdict = self._find_out()
+        if not self._verdict.done():
+            return silent_s + SOON_S
+        if self._verdict.result():
             return silent_s
         self._stands_still()
         return silent_s + AGAIN_S

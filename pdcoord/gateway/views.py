@@ -101,7 +101,7 @@ class CanaryRow(msgspec.Struct, frozen=True, kw_only=True):
     """What canaries say of a path whose pools are unlike.
 
     Attributes:
-        state: of the pair of pools: untried, passed, failed, unjudged.
+        state: of the pair of pools: untried, passed, unproven, failed, unjudged.
         fault: why the path is shut, or would be were canaries enforced; empty if nothing speaks against it.
         detail: of the pair's last canary that said something; `position` is the output token, from 0, at
             which its answers parted first.

@@ -7,6 +7,7 @@ from pdcoord.core.fleet import EngineKind, Role
 from pdcoord.core.model import PrefixMode, SplitMode
 from pdcoord.policy.checks import Fault, Parts
 from pdcoord.policy.errors import Problem, quote
+from pdcoord.protocol.plans import RungKind
 from transfer.verdict import verdict
 
 
@@ -14,7 +15,7 @@ def warnings_of(all_parts: Iterable[Parts]) -> Iterator[Problem]:
     """Warnings about complete documents, in the order of the file."""
     addresses: dict[str, str] = {}
     for parts in all_parts:
-        faults = [*_unused(parts), *_alone(parts), *_prefixes(parts)]
+        faults = [*_unused(parts), *_alone(parts), *_prefixes(parts), *_rungs(parts)]
         if parts.mode is not SplitMode.NEVER:
             faults += [*_links(parts), *_kv_sizes(parts)]
         yield from (parts.document.problem(path, message) for path, message in faults)
@@ -71,6 +72,24 @@ def _prefixes(parts: Parts) -> Iterator[Fault]:
             ("model", "tokenizer", "file"),
             f"is {quote(file)}, which is no file here, so prompts are asked of the engines",
         )
+
+
+def _rungs(parts: Parts) -> Iterator[Fault]:
+    """Figures for a rung that the ladder does not have, and a rung that none may take."""
+    spec = parts.fallback
+    if spec is None:
+        return
+    told = spec.model_fields_set
+    if "resume" in told and RungKind.RESUME not in spec.ladder:
+        yield ("fallback", "resume"), "is not used: fallback.ladder has no resume; add it there"
+    if "hedge" in told and spec.hedge.share_max > 0.0 and RungKind.OTHER_DECODE not in spec.ladder:
+        yield ("fallback", "hedge"), "is not used: fallback.ladder has no other-decode; add it there"
+    for name, rung in (
+        ("other_decode_max", RungKind.OTHER_DECODE),
+        ("other_prefill_max", RungKind.OTHER_PREFILL),
+    ):
+        if name in told and getattr(spec, name) == 0 and "ladder" in told and rung in spec.ladder:
+            yield ("fallback", name), f"is 0, so the rung {rung} in fallback.ladder is never taken"
 
 
 def _links(parts: Parts) -> Iterator[Fault]:

@@ -7,6 +7,7 @@ from itertools import combinations
 from pdcoord.core.fleet import Pool, Role
 from pdcoord.core.model import PrefixMode, SplitMode
 from pdcoord.policy.errors import KeyPath, Problem, quote
+from pdcoord.policy.fallbackschema import FallbackSpec
 from pdcoord.policy.poolschema import PoolSpec
 from pdcoord.policy.schema import DisaggregationSpec, ModelSpec
 from pdcoord.policy.yamltext import Document
@@ -43,6 +44,7 @@ class Parts:
     pools: tuple[PoolPart, ...]
     is_complete: bool
     disaggregation: DisaggregationSpec | None
+    fallback: FallbackSpec | None = None
 
     @property
     def mode(self) -> SplitMode | None:

@@ -53,7 +53,8 @@ class ResumeSpec(Spec):
         le=8,
         description=(
             "Continuations of one stream, those that fail included. 3 outlives a dead pod, one that is "
-            "restarting and one more."
+            "restarting and one more. Those made since an endpoint drained are not counted; with them there "
+            "are 16 at most."
         ),
     )
     age_s_max: float = Field(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pdcoord.core.fleet import ModelName
 from pdcoord.policy.checks import Parts, PoolPart, problems_of
 from pdcoord.policy.errors import PolicyError, Problem
+from pdcoord.policy.fallbackschema import FallbackSpec
 from pdcoord.policy.forms import flattened
 from pdcoord.policy.pools import compile_pool
 from pdcoord.policy.poolschema import PoolSpec
@@ -92,6 +93,7 @@ def parts_of(policy: PolicyDocument) -> Parts:
         pools=tuple(pools),
         is_complete=True,
         disaggregation=policy.spec.disaggregation,
+        fallback=policy.spec.fallback,
     )
 
 
@@ -115,6 +117,7 @@ def _salvage(document: Document) -> Parts:
         pools=tuple(parts),
         is_complete=0 < len(parts) == len(pools),
         disaggregation=_read_part(data.get("disaggregation", {}), DisaggregationSpec),
+        fallback=_read_part(data.get("fallback", {}), FallbackSpec),
     )
 
 

@@ -290,7 +290,8 @@ class CanarySpec(Spec):
             "off: nothing is tried. observe: tried and told, and nothing is shut. enforce: such a pair "
             "carries no request before its first canary passed, and none while its last one failed. enforce, "
             "since a wrong pair answers 200 with wrong tokens, and a right one waits a second or so. With a "
-            "sidecar that is not pdcoord's nothing says that a prompt was split: there use observe."
+            "sidecar that is not pdcoord's nothing says that a prompt was split: there a right answer leaves "
+            "the pair open and unproven."
         ),
     )
     interval_s: float = Field(

@@ -52,6 +52,11 @@ class FileWatch:
             return reading
         return None
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last look found nothing that may still change."""
+        return self._pending is None
+
     def _read(self) -> Reading:
         try:
             content = read_bytes(self._path)

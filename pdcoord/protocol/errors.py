@@ -58,6 +58,8 @@ class RungReason(StrEnum):
     """A stream made no progress though the engine accepts and answers probes."""
     DECODE_DRAINING = "decode-draining"
     TARGET_NOT_ALLOWED = "target-not-allowed"
+    PLAN_REFUSED = "plan-refused"
+    """The sidecar does not believe the plan's signature; the engine behind it was not asked."""
     PATH_SHUT = "path-shut"
     """Nothing was sent: every coordinator called the path open or impossible by then."""
 

@@ -1,8 +1,8 @@
 """Signatures of what steers a sidecar: HMAC-SHA256 under keys that rotate; pure.
 
 `x-pdcoord-plan-signature: v1;kid=NAME;ts=UNIX_SECONDS;mac=64_HEX_DIGITS`. The code is taken over the
-version, the key's name, the time, the request's id, the plan, the prefill targets for a foreign sidecar and
-the leg, each behind its length in bytes as ASCII digits and a colon.
+version, the key's name, the time, the method, the target, the request's id, the plan, the prefill targets for
+a foreign sidecar and the leg, each behind its length in bytes as ASCII digits and a colon.
 """
 
 import hashlib
@@ -45,14 +45,17 @@ class Doubt(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """What a signature stands for: all that a sidecar takes from headers.
+    """What a signature stands for: which call it is, and all that a sidecar takes from headers.
 
     Attributes:
+        method: as it is sent; the target likewise: the path and, unless it is empty, `?` and the query.
         plan: value of x-pdcoord-plan, empty for none; the others likewise.
         prefills: value of x-prefiller-host-port.
         leg: value of x-pdcoord-leg.
     """
 
+    method: bytes
+    target: bytes
     request_id: bytes
     plan: bytes = b""
     prefills: bytes = b""
@@ -121,7 +124,8 @@ class PlanKeys:
 
     def _mac(self, name: bytes, time: bytes, what: Steering) -> bytes:
         code = self._started[name].copy()
-        parts = (_VERSION, name, time, what.request_id, what.plan, what.prefills, what.leg)
+        head = (_VERSION, name, time, what.method, what.target)
+        parts = (*head, what.request_id, what.plan, what.prefills, what.leg)
         code.update(b"".join([b"%d:%b" % (len(part), part) for part in parts]))
         return code.hexdigest().encode("ascii")
 

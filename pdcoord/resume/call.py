@@ -3,6 +3,7 @@
 Fields: OpenAI API reference (2026-11), vLLM 0.32 ChatCompletionRequest and CompletionRequest, SGLang 0.5.23.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,14 @@ _FORBIDDING = {
     "thinking_budget": Unresumable.REASONING,
 }
 _GUIDED_PREFIX = "guided_"
-_THINKING = ("enable_thinking", "thinking")
+# What chat templates take in chat_template_kwargs so that a model thinks, and the words that switch it off.
+_THINKING = frozenset(
+    """
+    enable_thinking thinking think thinking_mode thinking_budget enable_reasoning reasoning reasoning_effort
+    reasoning_mode reasoning_budget
+    """.split()  # noqa: SIM905  # as the lists above
+)
+_OFF = frozenset({"none", "off", "no", "false", "disabled", "no_think", "nothink", "chat"})
 # What a completion would not take, or would take for something else, of a chat's members.
 CHAT_ONLY = frozenset(
     """
@@ -140,6 +148,12 @@ class Call:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UnreadableError("messages is not a list of objects") from error
 
+    def rendered_texts(self) -> Iterator[str]:
+        """What of a chat may itself open reasoning: a template of its own, and the answer that it begins."""
+        messages = self.messages() if self.is_set("continue_final_message") else []
+        begun = _decoded(messages[-1].get("content", NULL)) if messages else None
+        yield from (text for text in (self.value("chat_template"), begun) if isinstance(text, str))
+
     def has_media(self) -> bool:
         """Whether a message of a chat may hold more than text."""
         contents = [_decoded(message.get("content", NULL)) for message in self.messages()]
@@ -197,12 +211,18 @@ def _guided(call: Call) -> Unresumable | None:
 
 def _reasons(call: Call) -> Unresumable | None:
     options = call.value("chat_template_kwargs")
-    is_thinking = isinstance(options, dict) and any(options.get(name) for name in _THINKING)
+    is_thinking = isinstance(options, dict) and any(_is_on(options.get(name)) for name in _THINKING)
     # Without include_reasoning an engine keeps the tokens of the reasoning to itself.
     is_hidden = any(
         call.value(name) is False for name in ("include_reasoning", "separate_reasoning", "stream_reasoning")
     )
     return Unresumable.REASONING if is_thinking or is_hidden else None
+
+
+def _is_on(option: Any) -> bool:
+    if isinstance(option, dict):
+        option = option.get("type", True)
+    return option.lower() not in _OFF if isinstance(option, str) and option else bool(option)
 
 
 def _decoded(raw: msgspec.Raw) -> Any:

@@ -17,7 +17,8 @@ __all__ = ["Continuation", "Finished", "Unresumable", "continue_stream", "count_
 _TRUE = msgspec.Raw(b"true")
 _FALSE = msgspec.Raw(b"false")
 _NULL = msgspec.Raw(b"null")
-_REASONING_TAGS = ("think>", "<|channel|>", "[THINK]")
+# Of what opens and closes reasoning in text, for the models that vLLM 0.32 has parsers for.
+_REASONING_TAGS = ("<think", "</think", "think>", "<|channel", "THINK]", "_THINKING|>", "think\u25b7")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +203,14 @@ def _all_tokens(seen: Passed) -> int | None:
 
 
 def _why_no_text(call: Call, seen: Passed) -> Unresumable | None:
-    """What forbids that a chat's partial answer goes back as a message."""
+    """What forbids that a chat's partial answer goes back as a message.
+
+    Reasoning that no parser took out is one: templates drop it from messages, or write it anew. Where the
+    template itself opens it, the text shows nothing of that until it is closed.
+    """
     if not call.is_chat:
         return None
-    # Reasoning that no parser took out: templates drop it from messages, or write it anew.
-    if any(tag in seen.text for tag in _REASONING_TAGS):
+    if any(tag in text for text in (seen.text, *call.rendered_texts()) for tag in _REASONING_TAGS):
         return Unresumable.REASONING
     return None if _may_append(call) else Unresumable.TEMPLATE
 

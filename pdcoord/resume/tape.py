@@ -3,13 +3,14 @@
 import msgspec
 
 from pdcoord.resume.errors import TornError
-from pdcoord.resume.sse import data_of, end_of_last, whole_events
+from pdcoord.resume.sse import DONE, data_of, end_of_last, whole_events
 
-__all__ = ["Shelf", "Tape", "TornError"]
+__all__ = ["Shelf", "Tape", "TornError", "seems_whole"]
 
 _ERROR = b'"error"'
 _ABORT = b'"abort"'
 _FAILED_TYPES = frozenset({"error", "response.failed"})
+_LAST_TYPES = frozenset({"message_stop", "response.completed", "response.incomplete"})
 
 
 class Shelf:
@@ -129,6 +130,25 @@ class Tape:
         self._parts = []
         self.pending = b""
         self.is_whole = False
+
+
+def seems_whole(passed: bytes) -> bool:
+    """Whether a stream that ended without an error ends with what streams end with.
+
+    That is a last event `data: [DONE]`, or one whose type says so: Anthropic's message_stop, and what ends a
+    stream of /v1/responses. Comments may follow it; the same words inside an event's text are none.
+
+    Args:
+        passed: the stream or no less than its last event, which may lack its blank line.
+    """
+    events, rest = whole_events(passed)
+    said = next((data for event in (rest, *reversed(events)) if (data := data_of(event)) is not None), b"")
+    if said == DONE:
+        return True
+    try:
+        return _event_decoder.decode(said or b"{}").type in _LAST_TYPES
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 class _Choice(msgspec.Struct):

@@ -22,7 +22,13 @@ class Unresumable(StrEnum):
     """The grammar's state is where the engine was, and another's would begin at its start."""
     TOOL_CALLS = "tool-calls"
     REASONING = "reasoning"
-    """What was reasoned is not in the prompt that a chat template makes of the partial answer."""
+    """What was reasoned is not in the prompt that a chat template makes of the partial answer.
+
+    Told by the stream's own fields, by what switches reasoning on in the request, and by tags in its text. A
+    template that opens reasoning unasked, before an engine without a reasoning parser, shows none of them
+    until the closing tag: such a stream that breaks off earlier is continued, as an answer. Token ids, or the
+    engine's parser, prevent that.
+    """
     PENALTIES = "penalties"
     """frequency_penalty and presence_penalty count output tokens, and what was output becomes prompt.
 

@@ -17,6 +17,7 @@ from pdcoord.front.rates import RateKind
 from pdcoord.policy.errors import PolicyError
 from pdcoord.runtime import key_metrics as catalog
 from pdcoord.runtime.metricspec import MetricSpec
+from pdcoord.runtime.secured import SecretError, written
 from pdcoord.runtime.settings import CoordinatorSettings
 from pdcoord.wire.plankeys import unix_now_s
 
@@ -30,6 +31,14 @@ class KeyFile(StrEnum):
     KEYS = "keys"
     ADMIN = "admin-key"
     ENGINE = "engine-key"
+
+
+_FIELDS: dict[str, str] = {
+    KeyFile.KEYS: "keys_file",
+    KeyFile.ADMIN: "admin_key_file",
+    KeyFile.ENGINE: "engine_key_file",
+}
+"""The setting of each."""
 
 
 class Access:
@@ -63,10 +72,13 @@ class Access:
         """Put in force what the files hold before the process runs.
 
         Raises:
-            PolicyError: if any of them cannot be used; a process should not start so.
+            SecretError: if any of them cannot be used; a process should not start so.
         """
         for file, use in self._files:
-            use(file.load_first())
+            try:
+                use(file.load_first())
+            except PolicyError as error:
+                raise SecretError(f"{written(_FIELDS[file.name])}: {error}") from error
 
     async def poll(self) -> None:
         """Look at the files again; a change counts when two polls in a row find it.

@@ -35,7 +35,7 @@ class CanaryRecord:
         tell = self._log.info
         if finding.outcome.is_failure:
             tell = self._log.error
-        elif finding.outcome is CanaryOutcome.INCONCLUSIVE:
+        elif finding.outcome is not CanaryOutcome.PASSED:
             tell = self._log.warning
         tell(
             "canary.judged",

@@ -74,7 +74,7 @@ class SecuredSettings(BaseSettings):
             if getattr(self, one) is not None and getattr(self, other) is None:
                 raise ValueError(
                     f"{written(one)} is {str(getattr(self, one))!r}, which needs {written(other)}: "
-                    "set both or neither"
+                    "set that too"
                 )
         return self
 
@@ -107,6 +107,9 @@ class Secured:
 
     async def run(self) -> None:
         """Follow the files until cancelled."""
+        for tls in (self.listener, self.admin, self.upstream):
+            if tls is not None and tls.doubt is not None:
+                self._log.warning("secret.doubtful", files=tls.name, why=tls.doubt)
         parts: tuple[Followed | None, ...] = (self.listener, self.admin, self.upstream, self.plan_keys)
         await follow((part for part in parts if part is not None), self._tell)
 

@@ -156,7 +156,12 @@ class CoordinatorSettings(SecuredSettings):
                 "PDCOORD_CONTROL_CERT_FILE: sidecars show certificates on encrypted streams only"
             )
         if self.control_port is None and (self.control_key_file or self.control_cert_file):
-            raise ValueError("PDCOORD_CONTROL_PORT is not set, and without it no key or certificate is used")
+            field = "KEY_FILE" if self.control_key_file else "CERT_FILE"
+            value = _path(self.control_key_file or self.control_cert_file)
+            raise ValueError(
+                f"PDCOORD_CONTROL_{field} is {value}, and without PDCOORD_CONTROL_PORT nothing uses it: "
+                "set the port, or leave the file out"
+            )
         return self
 
     def scrape_limits(self) -> ScrapeLimits:

@@ -58,6 +58,7 @@ class Generation:
     Attributes:
         choices_each: answers wanted for each prompt.
         is_prefill_leg, ticket, kv: of the first choice of the first prompt; the others compute alone.
+        shows_stop: include_stop_str_in_output.
         wants_bytes: move real KV as well, if this engine holds any.
         wants_ids: return_token_ids.
         wants_usage: a last chunk with the usage; wants_usage_always: usage in every chunk.
@@ -69,6 +70,7 @@ class Generation:
     output_tokens_max: int | None
     ignores_eos: bool
     stops: tuple[str, ...]
+    shows_stop: bool
     is_prefill_leg: bool
     ticket: RemoteTicket | None
     kv: KvTicket | None
@@ -134,6 +136,7 @@ def read_generation(
         output_tokens_max=limit,
         ignores_eos=body.get("ignore_eos") is True,
         stops=_stops(body),
+        shows_stop=body.get("include_stop_str_in_output") is True,
         is_prefill_leg=settings.engine is EngineKind.VLLM and params.get("do_remote_decode") is True,
         ticket=read_ticket(params) if settings.engine is EngineKind.VLLM else None,
         kv=read_kv(params),

@@ -201,7 +201,7 @@ class Run:
         for stop in stops:
             at = part.text.find(stop, max(0, searched - len(stop) + 1))
             if at >= 0:
-                part.text = part.text[:at]
+                part.text = part.text[: at + len(stop) * self.generation.shows_stop]
                 part.choice.finish = "stop"
                 part.cached_tokens = self.host.model.cached_tokens_of(part.request.id)
                 self.host.abort(part.request.id)
@@ -210,7 +210,9 @@ class Run:
 
     def _show(self, part: _Part) -> str:
         """Text that has become certain since the last call."""
-        held = max((len(stop) - 1 for stop in self.generation.stops), default=0)
+        # As vLLM 0.32: what is shown in any case is not held back.
+        stops = () if self.generation.shows_stop else self.generation.stops
+        held = max((len(stop) - 1 for stop in stops), default=0)
         end = len(part.text) if part.choice.finish else max(part.shown, len(part.text) - held)
         shown, part.shown = part.text[part.shown : end], end
         part.choice.text += shown

@@ -31,7 +31,7 @@ class Stamp:
 
     def __init__(self, paths: Iterable[Path | None]) -> None:
         self._paths = tuple(path for path in paths if path is not None)
-        self._seen: tuple[tuple[int, int, int] | None, ...] = ()
+        self._seen: tuple[tuple[int, ...] | None, ...] = ()
 
     def is_changed(self) -> bool:
         """A file that is gone counts as changed, once."""
@@ -41,12 +41,13 @@ class Stamp:
         return is_changed
 
 
-def _look(path: Path) -> tuple[int, int, int] | None:
+def _look(path: Path) -> tuple[int, ...] | None:
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    # The mode too: a file may be refused for who can read it, and chmod changes nothing else.
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_mode
 
 
 async def follow(

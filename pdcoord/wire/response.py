@@ -46,6 +46,7 @@ class Response:
         headers: in order, hop-by-hop ones too; `heads.end_to_end` gives what a proxy may pass on.
         last: what `pump` handed on last; b"" before that.
         part_count: how often it did; who watches a stream's progress compares two looks at this.
+        is_held_up: `pump` waits for its sink, so that what is not handed on says nothing of who sends it.
         chunks: body bytes not read yet; the parser appends to this list, so it is never replaced.
     """
 
@@ -70,6 +71,7 @@ class Response:
         "_watch",
         "chunks",
         "headers",
+        "is_held_up",
         "last",
         "part_count",
         "status",
@@ -82,6 +84,7 @@ class Response:
         self.headers: Headers = []
         self.last = b""
         self.part_count = 0
+        self.is_held_up = False
         self.chunks: list[bytes] = []
         self._loop = loop
         self._transport = transport
@@ -181,7 +184,9 @@ class Response:
                 if pause is None:
                     pause = await self._push_to(sink, idle_timeout_s)
                 if pause is not None:
+                    self.is_held_up = True
                     await pause
+                    self.is_held_up = False
                     self._progress()
             except BaseException:
                 self._abandon()

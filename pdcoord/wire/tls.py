@@ -4,7 +4,7 @@ import ssl
 from pathlib import Path
 
 from pdcoord.wire.followed import Stamp
-from pdcoord.wire.pem import PemError, check_pem
+from pdcoord.wire.pem import PemError, check_pem, date_fault
 
 HANDSHAKE_S_MAX = 10.0
 """Of a client that connects and says nothing, or says it slowly."""
@@ -34,7 +34,11 @@ class _Current(ssl.SSLContext):
 
 
 class _Tls:
-    """Files, and what was last made of them."""
+    """Files, and what was last made of them.
+
+    Attributes:
+        doubt: what is wrong with the dates of the certificate that a process started with.
+    """
 
     def __init__(
         self, name: str, protocol: int, *, cert: Path | None, key: Path | None, ca: Path | None
@@ -44,6 +48,7 @@ class _Tls:
         self._cert, self._key, self._ca = cert, key, ca
         self._stamp = Stamp((cert, key, ca))
         self.context = _Current(protocol)
+        self.doubt: str | None = None
         self.look()
 
     def look(self) -> bool:
@@ -53,13 +58,25 @@ class _Tls:
         # Tried apart from the context in force, which a chain without its key would spoil.
         check_pem(self._cert, self._key, self._ca)
         try:
+            self._check_dates()
             self.context.inner = self._make()
+        except PemError:
+            raise
         except (OSError, ValueError) as error:
             # Replaced between the trial and the reading: the next look finds another stamp.
             path = self._cert or self._ca
             assert path is not None, "TLS without any file is not asked for"
             raise PemError("cert", path, f"cannot be used: {error}") from error
         return True
+
+    def _check_dates(self) -> None:
+        """A bad date at the start is a doubt, since there is nothing better; later it is a fault."""
+        if self._cert is None or self._key is None:
+            return
+        fault = date_fault(self._cert, self._key)
+        if fault is not None and hasattr(self.context, "inner"):
+            raise PemError("cert", self._cert, fault)
+        self.doubt = None if fault is None else f"{self._cert}: {fault}"
 
     def _make(self) -> ssl.SSLContext:
         context = ssl.SSLContext(self._protocol)

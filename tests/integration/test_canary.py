@@ -66,6 +66,7 @@ class Site:
         self.ports = dict(zip(("p", "d", "pod", "p-side", "d-side"), free_ports(5), strict=True))
         self.log = LogCapture()
         self._engine: AsyncExitStack | None = None
+        self.decode_port = "pod"
 
     async def start_decode(self, **more: Any) -> None:
         """The decode engine, at the address where the sidecar expects it; another one is stopped first."""
@@ -151,7 +152,7 @@ class Site:
             "canary": canary,
             "pools": [
                 pool("fast", "prefill", "nvidia", self.ports["p"], declared | prefill),
-                pool("wide", "decode", "intel-gaudi", self.ports["pod"], declared),
+                pool("wide", "decode", "intel-gaudi", self.ports[self.decode_port], declared),
             ],
         }
         path.write_text(json.dumps(policy))
@@ -167,12 +168,18 @@ async def site(
     decode: dict[str, Any],
     declared_prefill: dict[str, Any] | None = None,
     canary: dict[str, Any] | None = None,
+    decode_port: str = "pod",
 ) -> AsyncIterator[Site]:
-    """Everything started, and both endpoints ready."""
+    """Everything started, and both endpoints ready.
+
+    Args:
+        decode_port: where the policy has the decode endpoint: at the sidecar, or past it at the engine.
+    """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(asyncio.timeout(2.0 * WAIT_S))
         client = await stack.enter_async_context(Client())
         made = Site(folder, client)
+        made.decode_port = decode_port
         fleet = fleet_of("p", made.ports["p"], made.ports["p-side"], **prefill)
         await stack.enter_async_context(running(fleet, fleet.engines))
         await made.start_decode(**decode)
@@ -264,6 +271,25 @@ async def test_an_unlike_pair_that_works_is_opened(tmp_path: Path) -> None:
         row = await made.path()
         assert (row["verdict"], row["breaker"], row["fault"]) == ("regroup", "closed", "")
         assert made.judged()[-1]["outcome"] == "passed"
+        decision, text = await made.ask()
+        assert decision == "split; split-always"
+        assert text == await made.ask_engine()
+
+
+async def test_without_a_sidecar_of_ours_a_right_pair_is_open_and_unproven(tmp_path: Path) -> None:
+    nixl = {"connector": "nixl", **BLOCKS_32}
+    async with site(tmp_path, declared=NIXL, prefill=nixl, decode=nixl, decode_port="d") as made:
+
+        async def is_unproven() -> bool:
+            return await made.state("unproven") == 1.0
+
+        await made.until(is_unproven)
+        row = await made.path()
+        assert (row["breaker"], row["fault"], row["canary"]["state"]) == ("closed", "", "unproven")
+        assert "no sidecar of ours" in row["canary"]["detail"]
+        judged = made.judged()[-1]
+        assert (judged["outcome"], judged["log_level"]) == ("unproven", "warning")
+        assert await made.metric("pdcoord_gateway_canaries_total", outcome="unproven") == 1.0
         decision, text = await made.ask()
         assert decision == "split; split-always"
         assert text == await made.ask_engine()

@@ -95,6 +95,10 @@ async def test_an_answer_ends_of_itself_or_at_a_stop_string() -> None:
         cut = await client.chat.completions.create(model=MODEL, messages=MESSAGES, stop=[stop, "never"])
         assert cut.choices[0].finish_reason == "stop"
         assert cut.choices[0].message.content == text[: text.index(stop)]
+        kept = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, stop=stop, extra_body={"include_stop_str_in_output": True}
+        )
+        assert kept.choices[0].message.content == text[: text.index(stop) + len(stop)]
         streamed = ""
         async for chunk in await client.chat.completions.create(
             model=MODEL, messages=MESSAGES, stop=stop, stream=True

@@ -413,13 +413,19 @@ async def test_what_a_picker_with_keys_lets_pass_is_signed() -> None:
     rules = PickRules(passed=frozenset({"/v1/audio/transcriptions"}))
     async with staged(Stage(1, rules=rules)) as stage:
         stage.picker.sign = lambda what: [(PLAN_SIGNATURE, keys.sign(what, 1.0))]
-        for path in ("/v1/chat/completions", "/v1/audio/transcriptions"):
+        for path, signed in (
+            ("/v1/chat/completions?a=1", "/v1/chat/completions?a=1"),
+            ("/v1/chat/%63ompletions/?", "/v1/chat/completions"),
+            ("/v1/audio/transcriptions?", "/v1/audio/transcriptions"),
+            ("/v1/audio/transcriptions?a", "/v1/audio/transcriptions?a"),
+        ):
             envoy = stage.open()
             await envoy.head({":method": "POST", ":path": path, "x-pdcoord-plan-signature": "mine"})
-            if path == "/v1/chat/completions":
+            if "audio" not in path:
                 await envoy.body(BODY)
             found = headers_of((await envoy.read()).request_headers)
-            what = Steering(found["x-request-id"], plan=found.get("x-pdcoord-plan", b""))
+            call = (b"POST", signed.encode(), found["x-request-id"])
+            what = Steering(*call, plan=found.get("x-pdcoord-plan", b""))
             assert keys.doubt(what, found["x-pdcoord-plan-signature"], 1.0) is None
 
 

@@ -317,7 +317,10 @@ async def gateway(
     log = structlog.wrap_logger(
         None, processors=[lines], wrapper_class=structlog.make_filtering_bound_logger("info")
     )
-    settings = load_settings(policy=path, port=0, admin_port=0, scrape_interval_s=0.05, drain_s=5.0)
+    # Client, gateway and engines share one loop here: a busy moment must not make engines unreachable.
+    settings = load_settings(
+        policy=path, port=0, admin_port=0, scrape_interval_s=0.05, scrape_deadline_s=20.0, drain_s=5.0
+    )
     process = Process(settings, GatewayFront(settings), log)
     process.files.load_first()
     stop, started = asyncio.Event(), asyncio.Event()
@@ -379,6 +382,16 @@ async def test_wherever_a_stream_is_cut_the_client_reads_one(
     assert script.open_streams == 0
 
 
+async def test_a_clean_end_in_the_middle_is_told_of_where_nobody_can_go_on(tmp_path: Path) -> None:
+    path, asked = asked_of(TEXT, guided_regex="( w[0-9])+")
+    script = Script(how="end", cut=len(b"".join(events_of("a", path, asked)[:4])))
+    async with gateway(tmp_path, script) as made:
+        answer = await made.call(path, asked)
+        assert not answer.is_complete
+        assert b"stream-lost" in answer.body
+        await made.settle()
+
+
 @pytest.mark.parametrize("how", ["end", "error"])
 async def test_an_engine_that_ends_its_stream_itself_is_replaced_too(tmp_path: Path, how: str) -> None:
     path, asked = asked_of(TEXT)
@@ -405,6 +418,19 @@ async def test_a_stream_that_stands_still_moves_though_its_engine_gives_signs_of
         await made.settle()
         (broke,) = [event for event in made.events if type(event).__name__ == "StreamBroke"]
         assert (broke.reason, broke.output_tokens) == ("decode-stalled", 4)  # type: ignore[union-attr]
+    assert script.open_streams == 0, "the engine that hung was not let go of"
+
+
+async def test_an_engine_that_only_gives_signs_of_life_is_outrun(tmp_path: Path) -> None:
+    path, asked = asked_of(IDS)
+    script = Script(how="breathe", cut=0)
+    script.seen["r-hedge"] = [("", {})]  # What comes second under an id is answered well.
+    async with gateway(tmp_path, script) as made:
+        answer = await made.call(path, asked)
+        assert (answer.text, answer.is_complete) == ("".join(WORDS), True)
+        assert KEEP_ALIVE not in answer.body
+        await made.settle()
+        assert made.told("r") == ["HedgeAsked", "HedgeOver", "ResponseBegan", "RequestEnded"]
     assert script.open_streams == 0, "the engine that hung was not let go of"
 
 

@@ -989,6 +989,48 @@ async def test_bad_bodies(body: bytes, status: int, reason: str) -> None:
         assert answer.header(b"x-request-id")
 
 
+async def test_all_bodies_together_are_bounded_and_whoever_is_done_gives_room_back() -> None:
+    is_free = asyncio.Event()
+
+    async def wait(seen: Seen) -> None:
+        await is_free.wait()
+        await speak(seen)
+
+    flags = "--body-bytes-max 4096 --bodies-bytes-max 4096"
+    async with engine(wait) as d, sidecar(d, flags=flags) as s, asyncio.TaskGroup() as group:
+        for _ in range(3):
+            assert (await s.call(b"{" * 3_000)).status == 400
+        body = {**request(), "user": "u" * 3_000}
+        running = group.create_task(s.call(body))
+        await until(lambda: len(d.requests) == 1)
+        answer = await s.call(body)
+        assert (answer.status, answer.reason, answer.header(b"retry-after")) == (429, "saturated", b"1")
+        is_free.set()
+        assert (await running).status == 200
+        await until(lambda: s.proxy.in_flight == 0)
+        assert (await s.call(body)).status == 200
+        assert await s.metric('refusals_total{reason="saturated"}') == 1
+
+
+async def test_more_requests_than_may_be_served_are_refused_and_probes_are_not() -> None:
+    is_free = asyncio.Event()
+
+    async def wait(seen: Seen) -> None:
+        await is_free.wait()
+        await speak(seen)
+
+    async with engine(wait) as d, sidecar(d, flags="--live-max 1") as s, asyncio.TaskGroup() as group:
+        running = group.create_task(s.call(request()))
+        await until(lambda: len(d.requests) == 1)
+        answer = await s.call(request())
+        assert (answer.status, answer.reason, answer.header(b"retry-after")) == (429, "saturated", b"1")
+        assert (await s.call(b"", method="GET", path="/livez")).status == 200
+        is_free.set()
+        assert (await running).status == 200
+        await until(lambda: s.proxy.in_flight == 0)
+        assert (await s.call(request())).status == 200
+
+
 async def test_a_bad_plan_is_refused() -> None:
     async with engine(speak) as d, sidecar(d) as s:
         answer = await s.call(request(), (b"x-pdcoord-plan", b"{"))

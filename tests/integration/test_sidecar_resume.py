@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +32,7 @@ ANSWER = "".join(WORDS)
 NOWHERE = HostPort("")
 SSE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 STALL_MS = 400.0
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 # Engines.
@@ -54,12 +57,15 @@ class Engine:
 
     Attributes:
         cut: bytes of its first stream's body after which it does as `how` says; None for a whole stream.
-        how: reset, hang, error (an error event), abort (finish_reason abort) or wait (until `gate` is set).
+        how: reset, hang, error (an error event), abort (finish_reason abort), wait (until `gate` is set), end
+            (the body ends there as a whole one does) or breathe (comments, until `gate` is set).
+        pad: of each event.
     """
 
     name: str
     cut: int | None = None
     how: str = "reset"
+    pad: str = ""
     is_dead: bool = False
     address: HostPort = NOWHERE
     seen: list[Seen] = field(default_factory=list)
@@ -96,9 +102,9 @@ class Engine:
             await self.stream(seen, reader, writer)
 
     async def stream(self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        whole = b"".join(events(self.name, seen))
+        whole = b"".join(events(self.name, seen, self.pad))
         cut = self.cut if len(self.seen) == 1 else None
-        if cut is not None and self.how not in {"reset", "hang"}:
+        if cut is not None and self.how not in {"reset", "hang", "end", "breathe"}:
             cut = whole.rfind(b"\n\n", 0, cut) + 2  # Behind a whole event.
         sent = whole[:cut]
         writer.write(SSE_HEAD + (b"%x\r\n%b\r\n" % (len(sent), sent) if sent else b""))
@@ -111,7 +117,14 @@ class Engine:
                 pass
             case "hang":
                 await reader.read()
-            case "wait":
+            case "end":
+                writer.write(b"0\r\n\r\n")
+                return
+            case "wait" | "breathe":
+                while self.how == "breathe" and not self.gate.is_set():
+                    writer.write(b"%x\r\n%b\r\n" % (len(KEEP_ALIVE), KEEP_ALIVE))
+                    await asyncio.sleep(STALL_MS / 1e4)
+                    await writer.drain()
                 await self.gate.wait()
                 rest = whole[cut:]
                 writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(rest), rest))
@@ -128,7 +141,7 @@ class Engine:
         writer.transport.abort()
 
 
-def events(name: str, seen: Seen) -> list[bytes]:
+def events(name: str, seen: Seen, pad: str = "") -> list[bytes]:
     """The answer to one call, as vLLM words it."""
     body, is_chat = seen.body, seen.target == CHAT
     if is_chat:
@@ -147,7 +160,7 @@ def events(name: str, seen: Seen) -> list[bytes]:
     else:
         told += [{"text": word, "finish_reason": None} for word in words]
         told[-1]["finish_reason"] = "length" if limit is not None and len(words) == limit else "stop"
-    head = {"id": f"{name}-{len(seen.raw)}", "created": 1, "model": "m"}
+    head = {"id": f"{name}-{len(seen.raw)}", "created": 1, "model": "m"} | ({"pad": pad} if pad else {})
     chunks = [head | {"choices": [{"index": 0, **choice}]} for choice in told]
     if body.get("stream_options", {}).get("include_usage"):
         prompt = 1 + done
@@ -200,8 +213,8 @@ class Answer:
 
     @property
     def chunks(self) -> list[Any]:
-        lines = [line.removeprefix("data: ") for line in self.body.decode().split("\n\n") if line]
-        return [json.loads(line) for line in lines if line != "[DONE]"]
+        lines = [line.removeprefix("data: ") for line in self.body.decode().split("\n\n")]
+        return [json.loads(line) for line in lines if line and line[0] != ":" and line != "[DONE]"]
 
     @property
     def text(self) -> str:
@@ -357,7 +370,7 @@ async def test_whatever_byte_a_stream_breaks_off_at_the_client_sees_one_stream(
                 assert answer.body.count(b'"role"') == 1, cut
 
 
-@pytest.mark.parametrize("how", ["reset", "hang", "error", "abort"])
+@pytest.mark.parametrize("how", ["reset", "hang", "error", "abort", "end"])
 async def test_however_an_engine_gives_up_the_stream_goes_on(how: str) -> None:
     async with pair(Engine("bad", cut=400, how=how)) as p:
         with capture_logs() as logs:
@@ -372,6 +385,54 @@ async def test_however_an_engine_gives_up_the_stream_goes_on(how: str) -> None:
         assert (line["resumes"], len(line["resume_gaps_ms"])) == ([f"{reason} ok"], 1)
         (sent,) = p.good.seen
         assert "x-pdcoord-plan" not in sent.headers
+
+
+async def test_an_engine_that_only_breathes_is_left_when_a_prompt_would_have_been_computed() -> None:
+    async with pair(Engine("bad", cut=0, how="breathe")) as p:
+        answer = await p.here.call(asked(), p.plan(prefill_deadline_ms=STALL_MS))
+        check_one_stream(answer)
+        assert answer.body.startswith(KEEP_ALIVE)
+        assert await p.here.metric('resumes_total{outcome="ok",reason="decode-stalled"}') == 1
+
+
+async def test_a_prompt_that_takes_longer_than_a_stall_is_waited_for() -> None:
+    async with pair(Engine("bad", cut=0, how="breathe")) as p, asyncio.TaskGroup() as group:
+        call = group.create_task(p.here.call(asked(), p.plan()))
+        await until(lambda: bool(p.bad.seen))
+        end_s = time.monotonic() + 3 * STALL_MS / 1e3
+        await until(lambda: time.monotonic() > end_s)
+        p.bad.gate.set()
+        check_one_stream(await call)
+        assert p.good.seen == []
+
+
+async def test_a_client_that_does_not_read_is_no_engine_that_stalls() -> None:
+    async with pair(Engine("bad", pad="p" * 600_000)) as p:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        client.setblocking(False)
+        host, port = p.here.address.split(":")
+        await asyncio.get_running_loop().sock_connect(client, (host, int(port)))
+        reader, writer = await asyncio.open_connection(sock=client, limit=1 << 16)
+        raw = json.dumps(asked()).encode()
+        writer.write(b"POST %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" % COMPLETIONS.encode())
+        writer.write(b"x-pdcoord-plan: %b\r\ncontent-length: %d\r\n\r\n" % (encode_plan(p.plan()), len(raw)))
+        writer.write(raw)
+        await until(lambda: bool(p.here.proxy._live))
+        (exchange,) = p.here.proxy._live  # it has no other face
+        await until(lambda: exchange._out.is_held_up and not exchange.handoff.is_output_due)
+        first_s = exchange.handoff.deadline_s
+        assert first_s is not None
+        await until(lambda: (exchange.handoff.deadline_s or 0.0) > first_s + 2 * STALL_MS / 1e3)
+        body = b""
+        async with asyncio.timeout(WAIT_S):
+            while part := await reader.read(1 << 20):
+                body += part
+        writer.close()
+        assert body.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert [body.count(b'" w%d"' % n) for n in range(len(WORDS))] == [1] * len(WORDS)
+        assert (len(p.bad.seen), p.good.seen) == (1, [])
+        assert exchange.handoff.rungs == []
 
 
 async def test_what_goes_on_elsewhere_names_the_kv_s_prefill_pod_and_is_resumed_here() -> None:
@@ -428,6 +489,14 @@ async def test_what_cannot_be_continued_ends_with_an_error_event_that_says_why()
         assert await p.here.metric('unresumed_total{why="penalties"}') == 1
         assert await p.here.metric('requests_total{mode="colocated",outcome="broken-off"}') == 1
         assert p.good.seen == []
+
+
+async def test_a_stream_that_ends_in_its_middle_and_cannot_be_continued_is_not_passed_for_whole() -> None:
+    async with pair(Engine("bad", cut=400, how="end")) as p:
+        answer = await p.here.call(asked(presence_penalty=0.5), p.plan())
+        assert not answer.is_whole
+        assert answer.error["code"] == "stream-lost"
+        assert "penalties" in answer.error["message"]
 
 
 async def test_a_stream_that_found_no_room_is_passed_on_and_cannot_be_continued() -> None:

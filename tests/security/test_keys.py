@@ -145,6 +145,22 @@ async def test_a_tenant_cannot_pass_for_another_or_share_its_cache(door: Door) -
     assert not {"team-one", "s"} & set(salts)
 
 
+async def test_a_tenant_cannot_name_what_is_in_a_media_cache(door: Door) -> None:
+    url = {"url": "data:image/png;base64,aGk="}
+    for part in ({"image_url": url, "uuid": "sku-1"}, {"image_url": None, "uuid": "sku-1"}):
+        content = [{"type": "text", "text": "x"}, {"type": "image_url", **part}]
+        messages = [{"role": "user", "content": content}]
+        assert await door.ask(KEYS["one"], messages=messages) == (400, "invalid-field")
+    assert door.reached == []
+
+
+async def test_a_tenant_does_not_go_before_others_by_a_field_of_its_body(door: Door) -> None:
+    fields = {"priority": -9, "data_parallel_rank": 1, "routed_dp_rank": 1, "request_id": "r", "rid": "r"}
+    assert (await door.ask(KEYS["one"], **fields))[0] == 200
+    ((_, body),) = door.reached
+    assert not fields.keys() & body.keys()
+
+
 async def test_a_key_goes_no_further_than_the_gateway(door: Door) -> None:
     key = KEYS["one"].encode()
     assert (await door.ask(KEYS["one"]))[0] == 200

@@ -18,6 +18,7 @@ NOW_S = 1_800_000_000.0
 PLAN = encode_plan(PlanHeader())
 BODY = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}]}).encode()
 TARGET = "10.0.0.1:8000"
+CALL = (b"POST", CHAT.encode())
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ REFUSED = (403, "plan-unsigned")
 
 async def test_a_signed_plan_is_served_and_an_unsigned_one_is_not(sidecar: Any, keys: PlanKeysFile) -> None:
     async with sidecar(keys=keys) as beside:
-        good = signed(keys, Steering(b"r-1", plan=PLAN))
+        good = signed(keys, Steering(*CALL, b"r-1", plan=PLAN))
         assert await ask(beside.address, good) == (200, "")
         for left_out in (b"x-pdcoord-plan-signature", b"x-pdcoord-plan", b"x-request-id"):
             assert await ask(beside.address, [pair for pair in good if pair[0] != left_out]) == REFUSED
@@ -66,17 +67,20 @@ async def test_a_signed_plan_is_served_and_an_unsigned_one_is_not(sidecar: Any, 
         assert [path for _, path, *_ in beside.engine.seen].count(CHAT) == 1
 
 
-@pytest.mark.parametrize("changed", ["plan", "prefills", "leg", "request_id"])
+@pytest.mark.parametrize("changed", ["method", "target", "query", "plan", "prefills", "leg", "request_id"])
 async def test_nothing_that_is_signed_can_be_changed(sidecar: Any, keys: PlanKeysFile, changed: str) -> None:
-    what = Steering(b"r-1", plan=PLAN)
+    what = Steering(*CALL, b"r-1", plan=PLAN)
     others = {
-        "plan": Steering(b"r-1", plan=encode_plan(PlanHeader(prefill_deadline_ms=1.0))),
-        "prefills": Steering(b"r-1", plan=PLAN, prefills=TARGET.encode()),
-        "leg": Steering(b"r-1", plan=PLAN, leg=b"prefill"),
-        "request_id": Steering(b"r-2", plan=PLAN),
+        "method": Steering(b"PUT", CALL[1], b"r-1", plan=PLAN),
+        "target": Steering(b"POST", b"/v1/completions", b"r-1", plan=PLAN),
+        "query": Steering(b"POST", CALL[1] + b"?a", b"r-1", plan=PLAN),
+        "plan": Steering(*CALL, b"r-1", plan=encode_plan(PlanHeader(prefill_deadline_ms=1.0))),
+        "prefills": Steering(*CALL, b"r-1", plan=PLAN, prefills=TARGET.encode()),
+        "leg": Steering(*CALL, b"r-1", plan=PLAN, leg=b"prefill"),
+        "request_id": Steering(*CALL, b"r-2", plan=PLAN),
     }
     async with sidecar("--allow", TARGET, keys=keys) as beside:
-        forged = [*signed(keys, others[changed])[:-1], *keys.headers(what)]
+        forged = [*signed(keys, what)[:-1], *keys.headers(others[changed])]
         assert await ask(beside.address, forged) == REFUSED
 
 
@@ -87,7 +91,7 @@ async def test_a_foreign_routers_target_counts_only_signed(
         target = [(b"x-prefiller-host-port", prefill.address.encode())]
         assert await ask(beside.address, target) == REFUSED
         assert prefill.seen == []
-        good = signed(keys, Steering(b"r-1", prefills=prefill.address.encode()))
+        good = signed(keys, Steering(*CALL, b"r-1", prefills=prefill.address.encode()))
         await ask(beside.address, good)
         assert [path for _, path, *_ in prefill.seen] == [CHAT]
 
@@ -96,7 +100,7 @@ async def test_a_foreign_routers_target_counts_only_signed(
 async def test_an_old_plan_is_refused(sidecar: Any, keys: PlanKeysFile, tmp_path: Path, age_s: float) -> None:
     then = PlanKeysFile(tmp_path / "plan-keys", lambda: NOW_S - age_s)
     async with sidecar(keys=keys) as beside:
-        assert await ask(beside.address, signed(then, Steering(b"r-1", plan=PLAN))) == REFUSED
+        assert await ask(beside.address, signed(then, Steering(*CALL, b"r-1", plan=PLAN))) == REFUSED
         counted = beside.metrics.exposition().decode()
         assert 'pdcoord_sidecar_unsigned_total{why="too-old"} 1.0' in counted
 
@@ -121,20 +125,33 @@ async def test_what_is_not_a_page_needs_a_signature(sidecar: Any, keys: PlanKeys
     assert reached <= {"/metrics", "/v1/models", "/tokenize", "/health"}
 
 
+async def test_what_was_signed_for_a_call_opens_no_other_door(sidecar: Any, keys: PlanKeysFile) -> None:
+    async with sidecar(keys=keys) as beside:
+        good = signed(keys, Steering(*CALL, b"r-1", plan=PLAN))
+        for path in ("/reset_prefix_cache", "/v1/completions", f"{CHAT}?a=1", f"{CHAT}/", f"/{CHAT}"):
+            assert await ask(beside.address, good, path) == REFUSED
+        assert await ask(beside.address, good, CHAT, "PUT") == REFUSED
+        assert await ask(beside.address, good) == (200, "")
+        # An empty query is no query, as it was for whoever signed it.
+        assert await ask(beside.address, good, f"{CHAT}?") == (200, "")
+        assert {path for _, path, *_ in beside.engine.seen} <= {CHAT, "/health"}
+
+
 async def test_an_unsigned_load_is_not_reported(sidecar: Any, keys: PlanKeysFile) -> None:
     load = PlannedLoad(replica="r", model="m", prompt_tokens=1 << 40)
     plan = (b"x-pdcoord-plan", encode_plan(PlanHeader(load=load)))
     async with sidecar(keys=keys) as beside:
         guard = beside.proxy._guard
-        assert guard.read_load([plan]) is None
-        good = signed(keys, Steering(b"r-1", plan=plan[1]))
-        assert guard.read_load(good) == load
+        assert guard.read_load("POST", CHAT, [plan]) is None
+        good = signed(keys, Steering(*CALL, b"r-1", plan=plan[1]))
+        assert guard.read_load("POST", CHAT, good) == load
+        assert guard.read_load("POST", "/v1/embeddings", good) is None
 
 
 async def test_a_prefill_leg_is_signed_for_the_next_sidecar(sidecar: Any, keys: PlanKeysFile) -> None:
     async with sidecar(keys=keys) as prefill, sidecar("--allow", prefill.address, keys=keys) as decode:
         plan = encode_plan(PlanHeader(prefills=(PrefillTarget(address=prefill.address),)))
-        assert (await ask(decode.address, signed(keys, Steering(b"r-1", plan=plan))))[0] == 200
+        assert (await ask(decode.address, signed(keys, Steering(*CALL, b"r-1", plan=plan))))[0] == 200
         ((_, _, headers, _),) = [seen for seen in prefill.engine.seen if seen[1] == CHAT]
         assert dict(headers)[b"x-request-id"] == b"r-1"
         assert [name for name, _ in headers if name.startswith(b"x-pdcoord")] == [], "no engine sees one"

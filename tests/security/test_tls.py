@@ -162,7 +162,7 @@ async def test_a_renewed_certificate_is_used_without_a_restart(
                 await ask(late, served.address)
 
 
-@pytest.mark.parametrize("fault", ["half", "garbage", "gone"])
+@pytest.mark.parametrize("fault", ["half", "garbage", "gone", "expired"])
 async def test_a_bad_pair_leaves_the_last_good_one_in_force(authority: Any, serving: Any, fault: str) -> None:
     pair = authority.issue("server")
     tls = ServerTls("listener", pair.cert, pair.key)
@@ -173,6 +173,10 @@ async def test_a_bad_pair_leaves_the_last_good_one_in_force(authority: Any, serv
                 shutil.copy(renewed.cert, pair.cert)
             case "garbage":
                 pair.cert.write_text("no PEM")
+            case "expired":
+                expired = authority.issue("expired", days=-1)
+                shutil.copy(expired.key, pair.key)
+                shutil.copy(expired.cert, pair.cert)
             case _:
                 pair.key.unlink()
         with pytest.raises(PemError):

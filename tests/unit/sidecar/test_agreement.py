@@ -20,6 +20,7 @@ from sidecar.settings import parse
             "--upstream-cert-file",
             "give --upstream-ca-file too",
         ),
+        (["--bodies-bytes-max", "2048"], "--bodies-bytes-max", "give no less than --body-bytes-max"),
         (["--upstream-tls-name", "n"], "--upstream-tls-name", "give --upstream-ca-file too"),
         (
             ["--upstream-tls-name", "a b", "--upstream-ca-file", "a"],

@@ -125,9 +125,10 @@ def test_a_plan_keeps_its_load_and_a_prefill_leg_is_counted_by_whoever_sent_it()
     assert (asked.plan.load, asked.is_counted) == (load, True)
     assert guard().read([]).is_counted
     assert not guard().read([(b"x-pdcoord-leg", b"prefill")]).is_counted
-    assert guard().read_load([plan(load=load)]) == load
-    assert guard().read_load([]) is None
-    assert guard().read_load([(b"x-pdcoord-plan", b"{")]) is None
+    call = ("POST", "/v1/embeddings")
+    assert guard().read_load(*call, [plan(load=load)]) == load
+    assert guard().read_load(*call, []) is None
+    assert guard().read_load(*call, [(b"x-pdcoord-plan", b"{")]) is None
 
 
 def test_host_and_port_both_count() -> None:

@@ -374,6 +374,23 @@ def test_while_a_stream_may_be_continued_its_stall_bound_holds_and_then_the_long
     assert t.handoff.deadline_s == t.now_s + 20.0
 
 
+def test_a_stream_that_began_with_signs_of_life_has_the_time_of_a_prompt_before_its_first_output() -> None:
+    resume = Resume((D1,), age_s_max=60.0, stall_s=8.0)
+    t = Transcript(replace(order(), resume=resume))
+    assert t.give(DecodeOpened(1, is_output_due=True)) == [Commit(1)]
+    assert (t.handoff.deadline_s, t.handoff.is_output_due) == (t.now_s + 10.0 + 8.0, True)
+    t.give(Progressed(t.now_s))
+    assert (t.handoff.deadline_s, t.handoff.is_output_due) == (t.now_s - 1.0 + 8.0, False)
+
+
+def test_a_stream_of_nothing_but_signs_of_life_goes_on_elsewhere_and_stalls_there_as_any() -> None:
+    t = Transcript(replace(order(), resume=Resume((D1,), tries_max=2, age_s_max=60.0, stall_s=8.0)))
+    t.give(DecodeOpened(1, is_output_due=True))
+    assert t.give(DeadlinePassed()) == [CancelLeg(1), SendContinuation(2, 2, D1)]
+    t.give(DecodeOpened(2))
+    assert t.handoff.deadline_s == t.now_s + 8.0
+
+
 @pytest.mark.parametrize(
     ("event", "reason", "is_cut"),
     [

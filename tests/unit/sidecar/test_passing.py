@@ -4,7 +4,7 @@ import pytest
 
 from pdcoord.resume.errors import TornError
 from pdcoord.resume.tape import Shelf, Tape
-from sidecar.passing import Recorder
+from sidecar.passing import Recorder, shows_output
 
 EVENT = b'data: {"choices": [{"text": "a"}]}\n\n'
 
@@ -32,11 +32,47 @@ def test_a_sign_of_life_is_no_progress(sign: bytes) -> None:
     assert recorder.step_count == 1
 
 
-def test_the_end_gives_what_was_held_back() -> None:
+def test_the_end_leaves_an_event_without_its_blank_line_pending() -> None:
     recorder = Recorder(tape())
     recorder(EVENT + b"data: [DO")
-    assert recorder.end(b"NE]") == b"data: [DONE]"
+    assert recorder.end(b"NE]\n\n: bye") == b"data: [DONE]\n\n"
+    assert (recorder.last, recorder.pending) == (b"data: [DONE]\n\n", b": bye")
     assert Recorder(tape()).end(b"") == b""
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_cut_short"),
+    [
+        ([EVENT, b"data: [DONE]\n\n"], False),
+        ([EVENT + b"data: [DONE]\n\n", b": bye\n\n"], False),
+        ([EVENT, b"data: [DONE]"], False),
+        ([EVENT], True),
+        ([EVENT, EVENT.replace(b"a", b"[DONE]")], True),
+        ([], True),
+    ],
+)
+def test_a_stream_is_whole_if_it_ends_as_streams_do(parts: list[bytes], is_cut_short: bool) -> None:
+    recorder = Recorder(tape())
+    for part in parts:
+        recorder(part)
+    recorder.end(b"")
+    assert recorder.is_cut_short is is_cut_short
+
+
+def test_of_a_stream_that_is_not_kept_nobody_knows_whether_it_is_whole() -> None:
+    recorder = Recorder(Tape(Shelf(8, 8), b"{}"))
+    recorder(EVENT)
+    assert not recorder.is_cut_short
+
+
+def test_what_comes_before_any_token_is_no_progress() -> None:
+    recorder = Recorder(tape())
+    role = b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n'
+    assert recorder(role) == role
+    assert recorder.step_count == 0
+    assert shows_output(role + EVENT)
+    recorder(b": keep-alive\n\n" + EVENT)
+    assert recorder.step_count == 1
 
 
 def test_an_engine_s_own_word_for_its_failure_is_not_passed_on() -> None:

@@ -26,7 +26,7 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
 {{- end -}}
 
 {{- define "pdcoord.sidecarFlagsFree" -}}
-{{- list "--host" "--allow" "--allow-file" "--stream-idle-ms" "--answer-ms" "--prefill-deadline-ms" "--fallback-colocated" "--bootstrap-port" "--kv-port" "--kv-key-file" "--probe-interval-s" "--body-bytes-max" "--resume-bytes-max" "--control-address" | toJson -}}
+{{- list "--host" "--allow" "--allow-file" "--stream-idle-ms" "--answer-ms" "--prefill-deadline-ms" "--fallback-colocated" "--bootstrap-port" "--kv-port" "--kv-key-file" "--probe-interval-s" "--body-bytes-max" "--bodies-bytes-max" "--live-max" "--resume-bytes-max" "--control-address" | toJson -}}
 {{- end -}}
 
 {{- define "pdcoord.extprocFlagsSet" -}}

@@ -20,6 +20,7 @@ from pdcoord.core.events import (
     RequestArrived,
     RequestEnded,
     ResponseBegan,
+    SidecarReported,
     Wait,
 )
 from pdcoord.core.fleet import (
@@ -42,9 +43,10 @@ from pdcoord.core.model import CanaryMode, CanaryRules, Disaggregation, Fallback
 from pdcoord.core.plan import Candidate, DropReason, Why
 from pdcoord.core.request import Request, RequestId
 from pdcoord.core.trials import RETRY_S_MAX, RETRY_S_MIN, CanaryOrder, PairState
+from pdcoord.protocol.control import Events
 from pdcoord.protocol.errors import RefuseReason
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.plans import Mode
+from pdcoord.protocol.plans import Mode, ServedHeader
 from transfer.layout import KvLayout
 from transfer.verdict import Connector, Side
 
@@ -52,6 +54,7 @@ M = ModelName("m")
 PASSED = Finding(CanaryOutcome.PASSED)
 WRONG = Finding(CanaryOutcome.TOKENS, "tokens differ", 3)
 UNTOLD = Finding(CanaryOutcome.INCONCLUSIVE, "no answer")
+UNPROVEN = Finding(CanaryOutcome.UNPROVEN, "nobody says that it was split")
 RULES = CanaryRules(interval_s=600.0)
 
 
@@ -187,6 +190,51 @@ def test_an_unlike_pair_is_shut_until_its_first_canary_passed() -> None:
     assert made.chosen().mode is Mode.COLOCATED
     made.judge(order, PASSED)
     assert made.chosen().mode is Mode.SPLIT
+
+
+def test_a_pair_behind_a_foreign_sidecar_is_open_and_said_to_be_unproven() -> None:
+    made = site()
+    made.run(2.0, lambda _order: UNPROVEN)
+    assert made.chosen().mode is Mode.SPLIT
+    (view,) = made.coordinator.paths_view(made.now_s)
+    assert (view.state, view.fault) == ("closed", "")
+    assert view.canary is not None
+    assert (view.canary.state, view.canary.finding) == (PairState.UNPROVEN, UNPROVEN)
+    made.run(RULES.interval_s * 1.5, wrong)
+    assert made.chosen().mode is Mode.COLOCATED
+    assert made.state() is PairState.FAILED
+
+
+def _begin_response(made: Site) -> None:
+    """A client's answer comes with our sidecar's word of how it was served."""
+    (action,) = made.take(RequestArrived(Request(RequestId("own"), M, 4_000)))
+    assert isinstance(action, Dispatch)
+    made.take(ResponseBegan(RequestId("own"), ServedHeader(mode=Mode.COLOCATED)))
+
+
+def _report(made: Site) -> None:
+    made.take(SidecarReported(HostPort("wide-0-1:80"), "epoch", Events()))
+
+
+def _pass(made: Site) -> None:
+    made.run(1.0, right)
+
+
+@pytest.mark.parametrize("speak", [_begin_response, _report, _pass])
+def test_where_a_sidecar_of_ours_has_spoken_its_silence_proves_nothing(
+    speak: Callable[[Site], None],
+) -> None:
+    made = site()
+    (before,) = made.coordinator.canaries.due(made.now_s)
+    assert not before.has_sidecar
+    speak(made)
+    made.now_s += RULES.interval_s * 1.5
+    (after,) = made.coordinator.canaries.due(made.now_s)
+    assert after.has_sidecar
+    made.take(EndpointGone(EndpointId("wide/0")))
+    made.start(WIDE, "0")
+    (again,) = made.coordinator.canaries.due(made.now_s)
+    assert not again.has_sidecar, "another process"
 
 
 @pytest.mark.parametrize("judged", [WRONG, UNTOLD])

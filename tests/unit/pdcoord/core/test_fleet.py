@@ -138,6 +138,30 @@ def test_a_changed_pool_keeps_what_is_known_of_the_process() -> None:
     assert [group.pool for group in fleet.groups(M)] == [changed]
 
 
+def test_what_may_be_another_process_is_another_life() -> None:
+    fleet, lives = Fleet(), []
+
+    def take(*signals: EndpointSeen | EndpointGone | EndpointDraining | SampleTaken | SampleFailed) -> None:
+        for signal in signals:
+            fleet.handle(signal)
+        fleet.validate()
+        state = fleet.get(E)
+        assert state is not None
+        lives.append(state.life)
+
+    seen = EndpointSeen(endpoint())
+    take(seen)
+    take(GOOD, BAD, GOOD, seen)
+    assert lives[1] == lives[0]
+    take(*[BAD] * SAMPLE_FAILURES_MAX, GOOD)
+    take(EndpointDraining(E), seen)
+    take(EndpointSeen(endpoint(address="h:2")))
+    take(EndpointGone(E), seen)
+    fleet.mark_unreachable(E)
+    take(GOOD)
+    assert len(set(lives[1:])) == len(lives) - 1
+
+
 def test_seen_again_unchanged_nothing_changes() -> None:
     fleet = Fleet()
     for signal in (EndpointSeen(endpoint()), GOOD):

@@ -32,14 +32,14 @@ from pdcoord.core.fleet import (
     Sample,
     SampleTaken,
 )
-from pdcoord.core.hedging import HedgeEnd, Hedges, after_s, exclusions, id_of, is_second
+from pdcoord.core.hedging import HedgeEnd, Hedges, after_s, exclusions, id_of, may_have_second
 from pdcoord.core.ladder import BUDGET_SAMPLE_MIN
 from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, Model, Slo, SplitMode
 from pdcoord.core.plan import Figures, Plan
 from pdcoord.core.quarantine import Phase
 from pdcoord.core.request import Request, RequestId
 from pdcoord.protocol.errors import RungReason
-from pdcoord.protocol.headers import HostPort
+from pdcoord.protocol.headers import REQUEST_ID_BYTES_MAX, HostPort
 from pdcoord.protocol.plans import Mode, RungKind, ServedHeader
 from transfer.layout import KvLayout
 from transfer.verdict import Connector, Side
@@ -141,8 +141,13 @@ def test_the_time_is_as_late_as_the_objective_allows_and_never_usual() -> None:
 
 
 def test_no_client_has_the_id_of_a_second_attempt() -> None:
-    assert is_second(id_of(R))
-    assert not is_second(R)
+    assert not may_have_second(id_of(R))
+    assert may_have_second(R)
+
+
+def test_a_second_attempts_id_is_one_that_sidecars_take_over() -> None:
+    lengths = [length for length in range(1, 140) if may_have_second("r" * length)]
+    assert len(id_of(RequestId("r" * max(lengths)))) == REQUEST_ID_BYTES_MAX
 
 
 def test_there_may_be_none_at_all() -> None:

@@ -205,7 +205,12 @@ def test_it_is_let_back_in_when_it_serves_again() -> None:
 
 def test_failures_before_any_output_count_and_overload_does_not() -> None:
     story = Story(model=replace(MODEL, fallback=Fallback(other_decode_max=0)))
-    for reason in (RungReason.DECODE_OVERLOADED, RungReason.DECODE_DRAINING, RungReason.TARGET_NOT_ALLOWED):
+    for reason in (
+        RungReason.DECODE_OVERLOADED,
+        RungReason.DECODE_DRAINING,
+        RungReason.TARGET_NOT_ALLOWED,
+        RungReason.PLAN_REFUSED,
+    ):
         for _ in range(FAILURES_MAX):
             story.tell(DecodeFailed(story.send_to("d/0").request_id, reason))
     assert story.phase("d/0") is None

@@ -23,11 +23,14 @@ from pdcoord.core.events import (
     StreamBroke,
 )
 from pdcoord.core.fleet import (
+    SAID_DRAINING,
     Endpoint,
     EndpointDraining,
+    EndpointGone,
     EndpointId,
     EndpointSeen,
     EngineKind,
+    Fleet,
     Health,
     ModelName,
     Pool,
@@ -35,6 +38,7 @@ from pdcoord.core.fleet import (
     PoolName,
     Role,
     Sample,
+    SampleFailed,
     SampleTaken,
 )
 from pdcoord.core.ledger import Load
@@ -42,7 +46,7 @@ from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, Model, 
 from pdcoord.core.observations import Observation, OutputSeen, StepsSeen
 from pdcoord.core.plan import Plan, Why
 from pdcoord.core.request import Request, RequestId
-from pdcoord.core.resumes import STALL_STEPS, grown, silence_s_max, why_not
+from pdcoord.core.resumes import RESUMES_MAX, STALL_STEPS, blamed, failed_with, grown, silence_s_max, why_not
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import Mode, RungKind, ServedHeader
@@ -85,6 +89,13 @@ class Story:
                 made = Endpoint(EndpointId(f"{of.name}/{index}"), of, HostPort(f"{of.name}-{index}:80"))
                 self.tell(EndpointSeen(made))
                 self.sample(made.id)
+
+    def restart(self, endpoint: Endpoint) -> None:
+        """As the pod of a set is: it comes back under the same name and address."""
+        self.tell(EndpointDraining(endpoint.id))
+        self.tell(EndpointGone(endpoint.id))
+        self.tell(EndpointSeen(endpoint))
+        self.sample(endpoint.id)
 
     def sample(self, name: str, kv_usage: float = 0.1) -> None:
         self.tell(SampleTaken(EndpointId(name), Sample(0, 0, kv_usage, self.now_s)))
@@ -225,6 +236,88 @@ def test_the_streams_of_a_pod_that_died_find_place_where_no_new_request_does() -
     assert story.coordinator.ledger.load(EndpointId("d/1")).decode_count == 4
 
 
+# Endpoints that come back.
+
+
+def test_decode_endpoints_that_are_restarted_in_turn_lose_no_stream() -> None:
+    """However often: a drain is no failure, and what comes back has failed nothing."""
+    story = Story(d=2)
+    plan = story.begin()
+    for count in range(1, RESUMES_MAX + 1):
+        left = plan.decode
+        story.tell(EndpointDraining(left.id))
+        plan = story.went_on(10 * count)
+        assert plan.decode.id != left.id
+        story.answer(plan)
+        story.restart(left)
+    story.tell(EndpointDraining(plan.decode.id))
+    assert f"{RESUMES_MAX} times" in story.lost(500)
+
+
+def test_a_drain_that_is_called_off_leaves_the_endpoint_fit() -> None:
+    story = Story(d=2)
+    first = story.begin()
+    story.tell(EndpointDraining(first.decode.id))
+    second = story.went_on(10)
+    story.answer(second)
+    story.tell(EndpointSeen(first.decode))
+    story.sample(first.decode.id)
+    assert story.went_on(20).decode.id == first.decode.id
+
+
+def test_drains_leave_the_tries_of_failures_to_them() -> None:
+    story = Story(replace(MODEL, fallback=Fallback(resume_tries_max=1)), d=4)
+    for count in range(2):
+        plan = story.went_on(10 * count) if count else story.begin()
+        if count:
+            story.answer(plan)
+        story.tell(EndpointDraining(plan.decode.id))
+    story.answer(story.went_on(20))
+    story.answer(story.went_on(30))
+    assert "1 continuations" in story.lost(40)
+
+
+def test_an_endpoint_that_failed_a_stream_is_another_once_it_was_away() -> None:
+    story = Story(d=2)
+    first = story.begin()
+    second = story.went_on(10)
+    story.answer(second)
+    story.sample(first.decode.id)
+    assert story.coordinator.silence_s_max(R, 0.0) is None, "it is the process that failed"
+    for _ in range(2):
+        story.tell(SampleFailed(first.decode.id, "refused"))
+    story.sample(first.decode.id)
+    assert story.coordinator.silence_s_max(R, 0.0) is not None
+    assert story.went_on(20).decode.id == first.decode.id
+
+
+def test_an_endpoint_that_failed_a_stream_is_another_at_another_address() -> None:
+    story = Story(d=2)
+    first = story.begin()
+    story.answer(story.went_on(10))
+    story.tell(EndpointSeen(replace(first.decode, address=HostPort("d-new:80"))))
+    story.sample(first.decode.id)
+    assert story.went_on(20).decode.address == "d-new:80"
+
+
+def test_an_endpoint_that_failed_a_stream_and_is_the_same_does_not_get_it_again() -> None:
+    story = Story(d=2)
+    story.begin()
+    story.answer(story.went_on(10))
+    assert "no-endpoints" in story.lost(20)
+
+
+def test_only_the_process_that_failed_a_request_is_noted() -> None:
+    fleet = Story().coordinator.fleet
+    state = fleet.get(EndpointId("d/0"))
+    assert state is not None
+    decode, error = state.endpoint, RungReason.DECODE_ERROR
+    assert failed_with(frozenset(), decode, state, error) == {(decode.id, state.life)}
+    assert not failed_with(frozenset(), decode, state, RungReason.DECODE_DRAINING)
+    assert not failed_with(frozenset(), replace(decode, address=HostPort("before:80")), state, error)
+    assert not failed_with(frozenset(), decode, None, error)
+
+
 # The budget.
 
 
@@ -360,7 +453,10 @@ def test_a_grown_request_has_its_answer_as_prompt_and_less_to_generate(
 def test_a_stream_may_go_on_within_tries_and_age(tries: int, age_s: float, *, has_rung: bool) -> None:
     rules = Fallback(rungs=(RungKind.RESUME,) if has_rung else (), resume_tries_max=3, resume_age_s_max=100.0)
     is_allowed = has_rung and tries < 3 and age_s <= 100.0
-    assert (why_not(replace(MODEL, fallback=rules), tries, age_s) == "") == is_allowed
+    model = replace(MODEL, fallback=rules)
+    assert (why_not(model, tries, age_s) == "") == is_allowed
+    assert (why_not(model, tries, age_s, is_drain=True) == "") == (has_rung and age_s <= 100.0)
+    assert why_not(model, tries, age_s, moves=RESUMES_MAX - tries, is_drain=True)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 500)), max_size=30))
@@ -386,3 +482,19 @@ def test_whatever_breaks_every_account_is_closed(steps: list[tuple[int, int]]) -
         story.tell(RequestEnded(RequestId(name), Outcome.OK, tokens[name]))
     assert story.coordinator.ledger.open_count == story.coordinator.live_count == 0
     assert all(load.is_empty for _, load in story.coordinator.ledger.loads())
+
+
+def test_an_endpoint_that_says_itself_that_it_goes_away_is_not_blamed_for_what_it_gives_back() -> None:
+    fleet = Fleet()
+    seen = Endpoint(EndpointId("d/0"), D, HostPort("d-0:80"))
+    fleet.handle(EndpointSeen(seen))
+    fleet.handle(SampleTaken(seen.id, Sample(0, 0, 0.0, 0.0)))
+    assert blamed(fleet.get(seen.id), RungReason.DECODE_ERROR) is RungReason.DECODE_ERROR
+    fleet.handle(SampleFailed(seen.id, SAID_DRAINING))
+    state = fleet.get(seen.id)
+    assert state is not None
+    assert state.health is Health.UNREACHABLE
+    assert blamed(state, RungReason.DECODE_ERROR) is RungReason.DECODE_DRAINING
+    fleet.handle(SampleTaken(seen.id, Sample(0, 0, 0.0, 1.0)))
+    assert blamed(fleet.get(seen.id), RungReason.DECODE_ERROR) is RungReason.DECODE_ERROR
+    fleet.validate()

@@ -44,6 +44,7 @@ FAST = Pool(
 WIDE = replace(FAST, name=PoolName("wide"), role=Role.DECODE)
 PASSED = Finding(CanaryOutcome.PASSED)
 WRONG = Finding(CanaryOutcome.TOKENS)
+UNPROVEN = Finding(CanaryOutcome.UNPROVEN)
 
 
 def endpoint(of: Pool, index: int) -> Endpoint:
@@ -72,13 +73,27 @@ def suspects(made: UnlikePair) -> set[str]:
 
 def test_a_pair_is_shut_before_it_passed_and_after_it_failed() -> None:
     made = pair()
-    assert (made.fault, made.is_proven) == (UNTRIED, False)
+    assert (made.fault, made.is_borne_out) == (UNTRIED, False)
     made.judge(order(0, 0), PASSED, 1.0)
-    assert (made.fault, made.is_proven, made.is_repeat(order(0, 0))) == ("", True, True)
+    assert (made.fault, made.is_borne_out, made.is_repeat(order(0, 0))) == ("", True, True)
     assert not made.is_repeat(order(1, 0))
     failed = pair()
     failed.judge(order(0, 0), WRONG, 1.0)
     assert (failed.fault, failed.state) == ("canary-tokens", PairState.FAILED)
+
+
+def test_a_right_answer_that_nobody_vouches_for_opens_a_pair_and_proves_nothing() -> None:
+    made = pair()
+    made.judge(order(0, 0), UNPROVEN, 1.0)
+    assert (made.fault, made.state, made.is_open) == ("", PairState.UNPROVEN, True)
+    made.judge(order(0, 0), WRONG, 2.0)
+    assert (made.fault, made.state) == ("canary-tokens", PairState.FAILED)
+    made.judge(order(0, 0), UNPROVEN, 9.0)
+    assert made.is_open
+    made.judge(order(1, 1), PASSED, 10.0)
+    assert made.state is PairState.PASSED
+    made.judge(order(0, 0), UNPROVEN, 11.0)
+    assert made.state is PairState.PASSED
 
 
 def test_a_failure_blames_both_ends_until_others_tell_which() -> None:

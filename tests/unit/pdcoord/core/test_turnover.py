@@ -34,6 +34,20 @@ def test_a_bad_hour_is_forgotten() -> None:
     assert turnover.factor("m") == pytest.approx(1.0, abs=0.1)
 
 
+def test_no_wait_is_learned_to_be_longer_than_twice_the_longest_that_was_seen() -> None:
+    turnover = Turnover()
+    assert turnover.wait_s("m", 3.0) == 3.0
+    for _ in range(50):
+        turnover.note("m", 0.1, 2.0)
+    assert turnover.factor("m") == FACTOR_MAX
+    assert turnover.wait_s("m", 0.1) == pytest.approx(0.8)
+    assert turnover.wait_s("m", 2.0) == pytest.approx(4.0)
+    assert turnover.wait_s("m", 30.0) == 30.0
+    for _ in range(300):
+        turnover.note("m", 2.0, 1.0)
+    assert turnover.wait_s("m", 30.0) < 30.0
+
+
 @given(st.lists(st.tuples(seconds, seconds), max_size=200))
 def test_the_factor_is_bounded_whatever_is_seen(waits: list[tuple[float, float]]) -> None:
     turnover = Turnover()

@@ -221,6 +221,21 @@ async def test_only_what_went_over_the_path_speaks_of_it(
     assert finding.outcome is outcome
 
 
+async def test_behind_a_foreign_sidecar_a_right_answer_is_unproven() -> None:
+    mute, right = Reply(body_of("a"), served=None), CanaryOutcome.UNPROVEN
+    assert (await carried_out(mute, mute))[0].outcome is right
+    wrong = await carried_out(mute, Reply(body_of("b"), served=None))
+    assert wrong[0].outcome is CanaryOutcome.TOKENS
+    spoken = await carried_out(mute, mute, order=replace(ORDER, has_sidecar=True))
+    assert spoken[0].outcome is CanaryOutcome.INCONCLUSIVE
+    # What another endpoint's sidecar says of the reference says nothing of the decode endpoint's.
+    other = replace(DECODE, id=EndpointId("wide/1"), address=HostPort("other:80"))
+    elsewhere = await carried_out(
+        Reply(body_of("a"), served=ALONE), mute, order=replace(ORDER, reference=other)
+    )
+    assert elsewhere[0].outcome is right
+
+
 def failed(reason: RungReason, status: int = 503) -> Reply:
     rung = RungTaken(rung=RungKind.REFUSE, reason=reason, target=PREFILL.address)
     return Reply(b"{}", status, ServedHeader(mode=Mode.COLOCATED, rungs=(rung,)))

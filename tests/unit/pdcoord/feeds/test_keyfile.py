@@ -96,3 +96,21 @@ def test_a_secret_of_kubernetes_changes_by_its_link(tmp_path: Path) -> None:
     (tmp_path / "..new").rename(tmp_path / "..data")
     file.poll()
     assert file.poll() == KEY[::-1]
+
+
+def test_a_file_refused_for_its_mode_is_taken_once_that_is_mended(tmp_path: Path) -> None:
+    path = write(tmp_path / "k", KEY)
+    file = admin(path)
+    file.load_first()
+    write(path, KEY[::-1], 0o644)
+    file.poll()
+    with pytest.raises(PolicyError, match="lets everyone at it"):
+        file.poll()
+    assert file.poll() is None, "said once"
+    path.rename(tmp_path / "away")
+    assert file.poll() is None, "what is gone is not taken"
+    (tmp_path / "away").rename(path)
+    path.chmod(0o600)
+    assert file.poll() == KEY[::-1]
+    assert file.problems == ()
+    assert file.poll() is None

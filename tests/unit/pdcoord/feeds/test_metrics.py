@@ -45,10 +45,20 @@ def endpoint(name: str, address: str = "10.0.0.1:8000") -> Endpoint:
 
 
 class Reply:
-    def __init__(self, status: int = 200, body: bytes = GOOD, error: Exception | None = None) -> None:
+    def __init__(
+        self,
+        status: int = 200,
+        body: bytes = GOOD,
+        error: Exception | None = None,
+        reason: bytes | None = None,
+    ) -> None:
         self.status = status
         self.body = body
         self.error = error
+        self.reason = reason
+
+    def header(self, name: bytes) -> bytes | None:
+        return self.reason if name == b"x-pdcoord-reason" else None
 
     async def read_all(self, *, timeout_s: float, bytes_max: int) -> bytes:
         if self.error is not None:
@@ -143,6 +153,7 @@ async def test_a_good_answer_becomes_a_sample_with_its_time() -> None:
         (Reply(error=StreamError("broke off")), ScrapeFailure.BROKEN),
         (Reply(error=BodyTooLargeError(8)), ScrapeFailure.TOO_LARGE),
         (Reply(status=503), ScrapeFailure.STATUS),
+        (Reply(status=503, reason=b"draining"), ScrapeFailure.DRAINING),
         (Reply(body=b"<html>"), ScrapeFailure.UNREADABLE),
     ],
 )

@@ -47,6 +47,9 @@ class Reply:
         self.status = status
         self.body = body
 
+    def header(self, _name: bytes) -> None:
+        return None
+
     async def read_all(self, *, timeout_s: float, bytes_max: int) -> bytes:
         return self.body
 

@@ -195,6 +195,33 @@ def test_the_body_carries_the_salt_and_the_keys_of_blocks_are_made_with_it(
     )
 
 
+def test_media_that_are_named_by_an_id_are_refused_where_tenants_are_told_apart(bench: Bench) -> None:
+    part = {"type": "image_url", "image_url": None, "uuid": "sku-1"}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        call = parse(path, messages=[{"role": "user", "content": [part]}])
+        assert bench.gate.is_open
+        assert bench.enter([]).salted(call) is call
+        bench.use(api_key("a"))
+        with pytest.raises(RefusedError, match=r"'messages\[0\]\.content\[0\]\.uuid' names media") as caught:
+            bench.admit("a").salted(call)
+        assert caught.value.refusal.param == "messages[0].content[0].uuid"
+        assert "sku-1" not in str(caught.value)
+        bench = Bench()
+
+
+def test_with_a_key_nothing_in_the_body_says_who_goes_first(bench: Bench, model: Model) -> None:
+    fields = {"priority": -9, "data_parallel_rank": 1, "routed_dp_rank": 1, "request_id": "r", "rid": "r"}
+    for path in ("/v1/completions", "/tokenize"):
+        raw = json.dumps({"model": model.name, "prompt": "x", "top_k": 3} | fields).encode()
+        call = parse_call(APIS[path], raw)
+        open_gate = Bench()
+        assert open_gate.enter([]).body(raw, call, model) is raw
+        bench.use(api_key("a"))
+        visa = bench.admit("a")
+        sent = json.loads(visa.body(raw, visa.salted(call), model))
+        assert sent.keys() - {"cache_salt"} == {"model", "prompt", "top_k"}
+
+
 def test_a_second_cache_salt_in_the_body_does_not_get_past(bench: Bench, model: Model) -> None:
     bench.use(api_key("a"))
     visa = bench.admit("a")

@@ -108,7 +108,7 @@ def test_without_the_rung_a_split_plan_may_not_fall_back(plan: Callable[..., Pla
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # The fixture is a pure function.
 def test_nothing_from_outside_can_steer(plan: Callable[..., Plan], pairs: list[tuple[bytes, bytes]]) -> None:
     made = plan("r", is_split=True)
-    sent = headers_for(made, pairs, b"r")
+    sent = headers_for(made, pairs, b"r", "/v1/completions")
     assert [decode_plan(value) for name, value in sent if name == b"x-pdcoord-plan"] == [plan_header(made)]
     assert [value for name, value in sent if name == b"x-prefiller-host-port"] == [b"10.0.0.1:8000"]
     others = {name for name, _ in sent} - {
@@ -127,12 +127,14 @@ def test_what_is_signed_is_what_is_sent(plan: Callable[..., Plan]) -> None:
         signed.append(what)
         return [(PLAN_SIGNATURE, b"v1")]
 
-    sent = dict(headers_for(plan("r", is_split=True), [(PLAN_SIGNATURE, b"mine")], b"r", sign))
+    mine = [(PLAN_SIGNATURE, b"mine")]
+    sent = dict(headers_for(plan("r", is_split=True), mine, b"r", "/v1/completions?a=1", sign))
     assert sent[PLAN_SIGNATURE] == b"v1"
-    assert signed == [Steering(b"r", plan=sent[b"x-pdcoord-plan"], prefills=b"10.0.0.1:8000")]
+    call = (b"POST", b"/v1/completions?a=1", b"r")
+    assert signed == [Steering(*call, plan=sent[b"x-pdcoord-plan"], prefills=b"10.0.0.1:8000")]
     assert sent[b"x-prefiller-host-port"] == b"10.0.0.1:8000"
     assert sent[b"x-request-id"] == b"r"
-    assert PLAN_SIGNATURE not in dict(headers_for(plan("r"), [(PLAN_SIGNATURE, b"mine")], b"r"))
+    assert PLAN_SIGNATURE not in dict(headers_for(plan("r"), mine, b"r", "/v1/completions"))
 
 
 @pytest.mark.parametrize("reason", list(RefuseReason))

@@ -249,8 +249,12 @@ class Stage:
         method: str = "POST",
         headers: Sequence[tuple[bytes, bytes]] = (),
         query: bytes = b"",
+        read: Callable[[bytes], object] = len,
     ) -> Answer:
-        """One request; `body` None sends no end of a body. Setting `gone` disconnects the client."""
+        """One request; `body` None sends no end of a body. Setting `gone` disconnects the client.
+
+        `read` sees each part of the body as it comes, even of an answer that is never returned.
+        """
         answer = Answer()
         messages = [] if body is None else [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -268,6 +272,7 @@ class Stage:
             else:
                 assert answer.status is not None, "a body without a head"
                 assert not answer.is_complete, "more after the end"
+                read(message.get("body", b""))
                 answer.body += message.get("body", b"")
                 answer.is_complete = not message.get("more_body", False)
 

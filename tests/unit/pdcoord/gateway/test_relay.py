@@ -204,7 +204,7 @@ async def test_a_client_that_leaves_within_its_body_gets_nothing(stage: Any) -> 
         (b"abc-1", "abc-1"),
         (b"a/b?c~", "a/b?c~"),
         (b"a b", "made-1"),
-        (b"x" * 128, "x" * 128),
+        (b"x" * 122, "x" * 122),
         (b"x" * 129, "made-1"),
         (b"", "made-1"),
         (b"caf\xc3\xa9", "made-1"),
@@ -216,6 +216,14 @@ async def test_request_ids_are_echoed_if_they_are_fit_to_be(stage: Any, given: b
     assert answer.header("x-request-id") == echoed
     assert (b"x-request-id", echoed.encode()) in stage.upstream.asked[0]["headers"]
     assert stage.coordination.events[0].request.id == echoed
+
+
+async def test_an_id_without_room_for_a_second_attempts_is_cut_upstream_only(stage: Any) -> None:
+    given = b"x" * 123
+    answer = await stage.call(headers=[(b"x-request-id", given)])
+    assert answer.header("x-request-id") == given.decode()
+    sent = dict(stage.upstream.asked[0]["headers"])[b"x-request-id"]
+    assert sent == b"x" * 80 + b"-made-1" == stage.coordination.events[0].request.id.encode()
 
 
 async def test_two_live_calls_under_one_id_have_two_accounts(stage: Any, reply: Any, until: Any) -> None:
@@ -279,7 +287,7 @@ def failed_first(reply: Any, kind: str) -> Any:
             return reply(headers=SSE, chunks=[StreamError("gone")])
         case "engine-500" | "engine-503" | "engine-504":
             return reply(status=int(kind[-3:]), chunks=[b'{"error":{"message":"engine"}}'])
-        case "target-not-allowed":
+        case "target-not-allowed" | "plan-unsigned":
             return reply(status=403, headers=reason)
         case _:
             return reply(status=503, headers=reason)
@@ -300,6 +308,7 @@ def failed_first(reply: Any, kind: str) -> Any:
         ("upstream-failed", RungReason.DECODE_ERROR),
         ("upstream-timeout", RungReason.DECODE_TIMEOUT),
         ("target-not-allowed", RungReason.TARGET_NOT_ALLOWED),
+        ("plan-unsigned", RungReason.PLAN_REFUSED),
     ],
 )
 async def test_a_failure_before_a_byte_goes_to_the_next_endpoint(
@@ -381,6 +390,29 @@ async def test_an_empty_answer_is_whole(stage: Any, reply: Any) -> None:
     stage.upstream.script = [reply(chunks=[])]
     answer = await stage.call()
     assert (answer.status, answer.body, answer.is_complete) == (200, b"", True)
+
+
+@pytest.mark.parametrize("chunks", [[], [b": alive\n\n", b": alive\n"]])
+async def test_an_event_stream_without_an_event_is_a_failure(
+    stage: Any, reply: Any, chunks: list[bytes]
+) -> None:
+    stage.coordination.script = ["10.0.0.2:8000", "10.0.0.4:8000"]
+    stage.upstream.script = [reply(headers=SSE, chunks=chunks), reply(headers=SSE, chunks=[b"data: 1\n\n"])]
+    answer = await stage.call()
+    assert (answer.body, answer.is_complete) == (b"data: 1\n\n", True)
+    assert stage.coordination.told() == ["RequestArrived", "DecodeFailed", "ResponseBegan", "RequestEnded"]
+    assert stage.coordination.events[1].reason is RungReason.DECODE_ERROR
+
+
+async def test_signs_of_life_are_no_answer_until_an_event_comes(stage: Any, reply: Any) -> None:
+    silent = reply(headers=SSE, chunks=[b": alive\n\n", b": alive\n\n", None])
+    stage.upstream.script = [silent]
+    async with asyncio.TaskGroup() as group:
+        call = group.create_task(stage.call())
+        await silent.reading.wait()
+        assert stage.coordination.told() == ["RequestArrived"]
+        stage.gone.set()
+    assert call.result().status is None
 
 
 async def test_an_error_event_of_the_sidecar_is_the_only_one(stage: Any, reply: Any) -> None:
@@ -510,8 +542,45 @@ async def test_a_call_past_its_deadline_is_answered_or_broken_off(stage: Any, re
     assert (early.status, error_of(early)["code"]) == (504, "upstream-timeout")
     late = await stage.call()
     assert (late.status, late.body, late.is_complete) == (200, b"part", False)
-    assert [record.outcome for record in stage.observer.records] == [Outcome.UPSTREAM_ERROR] * 2
+    # Our own deadline is no failure of the endpoint that was still answering.
+    outcomes = [record.outcome for record in stage.observer.records]
+    assert outcomes == [Outcome.UPSTREAM_ERROR, Outcome.REFUSED]
     assert stage.coordination.told().count("RequestEnded") == 2
+
+
+def last_error(body: bytes) -> str:
+    code: str = json.loads(body.removesuffix(b"\n\n").rpartition(b"data: ")[2])["error"]["code"]
+    return code
+
+
+async def test_a_stream_past_its_deadline_ends_with_that_reason(stage: Any, reply: Any) -> None:
+    stage.limits = replace(stage.limits, request_deadline_s=0.05)
+    stage.upstream.script = [reply(headers=SSE, chunks=[b"data: 1\n\n", None])]
+    answer = await stage.call()
+    assert (last_error(answer.body), answer.is_complete) == ("upstream-timeout", False)
+    assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.REFUSED, 1)
+    assert stage.observer.records[0].reason is RefuseReason.UPSTREAM_TIMEOUT
+
+
+async def test_a_stream_that_the_drain_cuts_ends_with_that_reason(stage: Any, reply: Any) -> None:
+    silent = reply(headers=SSE, chunks=[b"data: 1\n\n", None])
+    stage.upstream.script = [silent]
+    read: list[bytes] = []
+    async with asyncio.TaskGroup() as group:
+        call = group.create_task(stage.call(read=read.append))
+        await silent.reading.wait()
+        call.cancel()
+    assert call.cancelled()
+    assert last_error(b"".join(read)) == "draining"
+    assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.REFUSED, 1)
+
+
+async def test_a_defect_within_a_stream_ends_it_with_a_named_error(stage: Any, reply: Any) -> None:
+    stage.upstream.script = [reply(headers=SSE, chunks=[b"data: 1\n\n", RuntimeError("secret")])]
+    answer = await stage.call()
+    assert (last_error(answer.body), answer.is_complete) == ("internal", False)
+    assert b"secret" not in answer.body
+    assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.REFUSED, 1)
 
 
 async def test_a_defect_is_a_500_without_a_trace(stage: Any) -> None:

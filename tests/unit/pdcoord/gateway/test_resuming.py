@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 from pdcoord.core.events import DecodeFailed, Outcome, RequestEnded, StreamBroke
 from pdcoord.core.model import Fallback
 from pdcoord.front.ports import BreakOutcome
+from pdcoord.gateway import reading
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.plans import decode_plan
-from pdcoord.resume.continuation import Unresumable
+from pdcoord.resume.continuation import Unresumable, continue_stream
 from pdcoord.wire.errors import ConnectError, StalledError, StreamError
 
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -207,6 +209,30 @@ async def test_a_body_that_ends_well_in_the_middle_of_a_stream_is_no_end(two: An
     assert (tokens_of(answer.body), answer.is_complete) == ([10, 11], True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "path", "is_whole"),
+    [
+        ({"guided_regex": "a+"}, "/v1/completions", False),
+        ({"n": 2}, "/v1/completions", False),
+        ({"input": "x"}, "/v1/responses", True),
+    ],
+)
+async def test_a_middle_that_cannot_go_on_is_no_end_unless_nobody_can_read_it(
+    two: Any, reply: Any, changes: Any, path: str, *, is_whole: bool
+) -> None:
+    two.upstream.script = [reply(headers=SSE, chunks=[event([10])])]
+    answer = await two.call(path, body=body(**changes))
+    assert answer.is_complete is is_whole
+    assert (b"stream-lost" in answer.body) is not is_whole
+    outcome = Outcome.OK if is_whole else Outcome.UPSTREAM_ERROR
+    assert two.coordination.events[-1] == RequestEnded("made-1", outcome, 1)
+
+
+async def test_an_answer_of_many_choices_is_whole_at_its_end(two: Any, reply: Any) -> None:
+    two.upstream.script = [reply(headers=SSE, chunks=[event([10]), DONE[:9], DONE[9:]])]
+    assert (await two.call(body=body(n=2))).is_complete
+
+
 @pytest.mark.parametrize("is_cut", [True, False])
 async def test_nothing_is_asked_for_where_only_the_end_is_missing(
     stage: Any, reply: Any, *, is_cut: bool
@@ -322,6 +348,40 @@ async def test_a_stream_without_progress_is_moved_and_says_so(two: Any, reply: A
     assert two.coordination.events[2] == StreamBroke("made-1", RungReason.DECODE_STALLED, 1)
 
 
+async def test_a_continuation_without_an_event_has_failed(two: Any, reply: Any) -> None:
+    two.coordination.script = [FIRST, SECOND, THIRD]
+    two.upstream.script = [
+        reply(headers=SSE, chunks=[event([10]), GONE]),
+        reply(headers=SSE, chunks=[b": alive\n\n"]),
+        reply(headers=SSE, chunks=[event([11], stream="c", finish="stop"), DONE]),
+    ]
+    answer = await two.call(body=body())
+    assert (tokens_of(answer.body), answer.is_complete) == ([10, 11], True)
+    assert two.coordination.events[3] == DecodeFailed("made-1", RungReason.DECODE_ERROR)
+
+
+async def test_a_break_is_read_once_and_not_on_the_event_loop(
+    two: Any, reply: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def counted(*given: Any, **more: Any) -> Any:
+        threads.append(threading.get_ident())
+        return continue_stream(*given, **more)
+
+    monkeypatch.setattr(reading, "continue_stream", counted)
+    two.coordination.script = [FIRST, SECOND, THIRD]
+    two.upstream.script = [
+        reply(headers=SSE, chunks=[event([10])]),
+        ConnectError("refused"),
+        reply(headers=SSE, chunks=[event([11], stream="c", finish="stop"), DONE]),
+    ]
+    answer = await two.call(body=body())
+    assert (tokens_of(answer.body), answer.is_complete) == ([10, 11], True)
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
+
+
 async def test_an_engine_counts_a_text_that_nobody_else_did(two: Any, reply: Any) -> None:
     def plain(text: str, finish: str | None = None) -> bytes:
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
@@ -334,8 +394,11 @@ async def test_an_engine_counts_a_text_that_nobody_else_did(two: Any, reply: Any
         reply(headers=SSE, chunks=[plain(" twelve", "length"), DONE]),
     ]
     asked = {"model": "org/model", "prompt": "hi", "stream": True, "max_tokens": 3}
-    answer = await two.call(body=json.dumps(asked).encode())
+    key = (b"authorization", b"Bearer engine")
+    answer = await two.call(body=json.dumps(asked).encode(), headers=[key, (b"x-other", b"1")])
     assert answer.is_complete
+    # With its plan, sidecars would tell of it as of a request that is served.
+    assert two.upstream.asked[1]["headers"] == [key, (b"x-request-id", b"made-1")]
     assert [each["target"] for each in two.upstream.asked[1:]] == ["/tokenize", "/v1/completions"]
     assert [each["address"] for each in two.upstream.asked[1:]] == [SECOND, SECOND]
     assert sent(two, 2)["prompt"] == "hi ten eleven"

@@ -1,15 +1,17 @@
 """How an answer's bytes pass, what is counted of them, and when silence means that a stream stands still."""
 
 import json
+from asyncio import Future
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
 
-from pdcoord.gateway.streams import AGAIN_S, SIGNS_OF_LIFE, Answer, Fate, StreamWatch, is_plain_stream
+from pdcoord.gateway.first import SIGNS_OF_LIFE, is_plain_stream
+from pdcoord.gateway.streams import AGAIN_S, SOON_S, Answer, Fate, StreamWatch
 from pdcoord.protocol.errors import Refusal, RefuseReason
-from pdcoord.resume.continuation import Continuation, Finished, Unresumable
+from pdcoord.resume.continuation import Unresumable
 from pdcoord.resume.splice import Seam, Splice
 from pdcoord.resume.tape import Shelf, Tape
 from pdcoord.wire.errors import StalledError, StreamError
@@ -76,11 +78,18 @@ class Writer:
         self._client.body += data
 
 
+def known(*, may: bool) -> Future[bool]:
+    found: Future[bool] = Future()
+    found.set_result(may)
+    return found
+
+
 def watch(**changes: Any) -> StreamWatch:
     usual: dict[str, Any] = {
         "idle_timeout_s": 90.0,
         "silence_s_max": lambda: 10.0,
-        "continuation": lambda: Finished(b""),
+        "first_s_max": lambda: 20.0,
+        "find_out": lambda: known(may=True),
         "has_output": lambda: True,
         "stands_still": lambda: None,
     }
@@ -159,13 +168,53 @@ async def test_past_its_bound_a_stream_is_let_go_of_and_counted_on() -> None:
     assert rig.client.body == b"".join(tokens) + DONE
     assert rig.shelf.bytes_held == 0
     assert rig.answer.output_tokens() == 50
-    assert rig.answer.continuation("/v1/completions") is Unresumable.TAPE_FULL
+    assert rig.answer.why_unreadable() is Unresumable.TAPE_FULL
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_whole"),
+    [
+        ([event("a"), b"data: [DO", b"NE]\n\n"], True),
+        ([event("a"), DONE, b": alive\n\n"], True),
+        ([event("a"), b"data: [DONE]"], True),
+        ([event("a")], False),
+        ([event("data: [DONE]")], False),
+        ([event("x" * 9_000), event("[DONE]")], False),
+    ],
+)
+@pytest.mark.parametrize("bytes_max", [1 << 20, 0])
+async def test_a_stream_is_whole_where_its_last_event_says_so(
+    parts: list[bytes], bytes_max: int, *, is_whole: bool
+) -> None:
+    rig = Rig(parts, bytes_max=bytes_max)
+    assert await rig.relay() is Fate.WHOLE
+    assert rig.answer.seems_whole() is is_whole
+
+
+@pytest.mark.parametrize("padding", [b"", b": alive\n\n" * 5_000])
+async def test_a_token_is_seen_at_either_end_of_what_passed(padding: bytes) -> None:
+    role = event("").replace(b'"text": ""', b'"delta": {"role": "assistant", "content": ""}')
+    rig = Rig([role, padding or b": alive\n\n"])
+    await rig.relay()
+    assert not rig.answer.has_output()
+    for parts in ([role, padding, event("a")], [role, event("a"), padding]):
+        rig = Rig([part for part in parts if part])
+        await rig.relay()
+        assert rig.answer.has_output()
+
+
+async def test_an_answer_ends_once() -> None:
+    rig = Rig([event("a"), DONE])
+    await rig.relay()
+    await rig.answer.end()
+    await rig.answer.break_off(LOST)
+    assert (rig.client.body, rig.client.is_complete) == (event("a") + DONE, True)
 
 
 async def test_what_is_not_kept_names_why() -> None:
     rig = Rig([event("a"), StreamError("gone")], bytes_max=0)
     assert await rig.relay() is Fate.BROKEN
-    assert rig.answer.continuation("/v1/completions") is Unresumable.API
+    assert rig.answer.why_unreadable() is Unresumable.API
     assert rig.answer.output_tokens() == 1
 
 
@@ -205,7 +254,7 @@ def test_signs_of_life_are_no_progress(part: bytes) -> None:
     assert watch().is_progress(event("a") + part)
 
 
-def test_a_stream_that_stands_still_is_given_up_once_it_was_silent_for_so_long() -> None:
+async def test_a_stream_that_stands_still_is_given_up_once_it_was_silent_for_so_long() -> None:
     calls: list[float | None] = [10.0, 30.0, 30.0]
     made = watch(silence_s_max=lambda: calls.pop(0))
     assert made.silence_s_max(0.0) == 10.0
@@ -218,16 +267,38 @@ def test_a_stream_that_stands_still_is_given_up_once_it_was_silent_for_so_long()
     "changes",
     [
         {"silence_s_max": lambda: None},
-        {"has_output": lambda: False},
-        {"continuation": lambda: Unresumable.GUIDED_DECODING},
+        {"find_out": lambda: known(may=False)},
     ],
 )
-def test_a_stream_that_could_not_go_on_is_waited_for(changes: Any) -> None:
+async def test_a_stream_that_could_not_go_on_is_waited_for(changes: Any) -> None:
     assert watch(**changes).silence_s_max(50.0) == 50.0 + AGAIN_S
 
 
-def test_only_a_stream_that_would_go_elsewhere_is_told_of() -> None:
+async def test_a_stream_without_a_token_is_waited_for_longer_and_then_goes_elsewhere() -> None:
+    made = watch(has_output=lambda: False)
+    assert made.silence_s_max(11.0) == 30.0, "the prompt is perhaps being computed"
+    assert made.silence_s_max(30.0) <= 30.0
+
+
+async def test_only_a_stream_that_would_go_elsewhere_is_told_of() -> None:
     told: list[int] = []
-    for continuation in (Unresumable.API, Continuation("/", b"", Splice(Seam()), 1)):
-        watch(continuation=lambda c=continuation: c, stands_still=lambda: told.append(1)).silence_s_max(50.0)
+    for may in (False, True):
+        watch(find_out=lambda m=may: known(may=m), stands_still=lambda: told.append(1)).silence_s_max(50.0)
     assert told == [1]
+
+
+async def test_it_is_found_out_once_for_each_silence_whether_a_stream_could_go_on() -> None:
+    asked: list[Future[bool]] = []
+
+    def find_out() -> Future[bool]:
+        asked.append(Future())
+        return asked[-1]
+
+    made = watch(find_out=find_out)
+    assert made.silence_s_max(50.0) == 50.0 + SOON_S
+    assert made.silence_s_max(50.1) == 50.1 + SOON_S
+    made.silence_s_max(0.0)  # A token came.
+    assert made.silence_s_max(60.0) == 60.0 + SOON_S
+    assert len(asked) == 2
+    asked[1].set_result(True)
+    assert made.silence_s_max(60.1) == 60.1

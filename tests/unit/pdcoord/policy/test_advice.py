@@ -110,6 +110,31 @@ def test_a_tokenizer_that_is_not_there_is_warned_of(good: str, tmp_path: Path) -
     assert warnings_of(text) == [SILENT.replace("p:28", "p:29")]
 
 
+@pytest.mark.parametrize(
+    ("fallback", "expected"),
+    [
+        (
+            "{ladder: [colocated], resume: {tries_max: 2}}",
+            "fallback.resume: is not used: fallback.ladder has no resume; add it there",
+        ),
+        (
+            "{ladder: [resume], hedge: {share_max: 0.5}}",
+            "fallback.hedge: is not used: fallback.ladder has no other-decode; add it there",
+        ),
+        (
+            "{ladder: [other-decode], other_decode_max: 0}",
+            "fallback.other_decode_max: is 0, so the rung other-decode in fallback.ladder is never taken",
+        ),
+        ("{ladder: [other-prefill], hedge: {share_max: 0}}", ""),
+        ("{resume: {tries_max: 2}, hedge: {share_max: 0.1}, other_decode_max: 1}", ""),
+    ],
+)
+def test_what_the_ladder_makes_idle_is_warned_of(good: str, fallback: str, expected: str) -> None:
+    text = good.replace("fallback: {ladder: [other-prefill, colocated]}", f"fallback: {fallback}")
+    found = [warning.partition(": ")[2] for warning in warnings_of(text)]
+    assert found == ([expected] if expected else [])
+
+
 def test_a_tokenizer_that_nobody_uses_is_warned_of(good: str) -> None:
     text = good.replace("aliases: [llama]", "tokenizer: {deadline_ms: 20}")
     assert warnings_of(text) == [

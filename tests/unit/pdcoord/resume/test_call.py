@@ -48,6 +48,10 @@ def call(path: str = COMPLETIONS, **fields: Any) -> Call:
         ({"thinking": {"type": "enabled"}}, Unresumable.REASONING),
         ({"include_reasoning": False}, Unresumable.REASONING),
         ({"chat_template_kwargs": {"enable_thinking": True}}, Unresumable.REASONING),
+        ({"chat_template_kwargs": {"thinking_mode": "thinking"}}, Unresumable.REASONING),
+        ({"chat_template_kwargs": {"reasoning_effort": "high"}}, Unresumable.REASONING),
+        ({"chat_template_kwargs": {"thinking": {"type": "enabled"}}}, Unresumable.REASONING),
+        ({"chat_template_kwargs": {"thinking": {"budget_tokens": 9}}}, Unresumable.REASONING),
         ({"never_heard_of": 1}, Unresumable.UNKNOWN_FIELD),
     ],
 )
@@ -70,6 +74,8 @@ def test_what_forbids_it(fields: dict[str, Any], why: Unresumable) -> None:
         {"response_format": {"type": "text"}, "tool_choice": "auto", "tools": [{"type": "function"}]},
         {"seed": 7, "temperature": 0.7, "top_p": 0.9, "stop": ["a"], "logit_bias": {"1": 2}, "user": "u"},
         {"chat_template_kwargs": {"enable_thinking": False}, "never_heard_of": None, "nor_of_this": False},
+        {"chat_template_kwargs": {"thinking_mode": "chat", "reasoning_effort": "None", "thinking": ""}},
+        {"chat_template_kwargs": {"thinking": {"type": "disabled"}, "thinking_budget": 0, "custom": True}},
     ],
 )
 def test_what_does_not(fields: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ from pdcoord.resume.tape import Shelf, Tape
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 USER = [{"role": "user", "content": "Hi"}]
+THINKING = [*USER, {"role": "assistant", "content": "<think>well"}]
+OPEN = {"continue_final_message": True, "add_generation_prompt": False}
 Body = dict[str, Any]
 MakeEngine = Callable[..., Any]
 Read = Callable[[bytes], Body]
@@ -326,6 +328,17 @@ def test_without_output_the_same_call_is_sent_again(passed: bytes) -> None:
         (CHAT, raw(messages=USER), event({"delta": {"tool_calls": [{}]}}), Unresumable.TOOL_CALLS),
         (CHAT, raw(messages=USER), event({"delta": {"reasoning": "a"}}), Unresumable.REASONING),
         (CHAT, raw(messages=USER), said("hm</think>", path=CHAT), Unresumable.REASONING),
+        (CHAT, raw(messages=USER), said("hm</think", path=CHAT), Unresumable.REASONING),
+        (CHAT, raw(messages=USER), said("<think>hm</think>Yes", path=CHAT), Unresumable.REASONING),
+        (CHAT, raw(messages=USER), said("<|START_THINKING|>hm", path=CHAT), Unresumable.REASONING),
+        (
+            CHAT,
+            raw(messages=USER, chat_template_kwargs={"thinking": True}),
+            said("hm", path=CHAT),
+            Unresumable.REASONING,
+        ),
+        (CHAT, raw(messages=USER, chat_template="<think>"), said("hm", path=CHAT), Unresumable.REASONING),
+        (CHAT, raw(messages=THINKING, **OPEN), said("hm", path=CHAT), Unresumable.REASONING),
         (COMPLETIONS, raw(prompt="a", presence_penalty=1), said("a"), Unresumable.PENALTIES),
         (COMPLETIONS, raw(prompt="a", bad_words=["b"]), said("a"), Unresumable.OUTPUT_HISTORY),
         (COMPLETIONS, raw(prompt="a", vllm_xargs={"a": 1}), said("a"), Unresumable.LOGITS_PROCESSORS),
@@ -341,6 +354,15 @@ def test_without_output_the_same_call_is_sent_again(passed: bytes) -> None:
 )
 def test_what_cannot_go_on_is_named(path: str, body: bytes, passed: bytes, why: Unresumable) -> None:
     assert continue_stream(path, body, passed) is why
+
+
+def test_reasoning_that_a_template_opened_goes_on_from_token_ids() -> None:
+    body = raw(messages=USER, max_tokens=9, return_token_ids=True, chat_template="<think>")
+    passed = said("hm", path=CHAT, token_ids=[7], prompt_token_ids=[1, 2])
+    goes_on = continue_stream(CHAT, body, passed)
+    assert isinstance(goes_on, Continuation)
+    assert goes_on.path == COMPLETIONS
+    assert json.loads(goes_on.body)["prompt"] == [1, 2, 7]
 
 
 def test_every_reason_that_is_found_here_has_a_case() -> None:

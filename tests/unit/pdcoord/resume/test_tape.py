@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdcoord.resume.tape import Shelf, Tape, TornError
+from pdcoord.resume.tape import Shelf, Tape, TornError, seems_whole
 
 RECORDED = Path(__file__).parents[3] / "contract" / "vllm-0.32.0"
 BODY = b'{"model":"tiny"}'
@@ -144,3 +144,29 @@ def test_one_long_tape_does_not_take_the_room_of_others() -> None:
     assert shelf.bytes_held == 50
     first.close()
     assert shelf.bytes_held == 0
+
+
+DONE = b"data: [DONE]\n\n"
+STOP = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("stream", "is_whole"),
+    [
+        (chunk("a", "stop") + DONE, True),
+        (chunk("a", "stop") + DONE + b": bye\n\n", True),
+        (chunk("a", "stop") + DONE.rstrip(), True),
+        (DONE.replace(b"\n", b"\r\n"), True),
+        (chunk("a") + STOP, True),
+        (b'event: response.completed\ndata: {"response": {}, "type": "response.completed"}\n\n', True),
+        (b"", False),
+        (chunk("a"), False),
+        (chunk("data: [DONE]"), False),
+        (chunk('"type": "message_stop"'), False),
+        (chunk("a") + b"data: [DO", False),
+        (DONE + chunk("a"), False),
+        (b"data: [1]\n\n", False),
+    ],
+)
+def test_a_stream_seems_whole_if_its_last_event_ends_it(stream: bytes, is_whole: bool) -> None:
+    assert seems_whole(stream) is is_whole

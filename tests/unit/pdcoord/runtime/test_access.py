@@ -10,9 +10,9 @@ from structlog.testing import LogCapture
 
 from pdcoord.front.keys import KEY_RANDOM_BYTES, KeyFault, digest_of, make_key
 from pdcoord.front.rates import RateKind
-from pdcoord.policy.errors import PolicyError
 from pdcoord.protocol.errors import RefusedError
 from pdcoord.runtime.access import Access
+from pdcoord.runtime.secured import SecretError
 from pdcoord.runtime.settings import GatewaySettings
 
 KEYS = {name: make_key(name.encode() * KEY_RANDOM_BYTES) for name in "ab"}
@@ -79,7 +79,7 @@ def test_without_files_everybody_is_let_in(tmp_path: Path) -> None:
 
 def test_a_process_does_not_start_with_a_file_that_cannot_be_used(tmp_path: Path) -> None:
     bench = Bench(tmp_path, keys_file=tmp_path / "keys.yaml")
-    with pytest.raises(PolicyError, match=r"keys\.yaml: cannot be read"):
+    with pytest.raises(SecretError, match=r"^PDCOORD_KEYS_FILE: .*keys\.yaml: cannot be read"):
         bench.access.load_first()
 
 

@@ -7,7 +7,7 @@ import pytest
 from pdcoord.protocol.signing import PLAN_SIGNATURE, Doubt, Steering
 from pdcoord.wire.plankeys import KeysFileError, PlanKeysFile
 
-WHAT = Steering(b"r")
+WHAT = Steering(b"POST", b"/v1/completions", b"r")
 
 
 def write(path: Path, text: str) -> Path:
@@ -57,3 +57,16 @@ def test_a_file_that_cannot_be_used_says_why(
     assert str(path) in str(caught.value)
     assert str(path) not in caught.value.remedy
     assert "sss" not in str(caught.value)
+
+
+def test_a_file_refused_for_its_mode_is_taken_once_that_is_mended(tmp_path: Path) -> None:
+    path = write(tmp_path / "keys", f"a:{'s' * 32}\n")
+    keys = PlanKeysFile(path, lambda: 100.0)
+    path.write_text(f"b:{'t' * 32}\n")
+    path.chmod(0o644)
+    with pytest.raises(KeysFileError, match="lets everyone at it"):
+        keys.look()
+    assert not keys.look(), "said once"
+    path.chmod(0o600)
+    assert keys.look()
+    assert keys.headers(WHAT)[0][1].startswith(b"v1;kid=b;")

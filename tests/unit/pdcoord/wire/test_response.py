@@ -212,7 +212,10 @@ async def test_pumping_gives_nothing_more_until_the_pause_that_the_sink_asked_fo
         await settle()
         assert got == [b"a", b"full"]
         assert not rig.transport.is_reading, "what a stalled client does not take must not pile up"
+        assert rig.response.is_held_up
         gate.set()
+        await settle()
+        assert not rig.response.is_held_up
         await settle()
         assert rig.transport.is_reading
         rig.response.end()

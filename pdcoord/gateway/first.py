@@ -1,0 +1,70 @@
+"""Waits for the first of an answer that is more than a sign of life: until then another may serve."""
+
+import asyncio
+
+from pdcoord.resume.sse import end_of_last, whole_events
+from pdcoord.wire.errors import StreamError
+from pdcoord.wire.response import Response
+
+EVENT_STREAM = b"text/event-stream"
+SIGNS_OF_LIFE = (b":", b"event: ping")
+"""How events begin that are no output: comments (vLLM's --sse-keep-alive-interval) and Anthropic's pings."""
+UNFINISHED_BYTES_MAX = 64 << 10
+"""Of a comment that does not end."""
+
+
+def is_event_stream(response: Response) -> bool:
+    return (response.header(b"content-type") or b"").lower().startswith(EVENT_STREAM)
+
+
+def is_plain_stream(response: Response) -> bool:
+    """Whether a body is an event stream whose bytes can be read as they are."""
+    return is_event_stream(response) and response.header(b"content-encoding") is None
+
+
+async def read_first(response: Response, *, timeout_s: float) -> bytes:
+    """The first of a body; of an event stream the first that has an event, without what came before it.
+
+    An engine that hangs may send comments for ever, and as long as there is nothing else another may serve.
+
+    Args:
+        timeout_s: for all of it; comments do not make it longer.
+
+    Raises:
+        StreamError: as `Response.read_chunk` does, or if an event stream ends, or may go on no longer,
+            without an event.
+    """
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + timeout_s
+    first = await response.read_chunk(idle_timeout_s=timeout_s)
+    if not is_event_stream(response):
+        return first
+    is_plain = is_plain_stream(response)
+    part = first
+    while part and is_plain and has_no_event(first):
+        first = first[end_of_last(first) :]
+        left_s = deadline_s - loop.time()
+        if left_s <= 0.0 or len(first) > UNFINISHED_BYTES_MAX:
+            raise StreamError(f"the stream had no event after {timeout_s:g} s, or a comment without an end")
+        part = await response.read_chunk(idle_timeout_s=left_s)
+        first += part
+    if not part:
+        raise StreamError("the stream ended without an event")
+    return first
+
+
+def has_no_event(data: bytes) -> bool:
+    """Whether the beginning of a stream is signs of life and nothing else, the last perhaps unfinished."""
+    events, rest = whole_events(data)
+    return all(_is_sign(event) for event in events) and _may_be_sign(rest)
+
+
+def _is_sign(event: bytes) -> bool:
+    if event.startswith(b"event: ping"):
+        return True
+    return all(not line or line.startswith(b":") for line in event.splitlines())
+
+
+def _may_be_sign(rest: bytes) -> bool:
+    rest = rest.lstrip(b"\r\n")
+    return _is_sign(rest) or b"event: ping".startswith(rest)
