@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300, func_only=True)]
 
-OUTPUT_TOKENS = 300
+OUTPUT_TOKENS = 700
 SEEN_BEFORE = 20
 """Events that a client has before the server dies: it is in the middle."""
 GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": OUTPUT_TOKENS, "temperature": 0}
@@ -93,9 +93,11 @@ def test_the_gateway_goes_on_at_the_other_server(whole: Any, openai: OpenAI, wor
     ]
     with ThreadPoolExecutor(len(CALLS)) as pool:
         running = [pool.submit(call, openai, stream) for call, stream in zip(CALLS, streams, strict=True)]
+        assert streams[0].has_begun.wait(60)
+        wait(whole.serving, 30, "a server that generates")
+        victim = whole.serving()[0]
         for stream in streams:
             assert stream.has_begun.wait(60)
-        victim = whole.serving()[0]
         whole.engines[victim].process.kill()
         for future in running:
             future.result(120)
