@@ -69,7 +69,9 @@ class Tape:
     @property
     def passed(self) -> bytes:
         """Everything that was passed on, from all streams, as the client has it; b"" once it let go."""
-        return b"".join(self._parts)
+        # Joined once for all who ask: at its end each stream is asked for its tail and for its tokens.
+        self._parts = [b"".join(self._parts)]
+        return self._parts[0]
 
     def __call__(self, part: bytes) -> bytes:
         """What may be passed on of a part and of what was held back before it.
