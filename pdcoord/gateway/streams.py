@@ -76,6 +76,8 @@ class Answer:
         self._last = b""
         self._has_output = False
         self._is_over = False
+        if tape is not None:
+            tape.after = self._count
 
     async def begin(self, headers: Headers) -> None:
         """Send the head."""
@@ -191,7 +193,7 @@ class Answer:
 
     def _change_for(self, first: bytes) -> Callable[[bytes], bytes] | None:
         if self.tape is not None:
-            return self._keep if self._splice is None else self._keep_spliced
+            return self.tape if self._splice is None else self._keep_spliced
         if not self._is_encoded:
             self._counter = OutputCounter(first, is_stream=self._is_plain)
         return self._counter
@@ -199,19 +201,13 @@ class Answer:
     def _first_shown(self, first: bytes) -> bytes:
         if self.tape is None:
             return first
-        return self._keep(first) if self._splice is None else self._keep_spliced(first)
-
-    def _keep(self, part: bytes) -> bytes:
-        """The change of a stream that is kept: tokens are counted at its end, from what was kept."""
-        tape = self.tape
-        assert tape is not None
-        shown = tape(part)
-        return shown if tape.is_whole else self._count(shown)
+        return self.tape(first) if self._splice is None else self._keep_spliced(first)
 
     def _keep_spliced(self, part: bytes) -> bytes:
         assert self._splice is not None
+        assert self.tape is not None
         shown = self._splice(part)
-        return self._keep(shown) if shown else b""
+        return self.tape(shown) if shown else b""
 
     def _count(self, part: bytes) -> bytes:
         """Count on in a stream that was let go of; what was kept of it had about one event in each part."""

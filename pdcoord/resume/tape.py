@@ -1,5 +1,7 @@
 """Keeps the raw bytes of an event stream that were passed on, within bounds, in case it must be continued."""
 
+from collections.abc import Callable
+
 import msgspec
 
 from pdcoord.resume.errors import TornError
@@ -7,6 +9,8 @@ from pdcoord.resume.sse import DONE, data_of, end_of_last, whole_events
 
 __all__ = ["Shelf", "Tape", "TornError", "seems_whole"]
 
+BLOCK_BYTES = 4_096
+"""A tape takes room from its shelf in blocks of so much, so that most parts cost no bookkeeping."""
 _ERROR = b'"error"'
 _ABORT = b'"abort"'
 _FAILED_TYPES = frozenset({"error", "response.failed"})
@@ -21,7 +25,7 @@ class Shelf:
         tape_bytes_max: of one tape: its client's request, and what it passed on or holds back.
 
     Attributes:
-        bytes_held: of all tapes that are not closed.
+        bytes_held: of all tapes that are not closed, with what they have taken and not yet filled.
     """
 
     __slots__ = ("bytes_held", "bytes_max", "tape_bytes_max")
@@ -46,32 +50,47 @@ class Tape:
         body: the client's own request as it went upstream.
 
     Attributes:
+        after: the Change that parts go through once it let go.
         pending: an unfinished event, not passed on; after a TornError what came before the error in the same
             part, which must still be passed on. A stream that ends well ends with none.
         is_whole: False once a bound made it let go. It then passes everything on and keeps nothing, and the
             stream cannot be continued (Unresumable.TAPE_FULL).
     """
 
-    __slots__ = ("_held_bytes", "_is_torn", "_parts", "_shelf", "body", "is_whole", "pending")
+    __slots__ = (
+        "_append",
+        "_held_bytes",
+        "_is_torn",
+        "_left_bytes",
+        "_parts",
+        "_shelf",
+        "after",
+        "body",
+        "is_whole",
+        "pending",
+    )
 
     def __init__(self, shelf: Shelf, body: bytes) -> None:
         self._shelf = shelf
         self._parts: list[bytes] = []
+        self._append = self._parts.append
         self._held_bytes = 0
+        self._left_bytes = 0
         self._is_torn = False
+        self.after: Callable[[bytes], bytes] = _as_it_is
         self.body = body
         self.pending = b""
         self.is_whole = True
-        self._give_back(-len(body))
-        if self._held_bytes > shelf.tape_bytes_max or shelf.bytes_held > shelf.bytes_max:
+        if not self._has_room(len(body)):
             self._let_go()
 
     @property
     def passed(self) -> bytes:
         """Everything that was passed on, from all streams, as the client has it; b"" once it let go."""
         # Joined once for all who ask: at its end each stream is asked for its tail and for its tokens.
-        self._parts = [b"".join(self._parts)]
-        return self._parts[0]
+        joined = b"".join(self._parts)
+        self._parts[:] = [joined]
+        return joined
 
     def __call__(self, part: bytes) -> bytes:
         """What may be passed on of a part and of what was held back before it.
@@ -79,15 +98,28 @@ class Tape:
         Raises:
             TornError: if the part has an event in which the engine says that it failed.
         """
-        if not self.is_whole:
+        left = self._left_bytes - len(part)
+        # rfind takes half the time of `in`.
+        if (
+            left >= 0
+            and not self.pending
+            and part.endswith(b"\n\n")
+            and part.rfind(_ERROR) < 0
+            and part.rfind(_ABORT) < 0
+        ):
+            # All that a token costs here.
+            self._left_bytes = left
+            self._append(part)
             return part
-        shelf = self._shelf
-        self._held_bytes = held = self._held_bytes + len(part)
-        shelf.bytes_held = held_by_all = shelf.bytes_held + len(part)
-        if held > shelf.tape_bytes_max or held_by_all > shelf.bytes_max:
+        return self._keep(part)
+
+    def _keep(self, part: bytes) -> bytes:
+        if not self.is_whole:
+            return self.after(part)
+        if not self._has_room(len(part)):
             part = self.pending + part
             self._let_go()
-            return part
+            return self.after(part)
         if self.pending:
             part = self.pending + part
             self.pending = b""
@@ -95,17 +127,16 @@ class Tape:
             end = end_of_last(part)
             self.pending = part[end:]
             part = part[:end]
-        # rfind takes half the time of `in`.
         if part.rfind(_ERROR) >= 0 or part.rfind(_ABORT) >= 0:
             self._look_for_failure(part)
         if part:
-            self._parts.append(part)
+            self._append(part)
         return part
 
     def begin_again(self) -> None:
         """Forget the unfinished event of a stream that broke off, before another stream goes on."""
         if not self._is_torn:
-            self._give_back(len(self.pending))
+            self._left_bytes += len(self.pending)
         self._is_torn = False
         self.pending = b""
 
@@ -117,21 +148,38 @@ class Tape:
         start = _failure(data)
         if start < 0:
             return
-        self._give_back(len(data) - start + len(self.pending))
+        self._left_bytes += len(data) - start + len(self.pending)
         self.pending = data[:start]
-        self._parts.append(self.pending)
+        self._append(self.pending)
         self._is_torn = True
         raise TornError(whole_events(data[start:])[0][0])
 
-    def _give_back(self, byte_count: int) -> None:
-        self._held_bytes -= byte_count
-        self._shelf.bytes_held -= byte_count
+    def _has_room(self, byte_count: int) -> bool:
+        """Use room for so many bytes, taking more from the shelf if need be; False if a bound forbids it."""
+        shelf = self._shelf
+        missing = byte_count - self._left_bytes
+        if missing > 0:
+            free = min(shelf.tape_bytes_max - self._held_bytes, shelf.bytes_max - shelf.bytes_held)
+            if missing > free:
+                return False
+            taken = max(missing, BLOCK_BYTES if free >= BLOCK_BYTES else 0)
+            self._held_bytes += taken
+            self._left_bytes += taken
+            shelf.bytes_held += taken
+        self._left_bytes -= byte_count
+        return True
 
     def _let_go(self) -> None:
-        self._give_back(self._held_bytes)
-        self._parts = []
+        self._shelf.bytes_held -= self._held_bytes
+        self._held_bytes = 0
+        self._left_bytes = -1  # No part is small enough for it.
+        self._parts.clear()
         self.pending = b""
         self.is_whole = False
+
+
+def _as_it_is(part: bytes) -> bytes:
+    return part
 
 
 def seems_whole(passed: bytes) -> bool:
