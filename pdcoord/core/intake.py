@@ -74,6 +74,7 @@ class Intake:
             signal = self._believed(signal)
             self._ledger.note_sample(signal.id, now_s)
             self._judge_paths(signal.id, signal.sample, now_s)
+            self._progress.sampled(signal.id, signal.sample, now_s)
             self._doubt_canaries(signal.id, now_s)
         self._fleet.handle(signal)
         if isinstance(signal, EndpointSeen):

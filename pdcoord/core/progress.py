@@ -5,12 +5,13 @@ what was sent, what came of it, and when it should have come.
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass
 
 from pdcoord.core.events import Outcome
-from pdcoord.core.fleet import Endpoint, EndpointId, Fleet, Health, PoolName
+from pdcoord.core.fleet import Endpoint, EndpointId, Fleet, Health, PoolName, Sample
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Figures, Plan
 from pdcoord.core.quarantine import (
@@ -71,12 +72,14 @@ class _Sent:
     """One request under way.
 
     Attributes:
-        late_s: the moment at which its first output is late; None where nobody can say.
+        sent_s: when it was sent.
+        late_s: when its first output is late, or is looked at again; None where nobody can say.
         is_blamed: what it waited for too long has been held against its endpoints.
         has_stalled: likewise that its stream stands still.
     """
 
     plan: Plan
+    sent_s: float
     late_s: float | None
     has_begun: bool = False
     is_blamed: bool = False
@@ -100,6 +103,7 @@ class Progress:
         self.quarantine = Quarantine(self._peers, self._share_max)
         self.outs: Counter[tuple[PoolName, Symptom]] = Counter()
         self._sent: dict[RequestId, _Sent] = {}
+        self._worked_s: dict[EndpointId, float] = {}
         self._late: list[tuple[float, RequestId]] = []
 
     # What became of our own requests.
@@ -107,7 +111,7 @@ class Progress:
     def sent(self, request: Request, plan: Plan, now_s: float) -> None:
         """It was sent to its plan's endpoints."""
         wait_s = late_after_s(request, plan.chosen.figures)
-        sent = self._sent[request.id] = _Sent(plan, None if wait_s is None else now_s + wait_s)
+        sent = self._sent[request.id] = _Sent(plan, now_s, None if wait_s is None else now_s + wait_s)
         if sent.late_s is not None:
             heapq.heappush(self._late, (sent.late_s, request.id))
         for endpoint in _ends(plan):
@@ -126,6 +130,7 @@ class Progress:
             used = target_of(plan, served.prefill) if is_split and served.prefill is not None else None
         for endpoint, track in ((plan.decode, Track.START), (used, Track.PREFILL)):
             if endpoint is not None and self._is_there(endpoint):
+                self._worked_s[endpoint.id] = now_s
                 well = Well(endpoint.id, track, request_id)
                 self._tell(Shown(endpoint.id) if sent.is_blamed else well, now_s)
 
@@ -174,6 +179,7 @@ class Progress:
         if outcome is Outcome.UPSTREAM_ERROR and not sent.has_stalled:
             self._blame(decode, Symptom.BROKEN_OFF, request_id, None, now_s)
         elif outcome is Outcome.OK and self._is_there(decode) and not sent.has_stalled:
+            self._worked_s[decode.id] = now_s
             self._tell(Well(decode.id, Track.FLOW, request_id), now_s)
             if pace is not None and pace >= SLOW_FACTOR:
                 self._blame(decode, Symptom.SLOW, request_id, None, now_s)
@@ -216,8 +222,19 @@ class Progress:
         """A sidecar says that a request of another coordinator got what it expected there."""
         self._tell(Well(endpoint.id, track), now_s)
 
+    def sampled(self, endpoint: EndpointId, sample: Sample, now_s: float) -> None:
+        """An engine told of itself; told before the fleet has it.
+
+        Whose KV pool fills or empties computes: an engine whose streams go on and who has no room for
+        others gives nobody a first output for as long as they last.
+        """
+        state = self._fleet.get(endpoint)
+        if state is not None and state.sample is not None and state.sample.kv_usage != sample.kv_usage:
+            self._worked_s[endpoint] = now_s
+
     def forget(self, endpoint: EndpointId, now_s: float) -> None:
         """The endpoint is gone, or is another process by now."""
+        self._worked_s.pop(endpoint, None)
         self._tell(Gone(endpoint), now_s)
 
     # For those who choose.
@@ -253,22 +270,39 @@ class Progress:
     def validate(self, live: Container[RequestId]) -> None:
         """Assert that only requests under way and endpoints that exist are remembered."""
         assert all(request_id in live for request_id in self._sent), "a request that ended is watched"
-        self.quarantine.validate({state.endpoint.id for state in self._fleet.states()}, live)
+        endpoints = {state.endpoint.id for state in self._fleet.states()}
+        assert self._worked_s.keys() <= endpoints, "work of an endpoint that is gone"
+        self.quarantine.validate(endpoints, live)
 
     def _is_due(self, late_s: float, request_id: RequestId) -> bool:
         sent = self._sent.get(request_id)
         return sent is not None and sent.late_s == late_s and not (sent.has_begun or sent.is_blamed)
 
     def _blame_late(self, sent: _Sent, request_id: RequestId, now_s: float) -> None:
-        """Of a split request nobody can tell here which of the two keeps it waiting."""
+        """Hold it against those who keep it waiting; of a split request nobody can tell here which does.
+
+        Where one of them is busy by its own word and does not stand still, that is why, and it is looked at
+        again after as long again: a queue that is longer than was predicted is no fault, and whoever is put
+        out for it leaves a longer one to others.
+        """
         if sent.is_blamed:
             return
-        sent.is_blamed = True
         plan = sent.plan
+        if any(self._is_busy(endpoint, sent.sent_s) for endpoint in _ends(plan)):
+            sent.late_s = now_s + max(LATE_S_MIN, now_s - sent.sent_s)
+            heapq.heappush(self._late, (sent.late_s, request_id))
+            return
+        sent.is_blamed = True
         if plan.prefill is not None:
             self._blame(plan.prefill, Symptom.PREFILL, request_id, plan.decode.id, now_s)
         partner = plan.prefill.id if plan.prefill is not None else None
         self._blame(plan.decode, Symptom.LATE, request_id, partner, now_s)
+
+    def _is_busy(self, endpoint: Endpoint, since_s: float) -> bool:
+        """Whether requests queue at an endpoint that has worked since then."""
+        state = self._fleet.get(endpoint.id)
+        is_queue = state is not None and state.sample is not None and state.sample.waiting > 0
+        return is_queue and self._worked_s.get(endpoint.id, -math.inf) > since_s
 
     def _take_rungs(self, plan: Plan, served: ServedHeader | None, now_s: float) -> None:
         for taken in served.rungs if served is not None else ():

@@ -176,6 +176,55 @@ def test_one_that_accepts_and_never_answers_is_out_before_any_timeout() -> None:
     assert all(plan.drops[DropReason.QUARANTINED] == 1 for plan in others)
 
 
+def queueing(story: Story, name: str, kv_usage: float) -> None:
+    """An engine's word that requests wait there."""
+    story.tell(SampleTaken(EndpointId(name), Sample(3, 2, kv_usage, story.now_s)))
+
+
+@pytest.mark.parametrize("sign", ["output", "end", "kv"])
+def test_a_queue_longer_than_predicted_is_no_fault_of_who_works_on_it(sign: str) -> None:
+    story = Story()
+    other, *late = [story.send_to("d/0") for _ in range(FAILURES_MAX + 1)]
+    if sign == "end":
+        story.begin(other)
+    story.wait(1.0)
+    if sign == "output":
+        story.begin(other)
+    elif sign == "end":
+        story.end(other)
+    queueing(story, "d/0", 0.2 if sign == "kv" else 0.1)
+    story.wait(LATE_S_MIN)
+    assert story.phase("d/0") is None
+    story.wait(LATE_S_MIN)
+    assert story.phase("d/0") is None
+    # Looked at again after as long again: the same reason for ever is none.
+    for plan in late:
+        story.begin(plan)
+    assert story.phase("d/0") is None
+
+
+def test_who_has_a_queue_and_stands_still_is_out() -> None:
+    story = Story()
+    story.serve(story.send_to("d/0"))
+    for _ in range(FAILURES_MAX):
+        story.send_to("d/0")
+    for _ in range(3):
+        story.wait(0.5)
+        queueing(story, "d/0", 0.1)
+    story.wait(LATE_S_MIN)
+    assert story.symptom("d/0") is Symptom.LATE
+
+
+def test_who_works_and_says_that_nobody_waits_is_out() -> None:
+    story = Story()
+    other, *_ = [story.send_to("d/0") for _ in range(FAILURES_MAX + 1)]
+    story.wait(1.0)
+    story.begin(other)
+    story.sample()
+    story.wait(LATE_S_MIN)
+    assert story.symptom("d/0") is Symptom.LATE
+
+
 def test_one_that_is_in_time_is_not_suspected_however_many_there_are() -> None:
     story = Story()
     for _ in range(30):
