@@ -345,6 +345,13 @@ def keys_make(
     model: Annotated[
         list[str] | None, typer.Option(help="A model that may be asked; may be repeated. [default: all]")
     ] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An objective above priority 0 that may be asked for, or * for all; may be repeated. "
+            "[default: none]"
+        ),
+    ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(help="[default: no limit]")] = None,
     tokens_per_minute: Annotated[
         int | None, typer.Option(help="Of prompts and answers together. [default: no limit]")
@@ -360,6 +367,7 @@ def keys_make(
         "tenant": tenant,
         "salt_group": salt_group,
         "models": model or None,
+        "objectives": objective or None,
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
         "expires_at": expires_at,

@@ -24,7 +24,7 @@ from pdcoord.protocol.headers import (
 from pdcoord.protocol.signing import PLAN_SIGNATURE
 from sidecar import handoff
 from sidecar.guard import LEG, PREFILLS_MAX
-from sidecar.observe import label_table, metric_table
+from sidecar.observe import METRICS, bound_of
 from sidecar.settings import FLAGS
 from sidecar.vocabulary import STATE_MEANINGS, State
 
@@ -97,6 +97,23 @@ def _rules() -> Iterator[str]:
     yield from (line for line in text.splitlines() if re.match(r"\d+\. |    \S", line))
 
 
+def _metrics() -> Iterator[str]:
+    """The metrics as lines of a Markdown table."""
+    yield "| name | type | labels | meaning | what to do when it moves |"
+    yield "|---|---|---|---|---|"
+    for each in METRICS:
+        labels = ", ".join(f"`{label}`" for label in each.labels) or "-"
+        yield f"| `{each.full_name}` | {each.kind} | {labels} | {each.meaning} | {each.action} |"
+
+
+def _labels() -> Iterator[str]:
+    """What bounds the labels, as lines of a Markdown table."""
+    yield "| label | values |"
+    yield "|---|---|"
+    for label in sorted({label for each in METRICS for label in each.labels}):
+        yield f"| `{label}` | {bound_of(label)} |"
+
+
 def _code(text: str) -> str:
     return f"`{text}`" if text else "none"
 
@@ -107,8 +124,8 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "states": _states,
     "rules": _rules,
     "transitions": _transitions,
-    "metrics": metric_table,
-    "labels": label_table,
+    "metrics": _metrics,
+    "labels": _labels,
 }
 _MARKED = re.compile(r"(<!-- drawn: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

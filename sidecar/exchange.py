@@ -1,13 +1,15 @@
 """Drives one request: does what the handoff machine orders and tells it what happened."""
 
 import asyncio
+from dataclasses import replace
 
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
 from pdcoord.protocol.headers import REQUEST_ID, SERVED
 from pdcoord.protocol.plans import encode_served
 from pdcoord.protocol.tickets import decode_prefill_answer
 from pdcoord.resume.continuation import Continuation, Finished
-from pdcoord.resume.errors import TornError
+from pdcoord.resume.errors import DivergedError, TornError
+from pdcoord.resume.failure import was_given_up
 from pdcoord.resume.tape import Tape
 from pdcoord.wire.asgi import Receive, Scope, Send, watch_disconnect
 from pdcoord.wire.client import Response
@@ -15,7 +17,7 @@ from pdcoord.wire.errors import WireError
 from sidecar.bodies import Bodies
 from sidecar.guard import Headers
 from sidecar.handoff import Handoff
-from sidecar.opening import OPENING_BYTES_MAX, Opening, Seen, was_given_up
+from sidecar.opening import OPENING_BYTES_MAX, Opening, Seen
 from sidecar.outgoing import ANSWER_BYTES_MAX, Answer, Outgoing, Piece, is_event_stream
 from sidecar.passing import shows_output
 from sidecar.reports import RequestReport
@@ -70,6 +72,8 @@ _MESSAGES = {
     RefuseReason.STREAM_LOST: "The stream broke off and could not be continued",
     RefuseReason.DRAINING: "This pod is going away and could not wait for the answer",
 }
+# How a stream that broke off is called towards the client, whatever broke it.
+_LOST = frozenset({RefuseReason.UPSTREAM_FAILED, RefuseReason.UPSTREAM_TIMEOUT})
 _RETRIED_SOON = frozenset({RefuseReason.LADDER_EXHAUSTED, RefuseReason.DRAINING})
 
 
@@ -235,7 +239,10 @@ class Exchange:
                     case BreakOff(is_told=False):
                         pass  # That the connection ends unfinished is the word for it.
                     case BreakOff(reason, why=why):
-                        await self._out.break_off(self._refusal(reason, why))
+                        refusal = self._refusal(reason, why)
+                        if reason in _LOST:
+                            refusal = replace(refusal, reason=RefuseReason.STREAM_LOST)
+                        await self._out.break_off(refusal)
         except TimeoutError:
             return
 
@@ -336,6 +343,8 @@ class Exchange:
                     self._events.put_nowait(DecodeEnded(action.leg))
                 case why:
                     self._events.put_nowait(Unresumed(action.leg, why))
+        except DivergedError:
+            self._events.put_nowait(DecodeLost(action.leg, Fault.DIVERGED))
         except TornError:
             self._events.put_nowait(DecodeLost(action.leg, Fault.TORN))
         except WireError as error:

@@ -28,6 +28,7 @@ from pdcoord.protocol.plans import (
     decode_plan,
 )
 from pdcoord.protocol.signing import PLAN_SIGNATURE, SKEW_S_MAX, Doubt, Steering
+from pdcoord.wire.files import read_regular
 from sidecar.errors import SettingsError
 
 LEG = PREFIX + b"leg"
@@ -40,6 +41,7 @@ PREFILLS_MAX = 8
 RESUMES_MAX = 8
 RESUME_TRIES_MAX = 16
 DEADLINE_MS_MAX = 3_600_000.0
+ALLOW_FILE_BYTES_MAX = 1 << 22
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -159,6 +161,19 @@ class Allowlist:
         told = {} if self._told is None else {target.address: target for target in self._told.targets()}
         return list((told | self._fixed | self._from_file).values())
 
+    def allows_ports(self, target: PrefillTarget, *, kv_port: int, bootstrap_port: int) -> bool:
+        """Whether a target's other ports are those that lists give it, or the usual ones where none does."""
+        if self._is_open:
+            return True
+        told = None if self._told is None else self._told.get(target.address)
+        listed = [self._from_file.get(target.address), self._fixed.get(target.address), told]
+        kv_ports = {each.kv_port for each in listed if each is not None} - {None} or {kv_port}
+        bootstrap_ports = {each.bootstrap_port for each in listed if each is not None} - {None}
+        return target.kv_port in {None, *kv_ports} and target.bootstrap_port in {
+            None,
+            *(bootstrap_ports or {bootstrap_port}),
+        }
+
     def kv_port(self, address: HostPort) -> int | None:
         """The KV port that the list gives a target; None if it gives none."""
         target = self._from_file.get(address) or self._fixed.get(address)
@@ -180,12 +195,15 @@ class Allowlist:
             if stamp == self._stamp:
                 return False
             self._stamp = stamp  # A bad file is reported once, not at every look.
-            text = self.path.read_text(encoding="utf-8")
+            text = read_regular(self.path, ALLOW_FILE_BYTES_MAX).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise SettingsError(
                 "--allow-file", str(self.path), f"cannot be read ({reason}); name a readable text file"
             ) from error
+        if len(text) > ALLOW_FILE_BYTES_MAX:
+            remedy = f"is longer than {ALLOW_FILE_BYTES_MAX} bytes; name a list of targets"
+            raise SettingsError("--allow-file", str(self.path), remedy)
         self._from_file, self._file_peers = _sorted_out(_read_lines(text, str(self.path)))
         return True
 
@@ -248,6 +266,8 @@ class Guard:
         dialect, is_colocated_allowed, prefill_deadline_ms, transfer_deadline_ms: what a request without
             x-pdcoord-plan gets.
         make_request_id: gives a fresh request id.
+        bootstrap_port, kv_port: of a prefill target that names none, and the only ones that an unsigned plan
+            may name where no list gives others.
         seal: with it only signed requests are served, but for UNSIGNED_PATHS.
         count_doubt: told of each that is not.
     """
@@ -258,6 +278,8 @@ class Guard:
     prefill_deadline_ms: float
     transfer_deadline_ms: float
     make_request_id: Callable[[], str]
+    bootstrap_port: int
+    kv_port: int
     seal: Seal | None = None
     count_doubt: Callable[[Doubt], None] | None = None
 
@@ -357,9 +379,16 @@ class Guard:
                 PLAN, f"has a deadline of {longest_ms:g} ms; at most {DEADLINE_MS_MAX:g} may be asked"
             )
         plan = msgspec.structs.replace(plan, prefills=targets, resumes=resumes)
-        refused = frozenset(t.address for t in targets if not self.allowlist.allows(t.address))
+        refused = frozenset(target.address for target in targets if not self._allows(target))
         refused_resumes = frozenset(each for each in resumes if not self.allowlist.allows_decode(each))
         return Asked(plan, refused, refused_resumes, is_counted=True)
+
+    def _allows(self, target: PrefillTarget) -> bool:
+        """Whether a plan may name it; whoever shares a key is believed what ports it has."""
+        if not self.allowlist.allows(target.address):
+            return False
+        ports = {"kv_port": self.kv_port, "bootstrap_port": self.bootstrap_port}
+        return self.seal is not None or self.allowlist.allows_ports(target, **ports)
 
     def _read_foreign(self, values: list[bytes]) -> tuple[PrefillTarget, ...]:
         targets: dict[HostPort, PrefillTarget] = {}

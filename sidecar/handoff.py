@@ -88,6 +88,7 @@ _DECODE_REASONS = {
 _TEAR_REASONS = {
     Fault.UNREACHABLE: RungReason.DECODE_UNREACHABLE,
     Fault.TIMED_OUT: RungReason.DECODE_TIMEOUT,
+    Fault.DIVERGED: RungReason.DECODE_DIVERGED,
 }
 
 
@@ -223,7 +224,7 @@ def _lose_colocated(legs: Legs, event: DecodeLost, now_s: float) -> list[Action]
             return legs.fail(event.leg, RungReason.DECODE_TIMEOUT, RefuseReason.UPSTREAM_TIMEOUT, now_s)
         case Fault.UNREACHABLE:
             return legs.fail(event.leg, RungReason.DECODE_UNREACHABLE, RefuseReason.UPSTREAM_FAILED, now_s)
-        case Fault.LOST_BEFORE_HEAD | Fault.LOST_IN_BODY | Fault.MALFORMED | Fault.TORN:
+        case _:
             return legs.fail(event.leg, RungReason.DECODE_ERROR, RefuseReason.UPSTREAM_FAILED, now_s)
 
 

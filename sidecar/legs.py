@@ -219,13 +219,13 @@ class Legs:
         return self.break_off(_REFUSALS.get(reason, RefuseReason.UPSTREAM_FAILED), now_s, why=why)
 
     def break_off(self, refuse: RefuseReason, now_s: float, *, why: str | None = None) -> list[Action]:
-        """End the begun answer unfinished; without a word where it is resumed above."""
+        """End the begun answer unfinished; without a word where that is for whoever sent the request."""
         cancel = self._cancel_rest(now_s)
         if self.order.is_resumed_above:
             return [*cancel, BreakOff(refuse, is_told=False), *self.end(Outcome.HANDED_BACK, now_s)]
         if self.order.resume is not None and refuse is not RefuseReason.DRAINING:
             refuse, self.unresumed = RefuseReason.STREAM_LOST, why or NotResumed.NO_TARGET
-        broken_off = BreakOff(refuse, why=self.unresumed)
+        broken_off = BreakOff(refuse, is_told=not self.order.is_ended_above, why=self.unresumed)
         return [*cancel, broken_off, *self.end(Outcome.BROKEN_OFF, now_s)]
 
     def pass_on(self, leg: int, now_s: float) -> list[Action]:

@@ -1,7 +1,7 @@
 """What the sidecar tells the outside: its metrics, each documented, and one log line per request."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,22 @@ METRICS: tuple[Metric, ...] = (
         "Changes of certificates (listener, metrics, upstream) and of plan keys (plan-keys), accepted or "
         "refused.",
         "refused: the last good ones are in force until they expire; the log line secret.refused says why.",
+    ),
+    Metric(
+        "certificate_begins_timestamp_seconds",
+        "gauge",
+        ("use",),
+        "From when on the certificate in force is good, in Unix seconds, by what it is for: listener (the "
+        "metrics listener's is the same), upstream, control. No series where there is none.",
+        "With the next one it tells how old the certificate may become.",
+    ),
+    Metric(
+        "certificate_expires_timestamp_seconds",
+        "gauge",
+        ("use",),
+        "Until when it is good; what was renewed on disk counts once it is in force.",
+        "Alert long before: who has to verify it refuses every connection from then on. See whether it is "
+        "renewed at all, then secret_reloads.",
     ),
     Metric(
         "rungs",
@@ -163,6 +179,14 @@ METRICS: tuple[Metric, ...] = (
         (),
         "Requests being served.",
         "At a plateau: the engine is full. Not falling after SIGTERM: raise --drain-s.",
+    ),
+    Metric(
+        "tasks",
+        "gauge",
+        (),
+        "asyncio tasks that have not ended.",
+        "Some for the process and a few for each request. Rising while in_flight does not: a defect; restart "
+        "the sidecar and report it.",
     ),
     Metric(
         "orphaned_leases",
@@ -313,7 +337,7 @@ _CLOSED = "closed list"
 _LABELS = {
     "target": f"prefill targets that are on the allowlist; beyond {TARGETS_SHOWN_MAX} all are `{OTHER}`",
     **dict.fromkeys(
-        ("mode", "outcome", "reason", "rung", "leg", "field", "why", "what", "state", "files"), _CLOSED
+        ("mode", "outcome", "reason", "rung", "leg", "field", "why", "what", "state", "files", "use"), _CLOSED
     ),
 }
 LABEL_VALUES: dict[str, frozenset[str]] = {
@@ -360,6 +384,10 @@ class Metrics:
 
     def set(self, name: str, value: float, *labels: str) -> None:
         self._child(name, labels).set(value)
+
+    def read(self, name: str, value: Callable[[], float], *labels: str) -> None:
+        """Have a gauge ask for its value whenever somebody asks for the metrics."""
+        self._child(name, labels).set_function(value)
 
     def drop(self, names: Iterable[str], *labels: str) -> None:
         """Forget these series, if they are there: what they told of is gone."""
@@ -452,20 +480,3 @@ def configure_log(level: str) -> None:
 
 def _to_json(fields: Any, **_unused: Any) -> bytes:
     return msgspec.json.encode(fields, enc_hook=str)
-
-
-def metric_table() -> Iterator[str]:
-    """The metrics as lines of a Markdown table."""
-    yield "| name | type | labels | meaning | what to do when it moves |"
-    yield "|---|---|---|---|---|"
-    for each in METRICS:
-        labels = ", ".join(f"`{label}`" for label in each.labels) or "-"
-        yield f"| `{each.full_name}` | {each.kind} | {labels} | {each.meaning} | {each.action} |"
-
-
-def label_table() -> Iterator[str]:
-    """What bounds the labels, as lines of a Markdown table."""
-    yield "| label | values |"
-    yield "|---|---|"
-    for label in sorted({label for each in METRICS for label in each.labels}):
-        yield f"| `{label}` | {bound_of(label)} |"

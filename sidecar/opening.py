@@ -22,9 +22,6 @@ _ROLE_ONLY = re.compile(
 _CHOSEN = re.compile(rb'"delta"\s*:')
 _ERRORS = frozenset({b"error", b"response.failed"})
 _ERROR_DATA = re.compile(rb'\{\s*"(?:error"\s*:(?!\s*null)|(?:type|object)"\s*:\s*"error")')
-# vLLM 0.32 ends what it was still generating so when it shuts down, with status 200. In an answer's text the
-# quotes are escaped.
-_GIVEN_UP = re.compile(rb'"finish_reason"\s*:\s*"abort"')
 _TYPE = re.compile(rb'\{\s*"type"\s*:\s*"([a-z_.]{1,64})"')
 
 
@@ -62,11 +59,6 @@ class Opening:
     def end(self) -> Seen:
         """The body has ended; an event without its blank line counts."""
         return _read_event(bytes(self.held[self._scanned_bytes :]))
-
-
-def was_given_up(body: bytes) -> bool:
-    """Whether an answer in one piece is what there was when its engine gave the request up."""
-    return _GIVEN_UP.search(body) is not None
 
 
 def _read_event(block: bytes) -> Seen:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pdcoord.protocol.errors import Refusal
 from pdcoord.resume.errors import TornError
+from pdcoord.resume.failure import Tail, ends_in_error, next_sequence_number, tells_failure
 from pdcoord.resume.splice import Splice
 from pdcoord.resume.tape import Tape
 from pdcoord.wire.asgi import Message, Scope, Send, send_head, send_json
@@ -62,6 +63,7 @@ class Outgoing:
         self._held = b""
         self._relayed: Response | None = None
         self._recorder: Recorder | None = None
+        self._tail: Tail | None = None
 
     @property
     def step_count(self) -> int:
@@ -90,7 +92,9 @@ class Outgoing:
 
     async def refuse(self, refusal: Refusal, headers: Headers) -> None:
         self.status = refusal.status
-        await send_json(self._send, refusal.status, refusal.body(), [*refusal.headers(), *headers])
+        await send_json(
+            self._send, refusal.status, refusal.body(self._scope["path"]), [*refusal.headers(), *headers]
+        )
 
     async def break_off(self, refusal: Refusal) -> None:
         """Say in a stream that it ends here.
@@ -98,11 +102,12 @@ class Outgoing:
         The response stays unfinished on purpose: the server closes the connection, and no client and no
         gateway can take what it has for the whole.
         """
-        last = self._recorder.last if self._recorder is not None else b""
-        last = last or (self._relayed.last if self._relayed is not None else b"") or self._held
-        if self._is_event_stream and last.endswith((b"\n\n", b"\r\n\r\n")):
-            # Inside an event another would be garbage.
-            await self._send({"type": "http.response.body", "body": refusal.event(), "more_body": True})
+        kept = self._recorder.last if self._recorder is not None else b""
+        last = kept or (self._tail.data if self._tail is not None else b"") or self._held
+        is_between = last.endswith((b"\n\n", b"\r\n\r\n"))  # Inside an event another would be garbage.
+        if self._is_event_stream and is_between and not ends_in_error(last):
+            event = refusal.event(self._scope["path"], sequence_number=next_sequence_number(last))
+            await self._send_part(event)
 
     async def relay(
         self, piece: Piece, headers: Headers, rewriter: UsageRewriter | None, tape: Tape | None
@@ -115,7 +120,8 @@ class Outgoing:
 
         Raises:
             StreamError: if the body breaks off, or ends in the middle of a stream that is kept.
-            TornError: if the engine itself said that it failed, in a stream that is kept.
+            TornError: if the engine itself said that it failed. In a stream that is not kept that is noticed
+                at its end, and has been passed on.
         """
         self._is_event_stream = piece.is_event_stream
         headers = [*for_client(end_to_end(piece.response.headers)), *headers]
@@ -147,7 +153,9 @@ class Outgoing:
             changes.append(rewriter.feed)
         self._relayed = None
         self._recorder = None if tape is None else Recorder(tape, *changes)
-        change = self._recorder or (changes[0] if changes else None)
+        change: Change | None = self._recorder or (changes[0] if changes else None)
+        if tape is None and self._is_event_stream:
+            change = self._tail = Tail(change)
         try:
             self._held = piece.held if change is None else change(piece.held)
             await self._send_part(self._held)
@@ -171,6 +179,9 @@ class Outgoing:
             if tape is not None:
                 await self._send_part(tape.pending)  # What came before its word in the same part is good.
             raise
+        if self._tail is not None and tells_failure(self._tail.data + rest):
+            await self._send_part(rest)
+            raise TornError
         await self.end(rest)
 
     async def _send(self, message: Message) -> None:

@@ -128,6 +128,8 @@ async def _main(
         sys.stderr.write(f"pdcoord-sidecar: {error}\n")
         return USAGE_ERROR
     metrics.set("allowed_targets", len(allowlist))
+    metrics.read("tasks", lambda: float(len(asyncio.all_tasks())))
+    secured.show(metrics)
     async with Client(tls=secured.upstream, plain=(settings.engine,)) as client:
         prober = make_prober(settings, allowlist, metrics, key)
         reporter = make_reporter(settings, allowlist, metrics, control_key, prober)
@@ -279,6 +281,8 @@ def make_proxy(
         prefill_deadline_ms=settings.prefill_deadline_ms,
         transfer_deadline_ms=settings.transfer_deadline_ms,
         make_request_id=lambda: uuid.uuid4().hex,
+        bootstrap_port=settings.bootstrap_port,
+        kv_port=settings.kv_port,
         seal=keys,
         count_doubt=lambda doubt: metrics.count("unsigned", doubt),
     )

@@ -38,6 +38,8 @@ BODY_S_MAX = 60.0
 
 _METHOD = re.compile(r"[A-Z]+")
 _TARGET = re.compile(rb"/[\x21-\x7e]*")
+_PAGES = frozenset({"/v1/models", "/metrics"})
+"""What load balancers ask for with HEAD too, of which engines know GET alone."""
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODY_UNREAD = frozenset({RefuseReason.BODY_TOO_LARGE, RefuseReason.BODY_TOO_SLOW, RefuseReason.SATURATED})
 
@@ -188,6 +190,8 @@ class Proxy:
             raw = body.raw
         else:
             raw = dialects.scrub(raw, _content_type(headers))
+        if method == "HEAD" and scope["path"] in _PAGES:
+            method = "GET"  # The server leaves the body out.
         call = Call(method, target, for_engine(headers, request_id), raw, request_id, body, asked.plan.load)
         return call, asked
 
@@ -228,6 +232,7 @@ class Proxy:
             idle_deadline_s=self._limits.stream_idle_s,
             resume=_resume(asked) if is_stream else None,
             is_resumed_above=is_stream and plan.is_resumed_above,
+            is_ended_above=is_stream and plan.is_ended_above,
         )
 
     def _shut(self, prefills: Sequence[PrefillTarget]) -> frozenset[HostPort]:
@@ -292,7 +297,7 @@ class Proxy:
         headers = [*refusal.headers(), (REQUEST_ID, request_id)]
         if refusal.reason in _BODY_UNREAD:
             headers.append((b"connection", b"close"))  # What is left of the body is not read.
-        await send_json(send, refusal.status, refusal.body(), headers)
+        await send_json(send, refusal.status, refusal.body(scope["path"]), headers)
         _log.info(
             "request.refused",
             id=request_id.decode("ascii"),

@@ -8,16 +8,12 @@ import msgspec
 from pdcoord.protocol.headers import PLAN, HostPort
 from pdcoord.protocol.plans import DialectName, PlanHeader, encode_plan
 from pdcoord.protocol.signing import Steering
-from pdcoord.resume.continuation import (
-    Continuation,
-    Finished,
-    Unresumable,
-    continue_stream,
-    count_request,
-)
+from pdcoord.resume.continuation import Continuation, Finished, Unresumable
 from pdcoord.resume.tape import Tape
 from pdcoord.wire.client import Client, Response
-from pdcoord.wire.errors import BodyTooLargeError, WireError
+from pdcoord.wire.errors import ResetError, WireError
+from pdcoord.wire.reading import Known
+from pdcoord.wire.tokenizing import Tokenizer
 from sidecar.guard import Headers
 from sidecar.handoff import OVERLOAD_STATUSES
 from sidecar.tools import Call, Tools
@@ -26,19 +22,9 @@ from sidecar.vocabulary import Order, SendContinuation
 HEALTH_S_MAX = 2.0
 HEALTH_PAUSE_S = 0.25
 """Between two questions to the own engine, which may be starting again, or full."""
-COUNT_S_MAX = 2.0
-"""For the text's tokens to be counted, where only that tells how many may still be generated."""
-_COUNT_BYTES_MAX = 16 << 20
-_TOKENIZE = "/tokenize"
-
-
-class _Counted(msgspec.Struct):
-    """What vLLM 0.32 answers to POST /tokenize, as far as it is read."""
-
-    count: int
-
-
-_count_decoder = msgspec.json.Decoder(_Counted)
+_ENCODINGS = b"accept-encoding"
+TOKENIZE_S_MAX = 2.0
+"""For each question of what an engine makes of a text or a chat; most take it some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +41,34 @@ class Resumption:
     tape: Tape
 
     async def rest(self, target: HostPort) -> Continuation | Finished | Unresumable:
-        """What to send so that the stream goes on, or how it ends."""
+        """What to send so that the stream goes on, or how it ends.
+
+        Raises:
+            WireError: if the target cannot be asked what only it knows, or cannot answer now.
+        """
         if not self.tape.is_whole:
             return Unresumable.TAPE_FULL
         self.tape.begin_again()
-        call, passed = self.call, self.tape.passed
+        call = self.call
         path = call.body.api.path if call.body is not None else call.target
-        counted = None
-        asked = count_request(path, call.raw, passed)
-        if asked is not None:
-            counted = await count_tokens(self.tools.client, target, call.headers, asked)
-        return continue_stream(path, call.raw, passed, counted_tokens=counted)
+        known = Known(appends_itself=self.order.dialect is DialectName.SGLANG)
+        reading = await self.tools.readers.read(path, self.tape, known=known)
+        found, counted = reading.found, None
+        headers = [pair for pair in call.headers if pair[0] != _ENCODINGS]  # The answer is for us.
+        tokenizer = Tokenizer(self.tools.client, target, headers, TOKENIZE_S_MAX)
+        if isinstance(found, Continuation) and found.proof is not None:
+            proved = await tokenizer.prove(found)
+            if proved.status >= 500 or proved.status in OVERLOAD_STATUSES:
+                raise ResetError(f"{target} answered {proved.status} when it was asked to tokenize")
+            if not proved.is_proved:
+                return Unresumable.TEMPLATE
+            counted = proved.counted_tokens
+        elif reading.count_body is not None:
+            counted = await tokenizer.count(reading.count_body)
+        if reading.count_body is None or counted is None:
+            return found
+        again = await self.tools.readers.read(path, self.tape, counted_tokens=counted, known=known)
+        return again.found
 
     async def send(self, action: SendContinuation, rest: Continuation, headers: Headers) -> Response:
         """Send a continuation; the response's head has come.
@@ -129,18 +132,3 @@ async def _is_well(client: Client, engine: HostPort) -> bool:
             return response.status == 200
     except (WireError, TimeoutError):
         return False
-
-
-async def count_tokens(client: Client, target: HostPort, headers: Headers, body: bytes) -> int | None:
-    """How many tokens an engine makes of a text; None if it does not say."""
-    try:
-        async with (
-            asyncio.timeout(COUNT_S_MAX),
-            await client.request(
-                "POST", target, _TOKENIZE, headers=headers, body=body, head_timeout_s=COUNT_S_MAX
-            ) as response,
-        ):
-            raw = await response.read_all(timeout_s=COUNT_S_MAX, bytes_max=_COUNT_BYTES_MAX)
-            return _count_decoder.decode(raw).count if response.status == 200 else None
-    except (WireError, BodyTooLargeError, TimeoutError, msgspec.DecodeError, UnicodeDecodeError):
-        return None

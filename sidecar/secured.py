@@ -1,11 +1,17 @@
 """What encrypts the sidecar's connections and proves who asks: made of files, and followed as they change."""
 
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import structlog
 
 from pdcoord.wire.followed import Followed, follow
-from pdcoord.wire.pem import PemError
+from pdcoord.wire.pem import PemError, read_validity
 from pdcoord.wire.plankeys import KeysFileError, PlanKeysFile
 from pdcoord.wire.tls import ClientTls, ServerTls
+from pdcoord.wire.validity import Validity
 from sidecar.errors import SettingsError
 from sidecar.observe import Metrics
 from sidecar.settings import Settings
@@ -34,6 +40,20 @@ class Secured:
         self.metrics = _server_tls(settings, "metrics")
         self.upstream = _client_tls(settings)
         self.plan_keys = _plan_keys(settings)
+        self._validities: dict[str, Callable[[], Validity | None]] = {}
+        for tls in (self.listener, self.upstream):
+            if tls is not None and tls.validity is not None:
+                self._validities[tls.name] = partial(_in_force, tls)
+        control = settings.control_cert_file
+        if settings.control and control is not None:
+            self._validities["control"] = lambda: _validity_on_disk(control)
+
+    def show(self, metrics: Metrics) -> None:
+        """Have the metrics tell how long each certificate is good."""
+        for use, read in self._validities.items():
+            for name, date in (("begins", "begins_s"), ("expires", "ends_s")):
+                value = partial(_date, read, date)
+                metrics.read(f"certificate_{name}_timestamp_seconds", value, use)
 
     async def run(self, metrics: Metrics) -> None:
         """Follow the files until cancelled."""
@@ -50,6 +70,23 @@ class Secured:
                 _log.warning("secret.doubtful", files=tls.name, why=tls.doubt)
         parts: tuple[Followed | None, ...] = (self.listener, self.metrics, self.upstream, self.plan_keys)
         await follow((part for part in parts if part is not None), tell)
+
+
+def _in_force(tls: ServerTls | ClientTls) -> Validity | None:
+    return tls.validity
+
+
+def _date(read: Callable[[], Validity | None], name: str) -> float:
+    validity = read()
+    return math.nan if validity is None else float(getattr(validity, name))
+
+
+def _validity_on_disk(cert: Path) -> Validity | None:
+    """Of what the next control stream shows: each reads its files anew."""
+    try:
+        return read_validity(cert)
+    except PemError:
+        return None
 
 
 def _server_tls(settings: Settings, name: str) -> ServerTls | None:

@@ -1,7 +1,7 @@
 """What every request of a process is served with, and a request as it may go to an engine."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from pdcoord.protocol.headers import HostPort
@@ -11,6 +11,7 @@ from pdcoord.resume.tape import Shelf
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import BodyTooLargeError, ConnectError, HeadTimeoutError, ResetError, WireError
 from pdcoord.wire.plankeys import PlanKeysFile
+from pdcoord.wire.reading import Readers
 from pdcoord.wire.tracing import Tracing
 from sidecar import dialects
 from sidecar.guard import LEG, PREFILL_LEG, Headers
@@ -33,6 +34,7 @@ class Tools:
         tracing: makes spans of generative calls; None where nothing is traced.
         reporter: tells coordinators of requests; None where there is no control stream.
         keys: sign legs that go to other sidecars; None where nothing is signed.
+        readers: read the streams that broke off.
     """
 
     client: Client
@@ -46,6 +48,7 @@ class Tools:
     tracing: Tracing | None = None
     reporter: Reporter | None = None
     keys: PlanKeysFile | None = None
+    readers: Readers = field(default_factory=Readers)
 
     def prefill_headers(self, target: str, request_id: bytes) -> Headers:
         """What says that a POST is a prefill leg, to the sidecar that may stand before the engine."""

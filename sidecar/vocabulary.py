@@ -53,6 +53,8 @@ class Fault(StrEnum):
     MALFORMED = "malformed"
     TORN = "torn"
     """The engine itself said that it failed or gave the request up, in mid-stream or in a whole answer."""
+    DIVERGED = "diverged"
+    """What should have continued a stream did not go where that had gone; no fault of the engine."""
 
 
 class Outcome(StrEnum):
@@ -113,6 +115,7 @@ class Order:
             continue it.
         resume: None where a stream that breaks off stays broken off.
         is_resumed_above: whoever sent the request continues its stream.
+        is_ended_above: whoever sent the request says so itself if its stream breaks off.
     """
 
     dialect: DialectName
@@ -128,6 +131,7 @@ class Order:
     idle_deadline_s: float = 60.0
     resume: Resume | None = None
     is_resumed_above: bool = False
+    is_ended_above: bool = False
 
 
 # Events: what can happen to a request. `leg` is the number that the Send action gave.

@@ -54,7 +54,7 @@ from pdcoord.core.ledger import Ledger
 from pdcoord.core.lessons import Lessons
 from pdcoord.core.model import Model
 from pdcoord.core.paths import PathTable
-from pdcoord.core.pathview import PathView, path_views
+from pdcoord.core.pathview import PATHS_SHOWN_MAX, PathView, path_views
 from pdcoord.core.plan import Plan
 from pdcoord.core.ports import SpeedModel
 from pdcoord.core.prefixes import Prefixes
@@ -169,6 +169,11 @@ class Coordinator:
         """Requests that are dispatched or wait."""
         return len(self._live) + self.admission.count
 
+    def blamed(self, request_id: RequestId, reason: RungReason) -> RungReason:
+        """What a request's decode endpoint is held against for, where it failed for this reason."""
+        live = self._live.get(request_id)
+        return reason if live is None else resumes.blamed(self.fleet.get(live.plan.decode.id), reason)
+
     def silence_s_max(self, request_id: RequestId, now_s: float) -> float | None:
         """How long a request's stream may go without a token; None where it could not go on elsewhere."""
         live = self._live.get(request_id)
@@ -194,9 +199,9 @@ class Coordinator:
         budget = self.budgets.get(model)
         return budget.share if budget is not None else 0.0
 
-    def paths_view(self, now_s: float) -> list[PathView]:
-        """Every pair of endpoints that could be a path, of all models."""
-        return list(path_views(self.models(), self._accounts, self.canaries, now_s))
+    def paths_view(self, now_s: float, count_max: int = PATHS_SHOWN_MAX) -> list[PathView]:
+        """Pairs of endpoints that could be paths, of all models; those that are not closed first."""
+        return path_views(self.models(), self._accounts, self.canaries, now_s, count_max)
 
     def validate(self) -> None:
         """Assert every cross-reference; tests and the simulator call this after every event."""
@@ -370,8 +375,7 @@ class Coordinator:
         """Close the account of a plan whose endpoint failed or drains; the request with that noted."""
         self._close(live, now_s)
         decode = live.plan.decode
-        if reason is RungReason.DECODE_UNREACHABLE:
-            self.fleet.mark_unreachable(decode.id)
+        resumes.mark_gone(self.fleet, decode.id, reason)
         state = self.fleet.get(decode.id)
         failed = resumes.failed_with(live.failed_decodes, decode, state, resumes.blamed(state, reason))
         return replace(live, failed_decodes=failed)
@@ -398,8 +402,10 @@ class Coordinator:
         why = resumes.why_not(model, tries, now_s - live.begun_s, moves=moves, is_drain=is_drain)
         if why:
             return Refuse(request.id, refusals.stream_lost(why))
-        excluded = resumes.excluded(live.failed_decodes, self.fleet)
-        planned = self._plan(request, model, excluded, plan.attempt + 1, now_s)
+        for excluded in resumes.exclusions(live.failed_decodes, plan.decode.id, self.fleet):
+            planned = self._plan(request, model, excluded, plan.attempt + 1, now_s)
+            if isinstance(planned, Plan) or planned.reason is not RefuseReason.NO_ENDPOINTS:
+                break
         if isinstance(planned, Refusal):
             why = f"no other endpoint can take it ({planned.reason})"
             return Refuse(request.id, refusals.stream_lost(why))
@@ -445,8 +451,8 @@ class Coordinator:
             failed = resumes.failed_with(first.failed_decodes, decode, state, resumes.blamed(state, why))
             first.failed_decodes = second.failed_decodes = failed
         self._evidence.take(slower.plan, event.served, now_s)
-        if event.reason is RungReason.DECODE_UNREACHABLE:
-            self.fleet.mark_unreachable(slower.plan.decode.id)
+        if event.reason is not None:
+            resumes.mark_gone(self.fleet, slower.plan.decode.id, event.reason)
         if event.is_won:
             del self._live[second.request.id]
         self._close(slower, now_s)

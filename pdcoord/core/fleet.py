@@ -307,11 +307,12 @@ class Fleet:
             case SampleFailed(endpoint_id, why):
                 self._count_failure(endpoint_id, said_draining=why == SAID_DRAINING)
 
-    def mark_unreachable(self, endpoint_id: EndpointId) -> None:
-        """A request found nobody there: no new work until a sample succeeds."""
+    def mark_unreachable(self, endpoint_id: EndpointId, *, said_draining: bool = False) -> None:
+        """A request found nobody there, or who goes away: no new work until a sample succeeds."""
         state = self._states.get(endpoint_id)
         if state is not None and state.health is not Health.DRAINING:
-            self._put(replace(state, health=Health.UNREACHABLE, sample=None))
+            said_draining = said_draining or state.said_draining
+            self._put(replace(state, health=Health.UNREACHABLE, sample=None, said_draining=said_draining))
 
     def validate(self) -> None:
         """Assert that ordinals are unique and the grouping by model is complete."""

@@ -49,7 +49,7 @@ _BEFORE_OUTPUT = {
     RungReason.DECODE_ERROR: Symptom.ERROR,
     RungReason.DECODE_STALLED: Symptom.STALLED,
 }
-# Whoever drains, is overloaded, was not let dial or was not believed did nothing wrong.
+# Whoever drains, is overloaded, drew other tokens, was not let dial or was not believed did nothing wrong.
 _IN_STREAM = {
     RungReason.DECODE_UNREACHABLE: Symptom.BROKEN_OFF,
     RungReason.DECODE_TIMEOUT: Symptom.STALLED,

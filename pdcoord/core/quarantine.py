@@ -410,7 +410,8 @@ class Quarantine:
                 continue
             # Twice as many, as a round of successes would have it.
             for _ in range(trouble.limit):
-                turned += self._step(endpoint, trouble, now_s)
+                if trouble.phase is Phase.READMITTING:
+                    turned += self._step(endpoint, trouble, now_s)
         return turned
 
     @staticmethod

@@ -9,6 +9,7 @@ from pdcoord.core.request import Request
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.plans import RungKind
 
+_GONE = frozenset({RungReason.DECODE_UNREACHABLE, RungReason.DECODE_DRAINING})
 _NOBODY: frozenset[EndpointId] = frozenset()
 
 STALL_STEPS = 100
@@ -27,7 +28,8 @@ def why_not(model: Model, tries: int, age_s: float, *, moves: int = 0, is_drain:
         tries: continuations that were planned for it since an endpoint failed it.
         age_s: since its first byte.
         moves: those that were planned since one drained; they are none of the policy's tries.
-        is_drain: this one would be another of those.
+        is_drain: this one would be another of those, which the policy's tries and age do not bound: a rolling
+            update is no reason to lose an answer that took long.
     """
     rules = model.fallback
     if RungKind.RESUME not in rules.rungs:
@@ -36,7 +38,7 @@ def why_not(model: Model, tries: int, age_s: float, *, moves: int = 0, is_drain:
         return f"it was continued {tries + moves} times, which is all that any stream is"
     if tries >= rules.resume_tries_max and not is_drain:
         return f"{tries} continuations failed, which is all that the policy allows"
-    if age_s > rules.resume_age_s_max:
+    if age_s > rules.resume_age_s_max and not is_drain:
         return f"it is older than the {rules.resume_age_s_max:g} s that the policy allows"
     return ""
 
@@ -47,6 +49,12 @@ def blamed(state: EndpointState | None, reason: RungReason) -> RungReason:
     A sidecar whose streams are continued elsewhere breaks them off without a word then.
     """
     return RungReason.DECODE_DRAINING if state is not None and state.is_leaving else reason
+
+
+def mark_gone(fleet: Fleet, decode: EndpointId, reason: RungReason) -> None:
+    """Have nothing sent on to an endpoint where a request found nobody, or was given back."""
+    if reason in _GONE:
+        fleet.mark_unreachable(decode, said_draining=reason is RungReason.DECODE_DRAINING)
 
 
 def failed_with(
@@ -72,6 +80,16 @@ def excluded(failed: frozenset[Life], fleet: Fleet) -> frozenset[EndpointId]:
         return _NOBODY
     states = ((endpoint_id, life, fleet.get(endpoint_id)) for endpoint_id, life in failed)
     return frozenset(each for each, life, state in states if state is not None and state.life == life)
+
+
+def exclusions(failed: frozenset[Life], last: EndpointId, fleet: Fleet) -> tuple[frozenset[EndpointId], ...]:
+    """Whom to leave out of the choice for a stream, in the order in which to try it.
+
+    Where everybody has failed it, who failed it before the last is better than none: a connection that was
+    cut says little of the process behind it.
+    """
+    everyone = excluded(failed, fleet)
+    return (everyone,) if everyone <= {last} else (everyone, frozenset({last}))
 
 
 def grown(request: Request, output_tokens: int) -> Request:

@@ -23,6 +23,7 @@ from pdcoord.front.upstream import decision_header, failure_of_answer, served_of
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.plans import ServedHeader
+from pdcoord.resume.failure import tells_failure
 
 _EVENT_STREAM = b"text/event-stream"
 _CONFORMANCE_SERVED = b"x-conformance-test-served-endpoint"
@@ -134,6 +135,8 @@ class ResponseHalf:
         self.is_live = False
         begun: list[Action] = [] if self._is_begun else [self._begin()]
         outcome = Outcome.OK if self.status < 400 else Outcome.CLIENT_ERROR
+        if self._counter is not None and tells_failure(self._counter.tail):
+            outcome = Outcome.UPSTREAM_ERROR
         return [*begun, Ended(outcome, self._tokens())]
 
     def _tokens(self) -> int | None:

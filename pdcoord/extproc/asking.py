@@ -1,6 +1,7 @@
 """The request of a stream: read as far as it must be, answered once it has a route; pure."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import Enum
 
 from pdcoord.extproc.paths import path_of
@@ -20,9 +21,10 @@ from pdcoord.extproc.vocabulary import (
     RequestHead,
     Route,
 )
-from pdcoord.front.answers import body_too_large
+from pdcoord.front.answers import bodies_full, body_too_large
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.protocol.openai import APIS
+from pdcoord.wire.room import ByteRoom
 
 _WHOLE = frozenset({BodyMode.BUFFERED, BodyMode.BUFFERED_PARTIAL})
 
@@ -59,14 +61,18 @@ def chunks(data: bytes, *, is_request: bool, is_end: bool) -> Iterator[AnswerBod
 class RequestHalf:
     """The request of one call.
 
+    Args:
+        room: that the bodies of all calls share.
+
     Attributes:
         side: what may come next.
         is_reading: the body is awaited, to be planned with.
-        route: once there is one.
+        route: once there is one; without its body, which was passed on with it.
     """
 
     __slots__ = (
         "_bytes",
+        "_bytes_held",
         "_bytes_max",
         "_has_trailers",
         "_head",
@@ -74,15 +80,18 @@ class RequestHalf:
         "_is_overridden",
         "_mode",
         "_parts",
+        "_room",
         "is_reading",
         "modes",
         "route",
         "side",
     )
 
-    def __init__(self, bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, room: ByteRoom) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
+        self._room = room
+        self._bytes_held = 0
         self._parts: list[bytes] = []
         self._mode = BodyMode.FULL_DUPLEX_STREAMED
         self._has_trailers = False
@@ -140,6 +149,9 @@ class RequestHalf:
             return [Immediate(body_too_large(min(self._bytes, self._bytes_max)))]
         if self._is_overridden and not body.is_end:
             return [_misconfigured("request_body_mode of Envoy's ext_proc filter is STREAMED")]
+        if not self._room.take(len(body.data)):
+            return [Immediate(bodies_full())]
+        self._bytes_held += len(body.data)
         self._parts.append(body.data)
         return self._ask() if is_whole else []
 
@@ -153,12 +165,11 @@ class RequestHalf:
 
     def on_route(self, route: Route) -> list[Action]:
         """Answer all that has come, head first."""
-        self.route = route
+        self.route = replace(route, body=None)
         if self._is_any:
             return [AnswerHead(is_request=True, route=route)]
         body = route.body
         if self._mode in _WHOLE:
-            self._parts = []
             return [AnswerBody(is_request=True, data=body, route=route)]
         answers: list[Action] = [AnswerHead(is_request=True, route=route)]
         if self._mode is BodyMode.FULL_DUPLEX_STREAMED:
@@ -169,8 +180,13 @@ class RequestHalf:
             answers += self._part_by_part(body)
         if self._has_trailers:
             answers.append(AnswerTrailers(is_request=True))
-        self._parts = []
         return answers
+
+    def let_go(self) -> None:
+        """Keep nothing of the body any more, and give its room back; idempotent."""
+        self._parts = []
+        self._room.give(self._bytes_held)
+        self._bytes_held = 0
 
     def _part_by_part(self, body: bytes | None) -> Iterator[Answer]:
         """One answer for each part that came; the first brings all of another body."""

@@ -40,6 +40,7 @@ from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, Refuse
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.openai import APIS, Call, parse_call
 from pdcoord.protocol.signing import Steering
+from pdcoord.wire.room import ByteRoom
 from pdcoord.wire.tracing import Tracing
 
 _OWN_ID_CUT = 80
@@ -93,6 +94,7 @@ class Picker:
 
     Attributes:
         tracing: makes spans of calls; None where nothing is traced. Set once, before serving.
+        bodies: that are being read or wait for their route.
         gate: lets calls in by their keys; every call until it is set, once, before serving.
         sign: signs plans; None where they are not signed. Set once, before serving.
     """
@@ -115,6 +117,7 @@ class Picker:
         self.new_id = new_id
         self.tokens = tokens
         self.rules = rules
+        self.bodies = ByteRoom(limits.bodies_bytes_max)
         self.tracing: Tracing | None = None
         self.gate = Gate(clock=clock, wall=clock)
         self.sign: Sign | None = None
@@ -219,6 +222,7 @@ class PickedCall:
                     coordination.handle(ResponseBegan(record.id, served))
             case Failed(status, reason, served):
                 record.status, record.served, record.outcome = status, served, Outcome.UPSTREAM_ERROR
+                record.failures += (reason,)
                 if account.is_live:
                     account.is_live = False
                     coordination.handle(DecodeFailed(record.id, reason, served, is_final=True))
@@ -251,7 +255,8 @@ class PickedCall:
         """The stream is over: the core hears of the end, if it has not yet, and so does who counts."""
         self._account.end(self.record.outcome, None)
         if self._visa is not None:
-            self._visa.settle(self.record.output_tokens, has_begun=self.record.first_byte_s is not None)
+            self._visa.settle(self.record)
+        self._asking = None
         self._picker.live.discard(self.record.id)
         self.record.ended_s = self._picker.clock()
         self._picker.observer.call_ended(self.record)
@@ -275,11 +280,11 @@ class PickedCall:
         visa = self._entered
         call = visa.salted(parse_call(APIS[record.path], body))
         check_reserved(call)
-        asked = asked_of(visa.headers(head.headers))
         model = picker.coordination.model(call.model)
         if model is None:
             raise RefusedError(model_unknown(call.model))
         visa.check_model(model)
+        asked = visa.granted(asked_of(visa.headers(head.headers)), model)
         record.model = model.name
         record.has_unknown_objective = asked.has_unknown_objective(model)
         changed = visa.body(body, call, model)
@@ -311,6 +316,7 @@ class PickedCall:
         return self._account.ask(RequestArrived(request))
 
     def _route(self, asking: _Asking, plan: Plan) -> Route:
+        self._entered.sent(plan)
         picker, head, body = self._picker, asking.head, asking.body
         fallback, fallbacks_max = asking.model.fallback, picker.rules.fallbacks_max
         count_max = max(fallbacks_max, fallback.resume_tries_max)
@@ -329,6 +335,7 @@ class PickedCall:
         if path != self.record.path:
             # What is accounted for is what the engine is asked, whatever it takes for the same path.
             headers.append((b":path", target.encode("latin-1")))
+        self._asking = None  # The body goes with the route, and is not kept for as long as the answer takes.
         return Route(
             destination=",".join([plan.decode.address, *(other.address for other in others[:fallbacks_max])]),
             headers=headers,

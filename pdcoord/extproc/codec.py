@@ -76,8 +76,8 @@ def decode(raw: bytes) -> FromEnvoy:
     return reader(message)
 
 
-def encode(answer: Answer) -> bytes:
-    """Write a ProcessingResponse."""
+def encode(answer: Answer, path: str = "") -> bytes:
+    """Write a ProcessingResponse; an error of ours in the form of the API at `path`."""
     response = pb.ProcessingResponse()
     match answer:
         case AnswerBody():
@@ -87,7 +87,7 @@ def encode(answer: Answer) -> bytes:
         case AnswerTrailers(is_request):
             (response.request_trailers if is_request else response.response_trailers).SetInParent()
         case Immediate(refusal):
-            _write_immediate(response, refusal)
+            _write_immediate(response, refusal, path)
     return bytes(response.SerializeToString())
 
 
@@ -230,10 +230,10 @@ def _mutate(mutation: Any, headers: Iterable[tuple[bytes, bytes]], removed: Iter
     mutation.remove_headers.extend(name.decode("latin-1") for name in removed)
 
 
-def _write_immediate(response: Any, refusal: Refusal) -> None:
+def _write_immediate(response: Any, refusal: Refusal, path: str) -> None:
     immediate = response.immediate_response
     immediate.status.code = refusal.status
-    immediate.body = refusal.body()
+    immediate.body = refusal.body(path)
     immediate.details = f"pdcoord_refused_{refusal.reason.value.replace('-', '_')}"
     headers = refusal.headers()
     dropped = dropped_reason(refusal.reason)

@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc import aio
 
+from pdcoord.wire.validity import Validity, validity_of
+
 CERT_FILE, KEY_FILE = "tls.crt", "tls.key"
 """Names in a certificate's folder, as in a Kubernetes Secret of type kubernetes.io/tls."""
 
@@ -66,23 +68,56 @@ def self_signed() -> tuple[bytes, bytes]:
     return key_pem, certificate.public_bytes(serialization.Encoding.PEM)
 
 
-class Certificates:
-    """A certificate's folder, looked at again at each handshake.
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What the files held, in PEM.
 
-    What cannot be read or does not fit together is left alone: the last good pair stays in force.
+    Attributes:
+        client_ca: None where clients need no certificate.
     """
 
-    def __init__(self, folder: Path) -> None:
+    key: bytes
+    chain: bytes
+    client_ca: bytes | None
+
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(self.key, self.chain)], self.client_ca)
+
+
+class Certificates:
+    """A certificate's folder and who signs clients' certificates, looked at again at each handshake.
+
+    What cannot be read or does not fit together is left alone: what was good last stays in force.
+    """
+
+    def __init__(self, folder: Path | None, client_ca: Path | None = None) -> None:
+        """Reads the files.
+
+        Args:
+            folder: None for a certificate of its own, made now.
+            client_ca: with it a client needs a certificate for clients that it has signed.
+
+        Raises:
+            OSError: if a file cannot be used.
+        """
         self._folder = folder
+        self._client_ca = client_ca
+        self._own = None if folder is not None else self_signed()
         self._stamp: tuple[int, ...] = ()
         self._stamp = self._look()
-        self._pair = self._load()
+        self._read = self._load()
 
     def credentials(self) -> grpc.ServerCredentials:
         """For `aio.Server.add_secure_port`."""
         # None, for no change, is as documented; the stubs do not know it.
         fetch = cast("Callable[[], grpc.ServerCertificateConfiguration]", self._fetch)
-        return grpc.dynamic_ssl_server_credentials(_configuration(self._pair), fetch)
+        return grpc.dynamic_ssl_server_credentials(
+            self._read.configuration(), fetch, require_client_authentication=self._client_ca is not None
+        )
+
+    def validity(self) -> Validity:
+        """Of the certificate in force."""
+        return validity_of(self._read.chain)
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """What is to be used from now on; None for no change. Called from a thread of gRPC's."""
@@ -91,22 +126,29 @@ class Certificates:
             if stamp == self._stamp:
                 return None
             self._stamp = stamp
-            pair = self._load()
+            read = self._load()
         except OSError:
             return None
-        self._pair = pair
-        return _configuration(pair)
+        self._read = read
+        return read.configuration()
 
     def _look(self) -> tuple[int, ...]:
-        stats = [(self._folder / name).stat() for name in (CERT_FILE, KEY_FILE)]
+        files = [] if self._folder is None else [self._folder / CERT_FILE, self._folder / KEY_FILE]
+        stats = [file.stat() for file in (*files, *(() if self._client_ca is None else (self._client_ca,)))]
         return tuple(value for stat in stats for value in (stat.st_mtime_ns, stat.st_size, stat.st_ino))
 
-    def _load(self) -> tuple[bytes, bytes]:
-        """Key and certificates.
+    def _load(self) -> _Read:
+        """What is to be used.
 
         Raises:
             CertificateError: naming the file, if one cannot be used.
         """
+        key, chain = self._own or self._pair()
+        return _Read(key, chain, self._authority())
+
+    def _pair(self) -> tuple[bytes, bytes]:
+        """Key and certificates of the folder."""
+        assert self._folder is not None, "without one it has a pair of its own"
         key, chain = (self._folder / KEY_FILE).read_bytes(), (self._folder / CERT_FILE).read_bytes()
         try:
             own = serialization.load_pem_private_key(key, None).public_key()
@@ -120,9 +162,15 @@ class Certificates:
             raise CertificateError(errno.EINVAL, f"{self._folder}: {KEY_FILE} is not the key of {CERT_FILE}")
         return key, chain
 
-
-def _configuration(pair: tuple[bytes, bytes]) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([pair])
+    def _authority(self) -> bytes | None:
+        if self._client_ca is None:
+            return None
+        pem = self._client_ca.read_bytes()
+        try:
+            x509.load_pem_x509_certificates(pem)
+        except ValueError as error:
+            raise CertificateError(errno.EINVAL, f"{self._client_ca} is no PEM: {error}") from error
+        return pem
 
 
 class GrpcListener:

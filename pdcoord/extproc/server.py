@@ -110,7 +110,11 @@ class _Exchange:
         limits = processor.picker.limits
         self._processor = processor
         self._context = context
-        self._stream = Stream(body_bytes_max=limits.body_bytes_max, body_timeout_s=limits.body_timeout_s)
+        self._stream = Stream(
+            body_bytes_max=limits.body_bytes_max,
+            body_timeout_s=limits.body_timeout_s,
+            room=processor.picker.bodies,
+        )
         self._call: PickedCall | None = None
         self._bound: asyncio.Timeout | None = None
         self._is_answered = False
@@ -157,6 +161,7 @@ class _Exchange:
 
     def close(self) -> None:
         """Settle the accounts, whatever ended the stream; nothing can be sent any more."""
+        self._stream.let_go()
         call = self._call
         if call is None:
             return
@@ -168,17 +173,19 @@ class _Exchange:
 
     async def _serve(self) -> None:
         stream = self._stream
-        message = await self._read()
+        asked: PickedCall | None = None
         while True:
-            asked = await self._handle(_event(message))
-            if stream.is_over:
-                return
             if asked is None:
                 message = await self._read()
             else:
                 message = await self._ask_on(asked)
                 if stream.is_over:
                     return
+            event = _event(message)
+            asked = await self._handle(event)
+            if stream.is_over:
+                return
+            del message, event  # A body would be kept until the next one comes.
 
     async def _read(self) -> object:
         return await self._context.read()
@@ -199,6 +206,7 @@ class _Exchange:
                         if not stream.is_over:
                             reading = group.create_task(self._read())
                 deciding.cancel()
+                del deciding  # It has the route, and with it a body.
                 if stream.is_over:
                     reading.cancel()
         except ExceptionGroup as errors:
@@ -226,6 +234,8 @@ class _Exchange:
                 await self._context.write(encode(action))
             else:
                 waiting = await self._do(action) or waiting
+        if not (self._stream.is_reading or self._stream.is_asking):
+            self._stream.let_go()
         return waiting
 
     async def _do(self, action: Ask | Immediate | Moved | Began | Failed | Ended | End) -> PickedCall | None:
@@ -243,7 +253,7 @@ class _Exchange:
                     call.refused(refusal)
                 self._is_answered = True
                 self._processor.meter.answered(refusal.reason)
-                await self._context.write(encode(action))
+                await self._context.write(encode(action, call.record.path if call is not None else ""))
             case End(violation):
                 if violation and not self._is_answered:
                     raise _ViolatedError(violation)

@@ -31,6 +31,7 @@ from pdcoord.extproc.vocabulary import (
 )
 from pdcoord.front.answers import body_too_slow
 from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.wire.room import ByteRoom
 
 # What may come next, by direction; what is not here is a violation. Of a body that Envoy sends whole there
 # is one part, so only trailers follow it.
@@ -50,6 +51,7 @@ class Stream:
 
     Args:
         body_timeout_s: only for the words of the answer to a body that does not end.
+        room: that the bodies of all calls share; `let_go` gives back what this one took.
 
     Attributes:
         is_asking: an Ask has not been answered.
@@ -58,9 +60,9 @@ class Stream:
 
     __slots__ = ("_body_timeout_s", "_request", "_response", "is_asking", "is_over")
 
-    def __init__(self, *, body_bytes_max: int, body_timeout_s: float) -> None:
+    def __init__(self, *, body_bytes_max: int, body_timeout_s: float, room: ByteRoom) -> None:
         self._body_timeout_s = body_timeout_s
-        self._request = RequestHalf(body_bytes_max)
+        self._request = RequestHalf(body_bytes_max, room)
         self._response = ResponseHalf()
         self.is_asking = False
         self.is_over = False
@@ -92,6 +94,10 @@ class Stream:
         if self._response.side is Side.NOTHING and not self.is_over:
             actions += self._over()
         return actions
+
+    def let_go(self) -> None:
+        """Keep nothing of the request's body: what was to be done with it is done; idempotent."""
+        self._request.let_go()
 
     def validate(self) -> None:
         """Assert what holds between events."""

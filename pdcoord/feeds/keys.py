@@ -15,6 +15,7 @@ from pdcoord.front.keys import ApiKey, KeyRing, without_keys
 from pdcoord.front.salt import SALT_SECRET_BYTES_MIN, named_group, tenant_group
 from pdcoord.policy.errors import PolicyError, Problem, quote
 from pdcoord.policy.expect import EXPECTED
+from pdcoord.policy.schema import ObjectiveName
 from pdcoord.policy.values import ApiVersion, Metadata, Name, ServedName, Spec
 from pdcoord.policy.yamltext import Document, parse_documents, show, validate
 
@@ -95,6 +96,10 @@ class KeySpec(Spec):
     models: Annotated[tuple[ServedName, ...], Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="Models that may be asked, by name or alias; all if not set."
     )
+    objectives: Annotated[tuple[ObjectiveName, ...], Field(min_length=1, max_length=64)] | None = Field(
+        default=None,
+        description="Objectives above priority 0 that may be asked for, or * for all; none if not set.",
+    )
     requests_per_minute: PerMinute | None = Field(default=None, description="No limit if not set.")
     tokens_per_minute: PerMinute | None = Field(
         default=None, description="Tokens of prompts and answers together; no limit if not set."
@@ -171,4 +176,5 @@ def _compile(spec: KeySpec) -> ApiKey:
         expires_unix_s=None
         if spec.expires_at is None
         else datetime.fromisoformat(spec.expires_at).timestamp(),
+        objectives=frozenset(spec.objectives or ()),
     )

@@ -32,6 +32,7 @@ from pdcoord.protocol.control import (
 )
 from pdcoord.protocol.control_codec import decode_report, encode_notice
 from pdcoord.protocol.headers import format_host_port, parse_host_port
+from pdcoord.wire.validity import Validity, validity_of
 from transfer.errors import SettingError
 from transfer.settings import read_key_file
 
@@ -102,6 +103,11 @@ class ControlServer:
         self._log = log
         self._key = b""
         self._server: grpc.aio.Server | None = None
+        self._files: _Files | None = None
+
+    def certificate_validity(self) -> Validity | None:
+        """Of the certificate in force; None for streams in clear, and before it is entered."""
+        return None if self._files is None else self._files.validity
 
     async def __aenter__(self) -> Self:
         """Listen.
@@ -116,7 +122,8 @@ class ControlServer:
         handler: Any = grpc.stream_stream_rpc_method_handler(self._serve)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
         address = format_host_port(settings.host, settings.port)
-        credentials = _credentials(settings)
+        self._files = _certificate_files(settings)
+        credentials = None if self._files is None else self._files.credentials()
         try:
             if credentials is None:
                 self.port = server.add_insecure_port(address)
@@ -273,29 +280,35 @@ async def _write(context: _Context, message: CoordinatorMessage) -> None:
         raise _GoneError from error
 
 
-def _credentials(settings: ControlSettings) -> grpc.ServerCredentials | None:
-    """TLS with files that are looked at again for every new connection; None for none.
-
-    Raises:
-        OSError: if a file cannot be read.
-    """
+def _certificate_files(settings: ControlSettings) -> "_Files | None":
+    """None for streams in clear."""
     if settings.cert_file is None or settings.cert_key_file is None:
         return None
-    files = _Files(settings.cert_file, settings.cert_key_file, settings.ca_file)
-    fetch: Any = files.changed  # None says that nothing has changed; the stubs do not know that.
-    return grpc.dynamic_ssl_server_credentials(
-        files.configuration(),
-        fetch,
-        require_client_authentication=settings.ca_file is not None,
-    )
+    return _Files(settings.cert_file, settings.cert_key_file, settings.ca_file)
 
 
 class _Files:
-    """Certificate files that may be replaced while the process runs."""
+    """Certificate files that may be replaced while the process runs.
+
+    Attributes:
+        validity: of the certificate that was read last; None if it has no dates that could be read.
+    """
 
     def __init__(self, cert: Path, key: Path, ca: Path | None) -> None:
         self._cert, self._key, self._ca = cert, key, ca
         self._read: tuple[bytes, ...] = ()
+        self.validity: Validity | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """TLS with files that are looked at again for every new connection.
+
+        Raises:
+            OSError: if a file cannot be read.
+        """
+        fetch: Any = self.changed  # None says that nothing has changed; the stubs do not know that.
+        return grpc.dynamic_ssl_server_credentials(
+            self.configuration(), fetch, require_client_authentication=self._ca is not None
+        )
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:
         """What they hold now.
@@ -305,6 +318,10 @@ class _Files:
         """
         self._read = self._contents()
         key, chain, *roots = self._read
+        try:
+            self.validity = validity_of(chain)
+        except ValueError:
+            self.validity = None
         return grpc.ssl_server_certificate_configuration([(key, chain)], roots[0] if roots else None)
 
     def changed(self) -> grpc.ServerCertificateConfiguration | None:

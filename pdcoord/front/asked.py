@@ -28,17 +28,20 @@ class Asked:
 
     Attributes:
         objective: name of one; "" if none was named.
+        is_lowered: the objective is not for the call's API key, and counts as none.
     """
 
     tenant: str = ""
     objective: str = ""
     slo: Slo = field(default_factory=Slo)
+    is_lowered: bool = False
 
     def priority(self, model: Model) -> int:
-        return model.admission.objectives.get(self.objective, 0)
+        return 0 if self.is_lowered else model.admission.objectives.get(self.objective, 0)
 
     def has_unknown_objective(self, model: Model) -> bool:
-        return bool(self.objective) and self.objective not in model.admission.objectives
+        """Whether an objective was named that gives the call no priority."""
+        return self.is_lowered or (bool(self.objective) and self.objective not in model.admission.objectives)
 
 
 def asked_of(headers: Iterable[tuple[bytes, bytes]]) -> Asked:

@@ -5,8 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
+from pdcoord.core.events import Outcome
 from pdcoord.core.model import Model
+from pdcoord.core.plan import Figures, Plan
 from pdcoord.core.request import Request
+from pdcoord.front.asked import Asked
+from pdcoord.front.fields import DROPPED, UNCOUNTED, refused_field
 from pdcoord.front.keys import (
     API_KEY,
     AUTHORIZATION,
@@ -15,6 +19,7 @@ from pdcoord.front.keys import (
     KeyRing,
     presented_key,
 )
+from pdcoord.front.ports import CallRecord
 from pdcoord.front.rates import SLACK_S, KeyRates, RateKind
 from pdcoord.front.salt import SALTED_PATHS, cache_salt, media_id_field
 from pdcoord.front.upstream import with_fields
@@ -24,11 +29,14 @@ from pdcoord.protocol.openai import Call
 
 Headers = list[tuple[bytes, bytes]]
 
-_OF_KEY = frozenset({AUTHORIZATION, API_KEY, *FAIRNESS_ID})
+_ENGINES_OWN = frozenset({b"x-session-id", b"x-smg-routing-key", b"x-custom-labels"})
+"""By these vLLM 0.32 and SGLang 0.5.23 tell callers apart: what is kept, who goes first, who is counted."""
+
+_OF_KEY = frozenset({AUTHORIZATION, API_KEY, *FAIRNESS_ID}) | _ENGINES_OWN
 """Headers that the key decides: they say who a client is, and none of them goes to an engine."""
 
-_SCHEDULING_FIELDS = frozenset({"priority", "data_parallel_rank", "routed_dp_rank", "request_id", "rid"})
-"""Of a body, taken by vLLM 0.32 or SGLang 0.5.23: who goes first, on which rank, and under whose name."""
+_STEP_S_MIN = 1e-4
+"""No engine's token takes less: what a prediction of nothing would be divided by."""
 
 
 class GateObserver(Protocol):
@@ -114,7 +122,16 @@ class Visa:
         key_name: for the log; None where the gate is open.
     """
 
-    __slots__ = ("_gate", "_key", "_output_tokens_max", "_rates", "_secret", "key_name")
+    __slots__ = (
+        "_choice_count",
+        "_gate",
+        "_key",
+        "_output_tokens_max",
+        "_rates",
+        "_secret",
+        "_sent",
+        "key_name",
+    )
 
     def __init__(
         self, gate: Gate, key: ApiKey | None = None, secret: bytes = b"", rates: KeyRates | None = None
@@ -123,7 +140,9 @@ class Visa:
         self._key = key
         self._secret = secret
         self._rates = rates
-        self._output_tokens_max = 0
+        self._choice_count = 0
+        self._output_tokens_max: int | None = None
+        self._sent: tuple[float, Figures] | None = None
         self.key_name = key.name if key is not None else None
 
     def headers(self, client: Iterable[tuple[bytes, bytes]]) -> Headers:
@@ -160,14 +179,34 @@ class Visa:
             )
             raise RefusedError(Refusal(RefuseReason.MODEL_FORBIDDEN, message, "model"))
 
+    def granted(self, asked: Asked, model: Model) -> Asked:
+        """What admission is asked for, without what would put the call before those of others.
+
+        An objective that is not for the key counts as none. So does a pace that is laxer than the policy's,
+        which would let the call into a batch of others that is to be no slower.
+        """
+        if self._key is None:
+            return asked
+        if not self._key.may_ask_for(asked.objective, asked.priority(model)):
+            asked = replace(asked, is_lowered=True)
+        own_s, usual_s = asked.slo.tpot_s, model.slo.tpot_s
+        if own_s is not None and usual_s is not None and own_s > usual_s:
+            asked = replace(asked, slo=replace(asked.slo, tpot_s=None))
+        return asked
+
     def salted(self, call: Call) -> Call:
         """The call with the salt under which engines cache its prefix in place of the client's own.
 
         Raises:
-            RefusedError: 400 for media that are named by an id, which no salt keeps apart.
+            RefusedError: 400 for media that are named by an id, which no salt keeps apart, and for whatever
+                else chooses an adapter or reaches what another key left in an engine.
         """
         if self._key is None:
             return call
+        refused = refused_field(call)
+        if refused is not None:
+            name, why = refused
+            raise RefusedError(Refusal(RefuseReason.INVALID_FIELD, f"'{name}' {why}.", name))
         field = media_id_field(call)
         if field is not None:
             message = (
@@ -181,15 +220,21 @@ class Visa:
     def body(self, raw: bytes, call: Call, model: Model) -> bytes:
         """What goes upstream: `raw` itself, unless its model has another name there or a key was asked for.
 
-        Then it has the salt, and nothing by which its sender would go before others.
+        Then it has the salt, and nothing by which its sender would go before others or uncounted.
         """
         texts: dict[str, str] = {}
-        dropped = _SCHEDULING_FIELDS & call.body.keys() if self._key is not None else frozenset()
+        dropped = self._dropped & call.body.keys()
         if call.model != model.name:
             texts["model"] = model.name
         if self._key is not None and call.api.path in SALTED_PATHS:
             texts[CACHE_SALT_FIELD] = call.cache_salt
         return with_fields(raw, texts, dropped) if texts or dropped else raw
+
+    @property
+    def _dropped(self) -> frozenset[str]:
+        if self._key is None:
+            return frozenset()
+        return DROPPED if self._key.tokens_per_minute is None else DROPPED | UNCOUNTED
 
     def take_request(self) -> None:
         """Count the call against the key's requests.
@@ -208,18 +253,52 @@ class Visa:
         if self._rates is not None:
             wait_s = self._rates.take_tokens(request.prompt_tokens, self._gate.clock())
             self._check(RateKind.TOKENS, wait_s)
-            self._output_tokens_max = (request.output_tokens_max or 0) if request.is_generative else 0
+            self._choice_count = request.choice_count if request.is_generative else 0
+            self._output_tokens_max = request.output_tokens_max
 
-    def settle(self, output_tokens: int | None, *, has_begun: bool) -> None:
-        """Count the answer's tokens, once it has ended.
+    def sent(self, plan: Plan) -> None:
+        """An engine is asked; of several attempts the first counts."""
+        if self._rates is not None and self._sent is None:
+            self._sent = self._gate.clock(), plan.chosen.figures
 
-        Where they cannot be counted in an answer that began, as many as the call allowed count.
+    def settle(self, record: CallRecord) -> None:
+        """Count the answer's tokens, once the call has ended.
+
+        Where they cannot be counted in an answer that began, as many as the call allowed count; without a
+        limit, and where nothing had begun when the client left or time ran out, as many as the engine is
+        predicted to have made by then. What an engine failed at before that costs nothing.
         """
-        if self._rates is not None:
-            unknown = self._output_tokens_max if has_begun else 0
-            count = unknown if output_tokens is None else output_tokens
-            self._output_tokens_max = 0
-            self._rates.charge_tokens(count, self._gate.clock())
+        if self._rates is None:
+            return
+        now_s = self._gate.clock()
+        if record.output_tokens is not None:
+            count = record.output_tokens
+        elif record.first_byte_s is not None:
+            made_s = now_s if record.is_stream else record.first_byte_s
+            count = self._made(made_s) if self._allowed is None else self._allowed
+        elif record.outcome is Outcome.CLIENT_GONE or record.reason is RefuseReason.UPSTREAM_TIMEOUT:
+            count = self._made(now_s)
+        else:
+            count = 0
+        self._choice_count = 0
+        self._rates.charge_tokens(count, now_s)
+
+    @property
+    def _allowed(self) -> int | None:
+        """Output tokens of all choices; None without a limit."""
+        if not self._choice_count:
+            return 0
+        return None if self._output_tokens_max is None else self._output_tokens_max * self._choice_count
+
+    def _made(self, now_s: float) -> int:
+        """Output tokens that an engine is predicted to have made by then, within what is allowed."""
+        if self._sent is None:
+            return 0
+        sent_s, figures = self._sent
+        # The first one is there after `ttft_s`, and each takes one step.
+        passed_s = max(now_s - sent_s - figures.ttft_s, 0.0)
+        made = math.ceil(passed_s / max(figures.step_s, _STEP_S_MIN)) * self._choice_count
+        return made if self._allowed is None else min(made, self._allowed)
 
     def _check(self, kind: RateKind, wait_s: float) -> None:
         if wait_s and self._key is not None:

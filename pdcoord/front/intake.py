@@ -1,13 +1,14 @@
 """From a client's call to the core's request: identity, size, checks and block keys; pure."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pdcoord.core.blocks import block_keys, token_keys
 from pdcoord.core.fleet import EngineKind
 from pdcoord.core.model import Model
 from pdcoord.core.request import BlockKey, Request, RequestId
 from pdcoord.front.asked import NOTHING_ASKED, Asked
+from pdcoord.front.keys import shows_key
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason
 from pdcoord.protocol.headers import REQUEST_ID, is_request_id
 from pdcoord.protocol.openai import ROOM_PATHS, Body, Call
@@ -26,11 +27,14 @@ RESERVED_FIELDS = (
 """The steering fields that engines have today; `tickets.is_steering` says which names are."""
 
 
-def client_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The client's own x-request-id if it is fit to be passed on and logged; else None."""
+def client_request_id(headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+    """The client's own x-request-id if it is fit to be passed on and logged; else None.
+
+    One with a key in it is not: logs, decisions and engines have it.
+    """
     for name, value in headers:
         if name == REQUEST_ID and is_request_id(value):
-            return value.decode("ascii")
+            return None if shows_key(value, headers) else value.decode("ascii")
     return None
 
 

@@ -16,6 +16,12 @@ KEY_PREFIX = "pdc_"
 KEY_RANDOM_BYTES = 32
 KEY_IN_TEXT = re.compile(r"pdc_[A-Za-z0-9_-]{8,}")
 """What may be a key, or a good part of one, in text that somebody will see."""
+ANY_OBJECTIVE = "*"
+"""In place of an objective's name: all of them."""
+_FOREIGN_KEY = re.compile(rb"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{16,}")
+"""A key as OpenAI's and Anthropic's clients have it for other places than this."""
+_CREDENTIAL_BYTES_MIN = 8
+"""Less is no secret, but what clients put where a key is asked for and none is needed."""
 _KEY = re.compile(rb"pdc_[A-Za-z0-9_-]{43}")
 _PRESENTED_BYTES_MAX = 512
 """More than any key has; what is longer is cut, so that hashing it costs no more."""
@@ -48,6 +54,7 @@ class ApiKey:
         models: names or aliases of the models it is for; None for all.
         requests_per_minute, tokens_per_minute: None for no limit.
         expires_unix_s: None for never.
+        objectives: names of those above priority 0 that may be asked for; ANY_OBJECTIVE for all.
     """
 
     name: str
@@ -58,10 +65,15 @@ class ApiKey:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     expires_unix_s: float | None = None
+    objectives: frozenset[str] = frozenset()
 
     def is_for(self, names: Iterable[str]) -> bool:
         """Whether a model of these names may be asked."""
         return self.models is None or not self.models.isdisjoint(names)
+
+    def may_ask_for(self, objective: str, priority: int) -> bool:
+        """Whether an objective of that priority may be asked for; everybody may go behind the usual."""
+        return priority <= 0 or not self.objectives.isdisjoint({objective, ANY_OBJECTIVE})
 
 
 class KeyRing:
@@ -111,6 +123,15 @@ def presented_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | KeyFault:
     if len(found) > 1:
         return KeyFault.AMBIGUOUS
     return next(iter(found), b"") or KeyFault.MISSING
+
+
+def shows_key(text: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a text that people will read has a key in it: the one that a call brought, or another."""
+    if KEY_IN_TEXT.search(text.decode("latin-1")) is not None or _FOREIGN_KEY.search(text) is not None:
+        return True
+    brought = (value.strip(_BLANKS) for name, value in headers if name in (AUTHORIZATION, API_KEY))
+    credentials = (value.rpartition(b" ")[2] for value in brought)
+    return any(len(each) >= _CREDENTIAL_BYTES_MIN and each in text for each in credentials)
 
 
 def make_key(random_bytes: bytes) -> str:

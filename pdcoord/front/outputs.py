@@ -1,6 +1,7 @@
 """How many tokens an answer has, from its bytes as they pass; nothing is decoded."""
 
 import re
+from collections import deque
 
 TAIL_BYTES = 4_096
 """Where an answer's usage stands: in its last bytes, behind the text (vLLM 0.32, SGLang 0.5.23)."""
@@ -10,6 +11,8 @@ _USAGE = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*([0-9]{1,9})')
 _ROLE = b'"role"'
 _DONE = b"data: [DONE]"
 _COMMENT = b"\n\n:"
+_TAIL_PARTS = 16
+"""What ends a stream of several choices comes in as many parts: the last of each, the usage, [DONE]."""
 
 
 def count_kept(passed: bytes) -> int:
@@ -29,25 +32,24 @@ class OutputCounter:
         events_before: those of parts that went by before it, without one that names a role.
     """
 
-    __slots__ = ("_before", "_event_count", "_has_role", "_is_stream", "_last")
+    __slots__ = ("_event_count", "_has_role", "_is_stream", "_keep", "_tail")
 
     def __init__(self, first: bytes, *, is_stream: bool, events_before: int = 0) -> None:
         self._is_stream = is_stream
         self._has_role = _ROLE in first[:TAIL_BYTES]
         self._event_count = events_before + first.count(_END_OF_EVENT)
-        self._before = b""
-        self._last = first
+        self._tail = deque([first[-TAIL_BYTES:]], _TAIL_PARTS)
+        self._keep = self._tail.append
 
     def __call__(self, part: bytes) -> bytes:
         self._event_count += part.count(_END_OF_EVENT)
-        self._before = self._last
-        self._last = part
+        self._keep(part[-TAIL_BYTES:])
         return part
 
     @property
     def tail(self) -> bytes:
-        """The last bytes, of the last two parts: a usage in the last but one is followed by [DONE] alone."""
-        return (self._before[-TAIL_BYTES:] + self._last)[-TAIL_BYTES:]
+        """The last bytes, of the last parts."""
+        return b"".join(self._tail)[-TAIL_BYTES:]
 
     def count(self) -> int | None:
         """Tokens as far as they have been seen; None where nothing tells."""

@@ -55,6 +55,10 @@ class Relaying(Coordination, Protocol):
         """
         ...
 
+    def blamed(self, request_id: RequestId, reason: RungReason) -> RungReason:
+        """What the request's decode endpoint is held against for: one that drains gives back what it has."""
+        ...
+
 
 class Picking(Coordination, Protocol):
     """What a front asks that does not send calls on itself, but says where they go."""
@@ -163,12 +167,14 @@ class CallRecord:
         status: what the client got; 499 when it left before an answer began.
         began_s: when the call's head had been read.
         first_byte_s: when the first byte of the answer's body was there.
-        has_unknown_objective: it named an objective that the policy does not have.
+        has_unknown_objective: it named an objective that the policy does not have, or its key.
         trace_id: of the trace that the call belongs to, the client's or our own; None if there is none.
         output_tokens: as counted in the answer; None before its end, and where they cannot be counted.
         slo: the call's own objectives, or the model's.
         began_plan: the plan that was in force when the answer began; None before.
         breaks: times that its stream broke off, in order.
+        is_cut_short: its stream ended well for HTTP, but without what such a stream ends with.
+        failures: why attempts were given up before they gave the client anything, in order.
         key_name: of the API key it came with; None where none is asked for.
     """
 
@@ -190,6 +196,8 @@ class CallRecord:
     slo: Slo = field(default_factory=Slo)
     began_plan: Plan | None = None
     breaks: tuple[Break, ...] = ()
+    failures: tuple[RungReason, ...] = ()
+    is_cut_short: bool = False
     key_name: str | None = None
 
     def note_request(self, call: Call, request: Request, model: Model) -> None:

@@ -34,7 +34,7 @@ _NOT_SENT_BACK = names.HOP_BY_HOP | {names.REQUEST_ID}
 # What a sidecar's refusal says of this attempt. Reasons that are not here are the client's own fault
 # (a malformed body, say) and are relayed.
 _SIDECAR_FAILURES: dict[str, RungReason] = {
-    RefuseReason.DRAINING: RungReason.DECODE_UNREACHABLE,
+    RefuseReason.DRAINING: RungReason.DECODE_DRAINING,
     RefuseReason.NO_ENDPOINTS: RungReason.DECODE_ERROR,
     RefuseReason.SATURATED: RungReason.DECODE_OVERLOADED,
     RefuseReason.QUEUE_FULL: RungReason.DECODE_OVERLOADED,
@@ -73,11 +73,12 @@ def with_fields(raw: bytes, texts: Mapping[str, str], dropped: Iterable[str] = (
     return msgspec.json.encode(fields)
 
 
-def plan_header(plan: Plan, *, is_resumed_above: bool = False) -> PlanHeader:
+def plan_header(plan: Plan, *, is_resumed_above: bool = False, is_ended_above: bool = False) -> PlanHeader:
     """The part of a plan that its sidecar executes.
 
     Args:
         is_resumed_above: whoever sends it continues the stream if it breaks off.
+        is_ended_above: whoever sends it cannot, and says why.
     """
     targets = [plan.prefill, *(rung.prefill for rung in plan.rungs if rung.kind is RungKind.OTHER_PREFILL)]
     return PlanHeader(
@@ -92,6 +93,7 @@ def plan_header(plan: Plan, *, is_resumed_above: bool = False) -> PlanHeader:
         transfer_deadline_ms=plan.transfer_deadline_s * 1e3,
         load=_planned_load(plan) if plan.replica else None,
         is_resumed_above=is_resumed_above,
+        is_ended_above=is_ended_above,
     )
 
 
@@ -135,6 +137,7 @@ def headers_for(
     sign: Sign | None = None,
     *,
     is_resumed_above: bool = False,
+    is_ended_above: bool = False,
 ) -> Headers:
     """A client's headers with the plan in place of whatever could steer routing.
 
@@ -142,10 +145,10 @@ def headers_for(
 
     Args:
         target: as of `steering_headers`.
-        is_resumed_above: as of `plan_header`.
+        is_resumed_above, is_ended_above: as of `plan_header`.
     """
     headers = [pair for pair in end_to_end(client, _NOT_SENT_ON) if not names.is_routing(pair[0])]
-    steering = plan_header(plan, is_resumed_above=is_resumed_above)
+    steering = plan_header(plan, is_resumed_above=is_resumed_above, is_ended_above=is_ended_above)
     return headers + steering_headers(steering, request_id, target, sign)
 
 
@@ -219,8 +222,8 @@ def failure_of_error(error: WireError) -> RungReason:
             return RungReason.DECODE_ERROR
 
 
-def error_body(status: int, body: bytes) -> bytes:
-    """An engine's error as OpenAI's clients expect it; one that has an `error` member is left as it is.
+def error_body(status: int, body: bytes, path: str = "") -> bytes:
+    """An engine's error as its API's clients expect it; one that has an `error` member is left as it is.
 
     vLLM 0.32 answers an API that its model does not have with FastAPI's own `{"detail": "Not Found"}`.
     """
@@ -235,8 +238,8 @@ def error_body(status: int, body: bytes) -> bytes:
         return msgspec.json.encode({"error": {"param": None, **fields}})
     if status in _NOT_SERVED:
         message = f"The engine answered {status}: the model it serves does not have this API."
-        return Refusal(RefuseReason.NOT_SERVED, message).body()
+        return Refusal(RefuseReason.NOT_SERVED, message).body(path)
     detail = bytes(fields.get("detail", b"")).decode("utf-8", "replace")[:_DETAIL_MAX]
     message = f"The engine answered {status}{': ' if detail else '.'}{detail}"
     reason = RefuseReason.UPSTREAM_FAILED if status >= 500 else RefuseReason.INVALID_FIELD
-    return Refusal(reason, message).body()
+    return Refusal(reason, message).body(path)

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Query, Response
 
+from pdcoord.core.pathview import PATHS_SHOWN_MAX
 from pdcoord.gateway import schemas
-from pdcoord.gateway.pages import add_error_handlers, json_response, refusal_response
+from pdcoord.gateway.pages import PagesApp, add_error_handlers, json_response, refusal_response
 from pdcoord.gateway.views import DecisionsView, DecisionView, FleetView, PathsView, PolicyView
 from pdcoord.protocol.errors import Refusal, RefuseReason
 
-PATHS_MAX = 100_000
 DECISIONS_MAX = 65_536
 
 
@@ -34,7 +34,7 @@ class AdminState(Protocol):
 
 def make_admin_app(state: AdminState) -> FastAPI:
     """The admin listener's ASGI app."""
-    app = FastAPI(
+    app = PagesApp(
         title="pdcoord admin",
         summary="What the coordinator knows and why it decided so.",
         version=version("pdcoord"),
@@ -46,7 +46,7 @@ def make_admin_app(state: AdminState) -> FastAPI:
     async def fleet() -> Response:
         return json_response(state.fleet_view())
 
-    async def paths(limit: Annotated[int, Query(ge=1, le=PATHS_MAX)] = 1_000) -> Response:
+    async def paths(limit: Annotated[int, Query(ge=1, le=PATHS_SHOWN_MAX)] = 1_000) -> Response:
         return json_response(state.paths_view(limit))
 
     async def policy() -> Response:

@@ -10,13 +10,19 @@ from importlib.metadata import version
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 
 from pdcoord.core.model import Model
 from pdcoord.front.intake import client_request_id, model_unknown
 from pdcoord.front.ports import Coordination, Observer
 from pdcoord.gateway import schemas
-from pdcoord.gateway.pages import add_error_handlers, json_response, refusal_response, with_request_id
+from pdcoord.gateway.pages import (
+    PagesApp,
+    add_error_handlers,
+    json_response,
+    refusal_response,
+    with_request_id,
+)
 from pdcoord.gateway.relay import Relay
 from pdcoord.protocol.errors import Refusal, RefusedError
 from pdcoord.protocol.openai import APIS, Api
@@ -54,7 +60,7 @@ class RelayResponse(Response):
         await self._relay.serve(self._api, scope, receive, send)
 
 
-class GatewayApp(FastAPI):
+class GatewayApp(PagesApp):
     """The gateway's public listener.
 
     Args:

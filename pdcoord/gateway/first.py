@@ -2,6 +2,7 @@
 
 import asyncio
 
+from pdcoord.resume.failure import was_given_up
 from pdcoord.resume.sse import end_of_last, whole_events
 from pdcoord.wire.errors import StreamError
 from pdcoord.wire.response import Response
@@ -11,6 +12,8 @@ SIGNS_OF_LIFE = (b":", b"event: ping")
 """How events begin that are no output: comments (vLLM's --sse-keep-alive-interval) and Anthropic's pings."""
 UNFINISHED_BYTES_MAX = 64 << 10
 """Of a comment that does not end."""
+WHOLE_BYTES_MAX = 1 << 20
+"""An answer in one piece that is longer is passed on as it comes."""
 
 
 def is_event_stream(response: Response) -> bool:
@@ -22,23 +25,26 @@ def is_plain_stream(response: Response) -> bool:
     return is_event_stream(response) and response.header(b"content-encoding") is None
 
 
-async def read_first(response: Response, *, timeout_s: float) -> bytes:
+async def read_first(response: Response, *, timeout_s: float, is_generated: bool = False) -> bytes:
     """The first of a body; of an event stream the first that has an event, without what came before it.
 
     An engine that hangs may send comments for ever, and as long as there is nothing else another may serve.
 
     Args:
         timeout_s: for all of it; comments do not make it longer.
+        is_generated: of an answer in one piece all of it is read, up to WHOLE_BYTES_MAX: it comes at once,
+            when it is generated, and only all of it tells whether its engine gave it up.
 
     Raises:
         StreamError: as `Response.read_chunk` does, or if an event stream ends, or may go on no longer,
-            without an event.
+            without an event, or if an engine gave an answer up.
     """
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + timeout_s
     first = await response.read_chunk(idle_timeout_s=timeout_s)
     if not is_event_stream(response):
-        return first
+        is_read = is_generated and response.header(b"content-encoding") is None
+        return await _read_whole(response, first, timeout_s) if is_read else first
     is_plain = is_plain_stream(response)
     part = first
     while part and is_plain and has_no_event(first):
@@ -51,6 +57,17 @@ async def read_first(response: Response, *, timeout_s: float) -> bytes:
     if not part:
         raise StreamError("the stream ended without an event")
     return first
+
+
+async def _read_whole(response: Response, first: bytes, timeout_s: float) -> bytes:
+    parts, byte_count = [first], len(first)
+    while byte_count < WHOLE_BYTES_MAX and (part := await response.read_chunk(idle_timeout_s=timeout_s)):
+        parts.append(part)
+        byte_count += len(part)
+    whole = b"".join(parts)
+    if was_given_up(whole):
+        raise StreamError("the engine gave the answer up")
+    return whole
 
 
 def has_no_event(data: bytes) -> bool:

@@ -1,6 +1,7 @@
 """What the gateway's and the admin listener's FastAPI apps share: JSON answers, refusals, error handlers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -10,9 +11,19 @@ from starlette.exceptions import HTTPException
 from pdcoord.front.answers import internal_error
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.protocol.headers import REQUEST_ID
-from pdcoord.wire.asgi import Message, Send
+from pdcoord.wire.asgi import Message, Receive, Scope, Send
 
 _SHOWN_MAX = 128
+_VALUE_SHOWN_MAX = 32
+
+
+class PagesApp(FastAPI):
+    """Answers HEAD, which load balancers ask with, wherever it answers GET."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
+        await super().__call__(scope, receive, send)
 
 
 def json_response(answer: object) -> Response:
@@ -20,30 +31,29 @@ def json_response(answer: object) -> Response:
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-def refusal_response(refusal: Refusal, headers: dict[str, str] | None = None) -> Response:
+def refusal_response(refusal: Refusal, headers: dict[str, str] | None = None, path: str = "") -> Response:
     own = {name.decode(): value.decode() for name, value in refusal.headers()}
-    return Response(refusal.body(), status_code=refusal.status, headers=(headers or {}) | own)
+    return Response(refusal.body(path), status_code=refusal.status, headers=(headers or {}) | own)
 
 
 def add_error_handlers(app: FastAPI, refused: Callable[[RefuseReason], None]) -> None:
     """Make OpenAI error bodies of all that FastAPI answers itself; `refused` hears of each."""
 
-    def refuse(refusal: Refusal, headers: dict[str, str] | None = None) -> Response:
+    def refuse(refusal: Refusal, headers: dict[str, str] | None = None, path: str = "") -> Response:
         refused(refusal.reason)
-        return refusal_response(refusal, headers)
+        return refusal_response(refusal, headers, path)
 
     async def on_http(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             raise error
-        refusal = _refusal_of(error.status_code, request.method, request.scope["path"])
-        return refuse(refusal, dict(error.headers or {}))
+        path = request.scope["path"]
+        return refuse(_refusal_of(error.status_code, request.method, path), dict(error.headers or {}), path)
 
     async def on_invalid(_request: Request, error: Exception) -> Response:
         if not isinstance(error, RequestValidationError):
             raise error
-        names = ", ".join(sorted({str(fault["loc"][-1]) for fault in error.errors()}))
-        message = f"{names} cannot be used as it is; GET /openapi.json says what is expected."
-        return refuse(Refusal(RefuseReason.INVALID_FIELD, message))
+        faults = sorted({_fault_of(fault) for fault in error.errors()})
+        return refuse(Refusal(RefuseReason.INVALID_FIELD, f"{'; '.join(faults)}."))
 
     async def on_defect(_request: Request, _error: Exception) -> Response:
         return refuse(internal_error())
@@ -51,6 +61,22 @@ def add_error_handlers(app: FastAPI, refused: Callable[[RefuseReason], None]) ->
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(Exception, on_defect)
+
+
+def _fault_of(fault: Mapping[str, Any]) -> str:
+    """What of a query cannot be used: its name, its value, and what may stand there."""
+    given = str(fault["input"])[:_VALUE_SHOWN_MAX]
+    expected = str(fault["msg"]).removeprefix("Input should be ")
+    return f"{fault['loc'][-1]} is {given!r}; give one that is {expected}"
+
+
+def _without_body(send: Send) -> Send:
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message["body"] = b""
+        await send(message)
+
+    return send_head
 
 
 def with_request_id(send: Send, request_id: str) -> Send:

@@ -27,7 +27,7 @@ from pdcoord.gateway.arrival import Body
 from pdcoord.gateway.first import is_plain_stream, read_first
 from pdcoord.gateway.hedging import Failure, Opened, Race
 from pdcoord.gateway.held import Held, hold
-from pdcoord.gateway.resuming import Call, Means, Resumer, reason_of
+from pdcoord.gateway.resuming import Call, Means, Resumer
 from pdcoord.gateway.streams import Answer, Fate
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefusedError, RefuseReason, RungReason
@@ -101,15 +101,31 @@ class Relay:
         self._live: set[str] = set()
 
     def headers_for(
-        self, plan: Plan, client: Headers, request_id: bytes, target: str, *, is_kept: bool = True
+        self,
+        plan: Plan,
+        client: Headers,
+        request_id: bytes,
+        target: str,
+        *,
+        is_kept: bool = True,
+        is_lost: bool = False,
     ) -> Headers:
         """The headers that a call is sent with.
 
         Args:
             target: path and query that it is sent to.
             is_kept: its stream is continued from here if it breaks off.
+            is_lost: it would be, but nobody can, and the client hears from here why.
         """
-        return wires.headers_for(plan, client, request_id, target, self.sign, is_resumed_above=is_kept)
+        return wires.headers_for(
+            plan,
+            client,
+            request_id,
+            target,
+            self.sign,
+            is_resumed_above=is_kept,
+            is_ended_above=is_lost,
+        )
 
     @property
     def live_count(self) -> int:
@@ -220,11 +236,11 @@ class _Exchange:
         raw = self.body.raw
         call = visa.salted(parse_call(self.api, raw))
         check_reserved(call)
-        asked = asked_of(self.scope["headers"])
         model = self.relay.coordination.model(call.model)
         if model is None:
             raise RefusedError(model_unknown(call.model))
         visa.check_model(model)
+        asked = visa.granted(asked_of(self.scope["headers"]), model)
         self.record.model = model.name
         self.record.has_unknown_objective = asked.has_unknown_objective(model)
         self.is_stream = call.is_stream
@@ -282,6 +298,7 @@ class _Exchange:
             if failure is None:
                 return
             held = failure.answer or held
+            self.record.failures += (failure.reason,)
             try:
                 other = self.account.ask(DecodeFailed(self.record.id, failure.reason, failure.served))
                 plan = other if other is not None else await self._planned()
@@ -296,6 +313,8 @@ class _Exchange:
     async def _attempt(self, plan: Plan) -> Failure | _Broken | None:
         """Send the call to one decode endpoint, or two; None if its answer went to the client to its end."""
         assert self.group is not None, "an attempt outside its call"
+        assert self.visa is not None, "an attempt at a call that was not let in"
+        self.visa.sent(plan)
         opened = await Race(self.account, self._open, self.group).run(plan)
         if isinstance(opened, Failure):
             return opened
@@ -310,7 +329,7 @@ class _Exchange:
             self.record.began_plan = self.record.plan
             broken = await self._relay(opened.response, opened.first, decision)
             if broken is not None and opened.trace is not None:
-                opened.trace.error = reason_of(broken.fate)
+                opened.trace.error = broken.resumer.reason_of(broken.fate)
             return broken
 
     async def _open(self, plan: Plan) -> Opened | Failure:
@@ -329,15 +348,19 @@ class _Exchange:
             return opened
 
     async def _reach(self, plan: Plan, headers: Headers, stack: AsyncExitStack) -> Opened | Failure:
-        limits = self.relay.limits
+        limits, path = self.relay.limits, self.api.path
         wait_s = limits.head_timeout_s if self.is_stream else limits.answer_timeout_s
         request_id, target = plan.request_id.encode(), self._target()
+        is_kept = self.is_kept
+        is_lost = self.is_continued and not is_kept
         try:
             response = await self.relay.upstream.request(
                 "POST",
                 plan.decode.address,
                 target,
-                headers=self.relay.headers_for(plan, headers, request_id, target, is_kept=self.is_kept),
+                headers=self.relay.headers_for(
+                    plan, headers, request_id, target, is_kept=is_kept, is_lost=is_lost
+                ),
                 body=self.body.raw,
                 head_timeout_s=wait_s,
             )
@@ -351,17 +374,18 @@ class _Exchange:
         if reason is not None:
             # A sidecar's own error is not kept: the core's refusal says more.
             is_engines = response.header(names.REASON) is None
-            return Failure(reason, served, await hold(response, limits) if is_engines else None)
+            return Failure(reason, served, await hold(response, limits, path) if is_engines else None)
         if response.status >= 400:
             # What an engine, or a sidecar for it, says is wrong with the call.
-            held = await hold(response, limits)
+            held = await hold(response, limits, path)
             if held is None:
                 return Failure(RungReason.DECODE_ERROR, served)
             return Opened(plan, response, served, held=held)
         try:
             # An engine sends a stream's head at once and may still die in its prefill. The client
             # has seen nothing until the first event, so until then another endpoint can take over.
-            first = await read_first(response, timeout_s=wait_s)
+            is_generated = self.api.is_generative and response.status == _OK
+            first = await read_first(response, timeout_s=wait_s, is_generated=is_generated)
         except StreamError:
             return Failure(RungReason.DECODE_ERROR, served)
         return Opened(plan, response, served, first)
@@ -391,12 +415,19 @@ class _Exchange:
             return _Broken(fate, resumer)
         if is_whole:
             self.record.outcome = Outcome.OK if response.status < 400 else Outcome.CLIENT_ERROR
+            if self._is_cut_short(response, answer):
+                self.record.is_cut_short, self.record.outcome = True, Outcome.UPSTREAM_ERROR
             await answer.end()
         else:
-            self.record.outcome = Outcome.UPSTREAM_ERROR
+            self.record.outcome, self.record.reason = Outcome.UPSTREAM_ERROR, RefuseReason.STREAM_LOST
             message = "The engine's stream broke off; what came before is incomplete."
-            await answer.break_off(Refusal(RefuseReason.UPSTREAM_FAILED, message))
+            await answer.break_off(Refusal(RefuseReason.STREAM_LOST, message))
         return None
+
+    def _is_cut_short(self, response: Response, answer: Answer) -> bool:
+        """Whether a stream that ended, and that nobody continues, is not whole."""
+        is_told = self.api.path in _CONTINUED_PATHS and response.status == _OK and is_plain_stream(response)
+        return is_told and not self.is_continued and not answer.seems_whole()
 
     @property
     def is_kept(self) -> bool:
@@ -428,7 +459,7 @@ class _Exchange:
         self.record.reason = refusal.reason
         self.record.outcome = outcome_of(refusal)
         headers = [*refusal.headers(), (names.REQUEST_ID, self.shown_id.encode())]
-        await send_json(self.send, refusal.status, refusal.body(), headers)
+        await send_json(self.send, refusal.status, refusal.body(self.api.path), headers)
 
     async def _time_out(self) -> None:
         limit_s = self.relay.limits.request_deadline_s
@@ -463,4 +494,4 @@ class _Exchange:
             self.answer.close()
         self.account.end(self.record.outcome, self.record.output_tokens)
         if self.visa is not None:
-            self.visa.settle(self.record.output_tokens, has_begun=self.record.first_byte_s is not None)
+            self.visa.settle(self.record)

@@ -4,9 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from pdcoord.core.events import DecodeFailed, Outcome, ResponseBegan, StreamBroke, StreamStalled
+from pdcoord.core.fleet import EngineKind
 from pdcoord.core.plan import Plan
 from pdcoord.core.progress import LATE_FACTOR, LATE_S_MIN, LATE_SPREADS
 from pdcoord.core.refusals import stream_lost
@@ -15,7 +14,6 @@ from pdcoord.front.account import Account
 from pdcoord.front.ports import Break, BreakOutcome, CallRecord, Limits, Relaying
 from pdcoord.front.tracing import CallTrace
 from pdcoord.gateway.first import is_plain_stream, read_first
-from pdcoord.gateway.reading import Readers, Reading
 from pdcoord.gateway.streams import Answer, Fate, StreamWatch
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import Refusal, RefusedError, RungReason
@@ -23,30 +21,20 @@ from pdcoord.resume.continuation import Continuation, Finished, Unresumable
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import InvalidRequestError, StreamError, WireError
 from pdcoord.wire.heads import Headers
+from pdcoord.wire.reading import NOTHING_KNOWN, Known, Readers, Reading
 from pdcoord.wire.response import Response
+from pdcoord.wire.tokenizing import Tokenizer
 
-COUNT_PATH = "/tokenize"
-_COUNT_BYTES_MAX = 16 << 20
 _ENCODINGS = b"accept-encoding"
 _AUTHORIZATION = b"authorization"
+_JSON = (b"content-type", b"application/json")
 FIRST_FACTOR = 4.0
 """A first token behind an event without one is waited for so many times longer than it takes to be late: the
 prompt is computed meanwhile, and whoever waits for it elsewhere begins anew."""
 _IN_DOUBT = frozenset({Unresumable.UNREADABLE, Unresumable.API, Unresumable.TAPE_FULL})
 
 
-def reason_of(fate: Fate) -> RungReason:
-    """Why an attempt is given up whose body came to this end."""
-    return RungReason.DECODE_STALLED if fate is Fate.STALLED else RungReason.DECODE_ERROR
-
-
-class _Count(msgspec.Struct):
-    """What vLLM 0.32 answers at /tokenize; its token ids are not read."""
-
-    count: int
-
-
-_count_decoder = msgspec.json.Decoder(_Count)
+_REASONS = {Fate.STALLED: RungReason.DECODE_STALLED, Fate.DIVERGED: RungReason.DECODE_DIVERGED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +97,11 @@ class Resumer:
             stands_still=lambda: coordination.handle(StreamStalled(request_id)),
         )
 
+    def reason_of(self, fate: Fate) -> RungReason:
+        """Why an attempt is given up whose body came to this end."""
+        reason = _REASONS.get(fate, RungReason.DECODE_ERROR)
+        return self._means.coordination.blamed(self._call.record.id, reason)
+
     async def run(self, fate: Fate) -> None:
         """From how a body came to its end to the end of the answer."""
         while fate is not Fate.OVER:
@@ -145,13 +138,13 @@ class Resumer:
         if tape is None or why is not None:
             return Reading(why or Unresumable.API)
         plan = plan or self._call.record.plan
-        context_tokens_max = None if plan is None else plan.decode.pool.limits.context_tokens_max
+        known = NOTHING_KNOWN if plan is None else _known_of(plan)
         last = self._read_last
-        is_same = last is not None and last.context_tokens_max == context_tokens_max
+        is_same = last is not None and last.known == known
         if last is not None and is_same and counted_tokens is None and last.passed_bytes == len(tape.passed):
             return last
         reading = await self._means.readers.read(
-            self._call.path, tape, counted_tokens=counted_tokens, context_tokens_max=context_tokens_max
+            self._call.path, tape, counted_tokens=counted_tokens, known=known
         )
         if counted_tokens is None:
             self._read_last = reading
@@ -182,7 +175,8 @@ class Resumer:
         tokens = found.prompt_tokens_more if isinstance(found, Continuation) else None
         if tokens is None:
             tokens = self._answer.output_tokens() or 0
-        broke = Break(reason_of(fate), record.plan.decode.id, tokens, noticed_s)
+        reason = self.reason_of(fate)
+        broke = Break(reason, record.plan.decode.id, tokens, noticed_s)
         record.breaks = (*record.breaks, broke)
         return broke
 
@@ -200,6 +194,7 @@ class Resumer:
             result = await self._attempt(plan, broke)
             if not isinstance(result, RungReason):
                 return result
+            record.failures += (result,)
             event = DecodeFailed(record.id, result)
         raise RefusedError(stream_lost(f"{self._tried_count} endpoints failed to"))
 
@@ -212,17 +207,14 @@ class Resumer:
             result = await self._send_to(plan, broke, attempt.headers(self._call.headers))
             if isinstance(result, RungReason):
                 attempt.error = result
-            elif result in {Fate.BROKEN, Fate.STALLED}:
-                attempt.error = reason_of(result)
+            elif result in {Fate.BROKEN, Fate.STALLED, Fate.DIVERGED}:
+                attempt.error = self.reason_of(result)
             return result
 
     async def _send_to(self, plan: Plan, broke: Break, client_headers: Headers) -> Fate | RungReason:
-        reading = await self._read(plan)
-        if reading.count_body is not None:
-            counted = await self._count(plan, reading.count_body)
-            if counted is not None:
-                reading = await self._read(plan, counted)
-        found = reading.found
+        found = await self._found_for(plan)
+        if isinstance(found, RungReason):
+            return found
         if isinstance(found, Unresumable):
             broke.why = found
             raise RefusedError(stream_lost(found.value))
@@ -245,6 +237,30 @@ class Resumer:
         async with response:
             return await self._relay(response, found, broke)
 
+    async def _found_for(self, plan: Plan) -> Continuation | Finished | Unresumable | RungReason:
+        """What to send to an endpoint, now that it has been asked what it alone knows; or why it failed."""
+        reading = await self._read(plan)
+        found, counted = reading.found, None
+        tokenizer = Tokenizer(
+            self._means.upstream,
+            plan.decode.address,
+            self._headers_for_questions(),
+            self._means.limits.count_timeout_s,
+        )
+        if isinstance(found, Continuation) and found.proof is not None:
+            try:
+                proved = await tokenizer.prove(found)
+            except WireError as error:
+                return wires.failure_of_error(error)
+            if not proved.is_proved:
+                return wires.failure_of_answer(proved.status, proved.reason) or Unresumable.TEMPLATE
+            counted = proved.counted_tokens
+        elif reading.count_body is not None:
+            counted = await tokenizer.count(reading.count_body)
+        if reading.count_body is None or counted is None:
+            return found
+        return (await self._read(plan, counted)).found
+
     async def _relay(self, response: Response, found: Continuation, broke: Break) -> Fate | RungReason:
         means, record = self._means, self._call.record
         reason = wires.failure_of_answer(response.status, response.header(names.REASON))
@@ -261,6 +277,7 @@ class Resumer:
         means.coordination.handle(ResponseBegan(record.id, wires.served_of(response.header(names.SERVED))))
         broke.outcome = BreakOutcome.CONTINUED
         broke.gap_s = means.clock() - broke.noticed_s
+        self._read_last = None  # Its splice has joined one stream, of which the client may have seen nothing.
         return await self._answer.relay(response, first, self.watch(), splice=found.splice)
 
     def _headers(self, plan: Plan, client_headers: Headers, path: str) -> Headers:
@@ -268,31 +285,13 @@ class Resumer:
         sent = self._means.headers(plan, client_headers, self._call.record.id.encode(), path)
         return [pair for pair in sent if pair[0] != _ENCODINGS]
 
-    async def _count(self, plan: Plan, body: bytes) -> int | None:
-        """Tokens of the text so far, as an engine counts them; None where it does not say.
+    def _headers_for_questions(self) -> Headers:
+        """What the engine wants to know of who asks, which is its key, and whose call it is for.
 
-        It goes without a plan: sidecars would tell every coordinator of one as of a request that is served.
+        vLLM 0.32 answers 400 to a body that is not called JSON.
         """
-        timeout_s = self._means.limits.count_timeout_s
-        try:
-            response = await self._means.upstream.request(
-                "POST",
-                plan.decode.address,
-                COUNT_PATH,
-                headers=self._headers_for_count(),
-                body=body,
-                head_timeout_s=timeout_s,
-            )
-            async with response:
-                raw = await response.read_all(timeout_s=timeout_s, bytes_max=_COUNT_BYTES_MAX)
-                return _count_decoder.decode(raw).count if response.status == 200 else None
-        except (WireError, msgspec.DecodeError, UnicodeDecodeError):
-            return None
-
-    def _headers_for_count(self) -> Headers:
-        """What the engine wants to know of who asks, which is its key, and whose call it is for."""
         kept = [pair for pair in self._call.headers if pair[0] == _AUTHORIZATION]
-        return [*kept, (names.REQUEST_ID, self._call.record.id.encode())]
+        return [*kept, _JSON, (names.REQUEST_ID, self._call.record.id.encode())]
 
     async def _finish(self, found: Finished, broke: Break) -> Fate:
         broke.outcome = BreakOutcome.FINISHED
@@ -305,3 +304,8 @@ class Resumer:
         record.outcome, record.reason = Outcome.UPSTREAM_ERROR, refusal.reason
         await self._answer.break_off(refusal)
         return Fate.OVER
+
+
+def _known_of(plan: Plan) -> Known:
+    pool = plan.decode.pool
+    return Known(pool.limits.context_tokens_max, appends_itself=pool.engine is EngineKind.SGLANG)

@@ -7,7 +7,8 @@ from enum import Enum, auto
 from pdcoord.front.outputs import OutputCounter, count_kept
 from pdcoord.gateway.first import SIGNS_OF_LIFE, is_plain_stream
 from pdcoord.protocol.errors import Refusal
-from pdcoord.resume.errors import TornError, UnreadableError
+from pdcoord.resume.errors import DivergedError, TornError, UnreadableError
+from pdcoord.resume.failure import ends_in_error, next_sequence_number, tells_failure
 from pdcoord.resume.passed import read_passed
 from pdcoord.resume.splice import Splice
 from pdcoord.resume.sse import whole_events
@@ -31,12 +32,14 @@ _LOOK_BYTES = 16 << 10
 class Fate(Enum):
     """How a body that was relayed came to its end.
 
+    DIVERGED: it did not go where the stream had gone; whoever made it did nothing wrong.
     OVER: no longer of interest, since the client has the end of its answer, or an error.
     """
 
     WHOLE = auto()
     BROKEN = auto()
     STALLED = auto()
+    DIVERGED = auto()
     OVER = auto()
 
 
@@ -117,6 +120,8 @@ class Answer:
             return Fate.STALLED
         except StreamError:
             return Fate.BROKEN
+        except DivergedError:
+            return Fate.DIVERGED
         except TornError as error:
             self._error_event = error.error_event
             if self.tape is not None and self.tape.pending:
@@ -124,7 +129,7 @@ class Answer:
             return Fate.BROKEN
         finally:
             self._last = response.last or first
-        return Fate.WHOLE
+        return Fate.BROKEN if self._has_told_failure() else Fate.WHOLE
 
     async def end(self, rest: bytes = b"") -> None:
         """Say that the answer is whole; `rest` comes before that."""
@@ -149,7 +154,7 @@ class Answer:
         if self._error_event.startswith(_ERROR_EVENT):
             await self._write(self._error_event)
         elif self._is_plain and self._is_between_events() and not self._has_said_so():
-            await self._write(refusal.event())
+            await self._write(self._event(refusal))
 
     def seems_whole(self) -> bool:
         """Whether a stream that ended without an error has in its tail what streams end with."""
@@ -221,8 +226,16 @@ class Answer:
         is_kept = self.tape is not None and self.tape.is_whole
         return is_kept or self._last.endswith((b"\n\n", b"\r\n\r\n"))
 
+    def _has_told_failure(self) -> bool:
+        """Whether a stream that is not kept has the engine's word in its tail that it failed."""
+        return self._is_plain and self._counter is not None and tells_failure(self._counter.tail)
+
     def _has_said_so(self) -> bool:
-        return self._last.rstrip().rpartition(b"\n\n")[2].startswith(_ERROR_EVENT)
+        return ends_in_error(self._last if self._counter is None else self._counter.tail)
+
+    def _event(self, refusal: Refusal) -> bytes:
+        tail = self._last if self._counter is None else self._counter.tail
+        return refusal.event(self._scope["path"], sequence_number=next_sequence_number(tail))
 
     async def _write(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})

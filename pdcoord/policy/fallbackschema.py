@@ -63,7 +63,7 @@ class ResumeSpec(Spec):
         le=86_400,
         description=(
             "A stream whose first byte is longer ago, in s, is not continued: the older it is, the longer "
-            "the prompt that it has become."
+            "the prompt that it has become. Where its endpoint drains it is, however old."
         ),
     )
     stall_ms_min: Annotated[float, Field(ge=100, le=600_000)] = Field(

@@ -59,7 +59,7 @@ class FileWatch:
 
     def _read(self) -> Reading:
         try:
-            content = read_bytes(self._path)
+            content = read_bytes(self._path, is_watched=True)
         except PolicyError as error:
             return Reading(error, b"!" + str(error).encode(errors="backslashreplace"))
         return Reading(content, hashlib.sha256(content).digest())

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from pdcoord.policy.errors import KeyPath, PolicyError, Problem, quote
 from pdcoord.policy.expect import Expectations, expectations_of
 from pdcoord.policy.yamlnodes import Data, DataBuilder, YamlTextError, read_nodes
+from pdcoord.wire.files import read_regular
 
 FILE_BYTES_MAX = 1 << 20
 """1 MiB, which is also the most that a Kubernetes ConfigMap holds."""
@@ -76,8 +77,11 @@ class Document:
         return Problem(self.file, self.position_of(key_path), self.written_path(key_path), message)
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, *, is_watched: bool = False) -> bytes:
     """Read a file of at most FILE_BYTES_MAX bytes.
+
+    Args:
+        is_watched: it is read again and again, so that it has to be a regular file; else a pipe will do.
 
     Raises:
         PolicyError: if it cannot be read, is a directory, or is too large.
@@ -85,8 +89,11 @@ def read_bytes(path: Path) -> bytes:
     try:
         if path.is_dir():
             raise PolicyError([Problem(str(path), None, (), "is a directory; name one YAML file")])
-        with path.open("rb") as file:
-            raw = file.read(FILE_BYTES_MAX + 1)
+        if is_watched:
+            raw = read_regular(path, FILE_BYTES_MAX)
+        else:
+            with path.open("rb") as file:
+                raw = file.read(FILE_BYTES_MAX + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise PolicyError([Problem(str(path), None, (), f"cannot be read: {reason}")]) from error

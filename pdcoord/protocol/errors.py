@@ -1,4 +1,4 @@
-"""Closed lists of reasons, and the OpenAI error bodies that carry them to a client."""
+"""Closed lists of reasons, and the error bodies that carry them to a client in the form of its API."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -56,6 +56,8 @@ class RungReason(StrEnum):
     DECODE_OVERLOADED = "decode-overloaded"
     DECODE_STALLED = "decode-stalled"
     """A stream made no progress though the engine accepts and answers probes."""
+    DECODE_DIVERGED = "decode-diverged"
+    """What should have continued a stream did not go where that had gone, as drawn tokens may not."""
     DECODE_DRAINING = "decode-draining"
     TARGET_NOT_ALLOWED = "target-not-allowed"
     PLAN_REFUSED = "plan-refused"
@@ -118,6 +120,32 @@ class _ErrorBody(msgspec.Struct):
     error: _Error
 
 
+class _MessagesErrorBody(msgspec.Struct, tag="error"):
+    error: _Error
+
+
+class _ResponsesErrorEvent(msgspec.Struct, tag="error", kw_only=True):
+    code: str
+    message: str
+    param: str | None
+    sequence_number: int
+    error: _Error
+
+
+_MESSAGES = "/v1/messages"
+_RESPONSES = "/v1/responses"
+# Anthropic's words (Messages API, 2023-06-01) for statuses; of any other it depends on whose fault it is.
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """An answer that pdcoord gives itself instead of an engine's.
@@ -141,22 +169,48 @@ class Refusal:
     def is_servers_fault(self) -> bool:
         return self.status >= 500
 
-    def body(self) -> bytes:
-        """JSON `{"error": {"message", "type", "param", "code"}}`, as OpenAI's API answers."""
-        return msgspec.json.encode(
-            _ErrorBody(
-                _Error(
-                    message=self.message,
-                    type=_KINDS[self.reason].type,
-                    param=self.param,
-                    code=self.reason.value,
-                )
-            )
-        )
+    def body(self, path: str = "") -> bytes:
+        """JSON `{"error": {"message", "type", "param", "code"}}`, as OpenAI's API answers.
 
-    def event(self) -> bytes:
-        """The same as a server-sent event, for a stream that has already begun."""
-        return b"data: " + self.body() + b"\n\n"
+        Args:
+            path: of the API that is answered. Under /v1/messages it is `{"type": "error", "error": {...}}`
+                with Anthropic's types.
+        """
+        if _is_messages(path):
+            return msgspec.json.encode(_MessagesErrorBody(self._error(self._messages_type())))
+        return msgspec.json.encode(_ErrorBody(self._error(_KINDS[self.reason].type)))
+
+    def event(self, path: str = "", *, sequence_number: int = 0) -> bytes:
+        """The same as a server-sent event, for a stream that has already begun.
+
+        On /v1/responses it is OpenAI's ResponseErrorEvent (openai-python 3.54) with an `error` besides: its
+        clients raise that, and would take an event without it for one like any other.
+
+        Args:
+            path: likewise.
+            sequence_number: of the event, where the API counts them.
+        """
+        if _is_messages(path):
+            return b"event: error\ndata: " + self.body(path) + b"\n\n"
+        if path != _RESPONSES:
+            return b"data: " + self.body() + b"\n\n"
+        error = self._error(_KINDS[self.reason].type)
+        event = _ResponsesErrorEvent(
+            code=self.reason.value,
+            message=self.message,
+            param=self.param,
+            sequence_number=sequence_number,
+            error=error,
+        )
+        return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
+
+    def _error(self, kind: str) -> _Error:
+        return _Error(message=self.message, type=kind, param=self.param, code=self.reason.value)
+
+    def _messages_type(self) -> str:
+        return _MESSAGES_TYPES.get(
+            self.status, "api_error" if self.is_servers_fault else "invalid_request_error"
+        )
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Headers of the answer, without content-length."""
@@ -169,6 +223,10 @@ class Refusal:
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
         return headers
+
+
+def _is_messages(path: str) -> bool:
+    return path == _MESSAGES or path.startswith(f"{_MESSAGES}/")
 
 
 class RefusedError(Exception):

@@ -89,6 +89,8 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         load: for the control stream; None where the coordinator has none.
         is_resumed_above: whoever sent this continues a stream that breaks off, so the sidecar breaks off
             without an error event, and before its grace period ends.
+        is_ended_above: whoever sent this cannot continue the stream but says why, so the sidecar breaks off
+            without an error event of its own.
         resumes: decode endpoints at which the sidecar may continue a stream that its engine lost, in the
             order to try; empty where it is resumed above, or not at all.
         resume_tries_max: continuations of one stream.
@@ -104,6 +106,7 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     version: int = PLAN_VERSION
     load: PlannedLoad | None = None
     is_resumed_above: bool = False
+    is_ended_above: bool = False
     resumes: tuple[HostPort, ...] = ()
     resume_tries_max: int = 0
     resume_age_ms_max: float = 600_000.0

@@ -122,6 +122,11 @@ class Call:
         return "temperature" in self.fields and self.value("temperature") == 0
 
     @property
+    def hides_tokens(self) -> bool:
+        """Whether its output may go on behind a token that ends it, of which the text has nothing."""
+        return self.is_set("ignore_eos") and self.value("skip_special_tokens") is not False
+
+    @property
     def has_many_answers(self) -> bool:
         if any(self.value(name) not in (None, 1) for name in ("n", "best_of") if name in self.fields):
             return True

@@ -8,6 +8,7 @@ from pdcoord.resume.call import CHAT, CHAT_ONLY, COMPLETIONS, Call, read_call, w
 from pdcoord.resume.ending import ending
 from pdcoord.resume.errors import UnreadableError
 from pdcoord.resume.passed import Fields, Passed, read_passed
+from pdcoord.resume.proof import Proof
 from pdcoord.resume.splice import Seam, Splice
 from pdcoord.resume.takeover import Takeover, find_takeover
 from pdcoord.resume.unresumable import Unresumable
@@ -29,12 +30,15 @@ class Continuation:
         path: where it goes; a chat whose token ids are known goes on as a completion.
         splice: what the answer's bytes go through on their way to the client, from their first on.
         prompt_tokens_more: how much longer than the first call's its prompt is, as far as that was counted.
+        proof: what has to hold of the engine that it goes to, else it is Unresumable.TEMPLATE; None where
+            that is known.
     """
 
     path: str
     body: bytes
     splice: Splice
     prompt_tokens_more: int | None
+    proof: Proof | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ def continue_stream(
     *,
     counted_tokens: int | None = None,
     context_tokens_max: int | None = None,
+    appends_itself: bool = False,
 ) -> Continuation | Finished | Unresumable:
     """How a stream goes on elsewhere.
 
@@ -80,10 +85,14 @@ def continue_stream(
             an engine merged.
         context_tokens_max: prompt and output together, of the model. A chat without a limit goes on from
             token ids only where this is known, since a completion without one ends after 16 tokens.
+        appends_itself: whether the engine puts a partial answer behind what its chat template makes of the
+            chat without it, as SGLang 0.5.23 does; of any other one it has to be proved.
     """
     try:
         begun = _read(path, body, passed, context_tokens_max)
-        return begun if not isinstance(begun, _Begun) else _go_on(begun, counted_tokens, context_tokens_max)
+        if not isinstance(begun, _Begun):
+            return begun
+        return _go_on(begun, counted_tokens, context_tokens_max, appends_itself=appends_itself)
     except UnreadableError:
         return Unresumable.UNREADABLE
 
@@ -92,6 +101,7 @@ def count_request(path: str, body: bytes, passed: bytes) -> bytes | None:
     """A body for POST /tokenize of which the answer's `count` is `counted_tokens`.
 
     None where it would change nothing: the count is exact already, or neither a limit nor a usage needs it.
+    Where there is a proof to be asked for, its first question is this one.
     """
     try:
         begun = _read(path, body, passed, None)
@@ -121,7 +131,7 @@ def _read(
     if seen.why_not is Unresumable.MANY_CHOICES or call.has_many_answers:
         return Unresumable.MANY_CHOICES
     if seen.is_done or seen.finish_reason is not None:
-        tokens = _all_tokens(seen)
+        tokens = _all_tokens(call, seen, context_tokens_max)
         return Finished(b"" if seen.is_done else ending(call, seen, tokens, _prompt_tokens(call, seen)))
     if not seen.has_output:
         return Continuation(path, body, Splice(_seam(call, seen, 0)), 0)
@@ -132,7 +142,7 @@ def _read(
 
 
 def _go_on(
-    begun: _Begun, counted_tokens: int | None, context_tokens_max: int | None
+    begun: _Begun, counted_tokens: int | None, context_tokens_max: int | None, *, appends_itself: bool
 ) -> Continuation | Finished:
     call, seen, takeover = begun.call, begun.seen, begun.takeover
     if takeover.is_start:
@@ -143,16 +153,18 @@ def _go_on(
         return Finished(ending(call, seen, call.limit, _prompt_tokens(call, seen)))
     as_completion = call.is_chat and begun.from_ids
     seam = _seam(call, seen, done, offset=takeover.offset, as_completion=as_completion)
+    proof = None
     if begun.from_ids:
         path, fields = COMPLETIONS, _from_ids(call, seen, takeover, context_tokens_max)
     elif call.is_chat:
         path, fields = CHAT, _chat_from_text(call, takeover.text)
+        proof = None if appends_itself else Proof(call.fields, dict(fields), takeover.text)
     else:
         path, fields = COMPLETIONS, _completion_from_text(call, takeover.text)
     _lessen(fields, done)
     if not call.is_chat and call.limit is not None:
         fields["max_tokens"] = _encoded(call.limit - done)
-    return Continuation(path, msgspec.json.encode(fields), Splice(seam, takeover.overlap), done)
+    return Continuation(path, msgspec.json.encode(fields), Splice(seam, takeover.overlap), done, proof)
 
 
 def _seam(call: Call, seen: Passed, done: int, *, offset: int = 0, as_completion: bool = False) -> Seam:
@@ -164,6 +176,7 @@ def _seam(call: Call, seen: Passed, done: int, *, offset: int = 0, as_completion
         done_tokens=done,
         told_tokens=seen.completion_tokens or 0,
         prompt_tokens=_prompt_tokens(call, seen),
+        is_answer=call.is_chat and bool(seen.text),
         offset=offset,
     )
 
@@ -191,15 +204,25 @@ def _prompt_tokens(call: Call, seen: Passed) -> int | None:
     return None if ids is None else len(ids)
 
 
-def _all_tokens(seen: Passed) -> int | None:
-    """Of a stream that has finished; None where nobody said: its last token may have no text."""
+def _all_tokens(call: Call, seen: Passed, context_tokens_max: int | None) -> int | None:
+    """Of a stream that has finished; None where nobody said: its last token may have no text.
+
+    One that ended for its length has as many as it might have, unless the context was full before: vLLM 0.32
+    and SGLang 0.5.23 say "length" of both.
+    """
     if seen.ids and seen.has_all_ids:
         return len(seen.ids)
     if seen.completion_tokens is not None:
         return seen.completion_tokens
     if seen.entries and seen.has_all_entries:
         return len(seen.entries)
-    return None
+    if call.limit is None or seen.finish_reason != "length":
+        return None
+    prompt_tokens = _prompt_tokens(call, seen)
+    is_known = None not in (prompt_tokens, context_tokens_max)
+    has_room = is_known and (prompt_tokens or 0) + call.limit <= (context_tokens_max or 0)
+    # Each event has at least one.
+    return call.limit if has_room or seen.events >= call.limit else None
 
 
 def _why_no_text(call: Call, seen: Passed) -> Unresumable | None:

@@ -21,7 +21,11 @@ class TornError(Exception):
 
 
 class DivergedError(TornError):
-    """A continuation generated other tokens than those of the overlap that the client already has."""
+    """A continuation did not go where the stream had gone: no fault of the engine that made it.
+
+    It generated other tokens than those of the overlap that the client already has, which drawn ones may be,
+    or reasons behind an answer that had begun.
+    """
 
 
 class UnreadableError(ValueError):

@@ -104,6 +104,10 @@ class Passed:
         next_offset: what text_offset the next logprobs entry of a completion has, after each entry.
         prompt_tokens: the engine's own count; None where no usage said so.
         has_all_ids: every event with text had its ids; likewise the other two.
+        silent_at: characters before the newest event that brought a token and no text, as far as none that
+            brought text followed it.
+        lost_at: characters before the first token that has no text and others behind it, as far as events
+            tell: one before a character beyond ASCII may have been the beginning of that.
         is_parsed: a chat event had ids and no content: the engine keeps part of its output to a parser.
         why_not: what in the stream forbids that it goes on elsewhere, if something does.
     """
@@ -124,6 +128,8 @@ class Passed:
     has_all_ids: bool = True
     has_all_usage: bool = True
     has_all_entries: bool = True
+    silent_at: int | None = None
+    lost_at: int | None = None
     is_parsed: bool = False
     is_done: bool = False
     why_not: Unresumable | None = None
@@ -214,7 +220,11 @@ def _add_choice(seen: Passed, choice: _Choice, usage: _Usage | None, texts: list
     if text or choice.token_ids or entry_count:
         seen.events += 1
     if not text:
+        _note_silence(seen, choice, delta, usage)
         return
+    if seen.silent_at is not None and text[0].isascii() and seen.lost_at is None:
+        seen.lost_at = seen.silent_at
+    seen.silent_at = None
     texts.append(text)
     seen.has_all_ids = seen.has_all_ids and bool(choice.token_ids)
     usage_tokens = None if usage is None else usage.completion_tokens
@@ -227,6 +237,14 @@ def _add_choice(seen: Passed, choice: _Choice, usage: _Usage | None, texts: list
         came = usage_tokens - (last.usage_tokens or 0)
     mark = Mark(chars, len(seen.ids), len(seen.entries), seen.events, usage_tokens, is_merged=came > 1)
     seen.marks.append(mark)
+
+
+def _note_silence(seen: Passed, choice: _Choice, delta: _Delta, usage: _Usage | None) -> None:
+    """Note an event without text, unless what it has or where it stands says that it brought no token."""
+    if not seen.marks or choice.finish_reason is not None or delta.role is not None:
+        return
+    if usage is None or usage.completion_tokens != seen.completion_tokens:
+        seen.silent_at = seen.marks[-1].chars
 
 
 def _add_entries(seen: Passed, logprobs: _Logprobs) -> int:

@@ -17,6 +17,7 @@ _CHAT_CHUNK = msgspec.Raw(b'"chat.completion.chunk"')
 _USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 _NOTHING = frozenset({b"null", b'""', b"[]"})
+_REASONING = ("reasoning", "reasoning_content")
 _OTHER_OUTPUT = ("tool_calls", "reasoning", "reasoning_content", "function_call", "refusal", "audio")
 
 
@@ -63,6 +64,7 @@ class Seam:
         told_tokens: what continuous usage has told the client; an event without output that tells no more is
             one that the client has.
         prompt_tokens: what the prompt had in the first stream; None where the second's, less done_tokens.
+        is_answer: of a chat whose answer has begun: nothing is reasoned behind that.
         offset: text_offset of the first logprobs entry that the second stream has, in a completion.
     """
 
@@ -73,6 +75,7 @@ class Seam:
     done_tokens: int = 0
     told_tokens: int = 0
     prompt_tokens: int | None = None
+    is_answer: bool = False
     offset: int = 0
 
 
@@ -93,7 +96,8 @@ class Splice:
         """What the client gets of a part; b"" while there is nothing new.
 
         Raises:
-            DivergedError: if the overlap does not come again as it was.
+            DivergedError: if the overlap does not come again as it was, or an answer that had begun goes on
+                with reasoning.
             TornError: if an event cannot be read.
         """
         events, self._pending = whole_events(self._pending + part)
@@ -134,6 +138,8 @@ class Splice:
         return is_new
 
     def _fix_choice(self, fields: Fields, choice: Fields, *, is_told: bool) -> bool:
+        if self._seam.is_answer and _reasons(choice):
+            raise DivergedError(why="a continuation reasons behind the answer that had begun")
         is_taken_from = self._drop_told(fields, choice) or bool(self._overlap) or is_told
         if self._overlap:
             self._drop_overlap(choice)
@@ -232,6 +238,11 @@ def _holds(choice: Fields) -> bool:
         or _entries_of(_members(choice.get("logprobs")))
         or any(bytes(delta.get(name, _NULL)) not in _NOTHING for name in _OTHER_OUTPUT)
     )
+
+
+def _reasons(choice: Fields) -> bool:
+    delta = _members(choice.get("delta"))
+    return any(bytes(delta.get(name, _NULL)) not in _NOTHING for name in _REASONING)
 
 
 def _text_of(choice: Fields) -> str:

@@ -49,7 +49,8 @@ def find_takeover(call: Call, seen: Passed, *, from_ids: bool) -> Takeover | Unr
     - where no character was begun: an event of several tokens may have, unless an ASCII one follows;
     - by which the text of all tokens was passed on, where stop strings make the engine hold text back, and
       before a stop string that is kept in the output may have begun, since none is found across a prompt;
-    - before any bytes that are no character, and in a chat after no white space, where text is sent back:
+    - before any bytes that are no character, before any token of which the text has nothing, as where the
+      end of the output is ignored, and in a chat after no white space, where text is sent back:
       where a template trims that, apply_chat_template (transformers 5.19) leaves it out of the prompt.
 
     Where tokens are drawn, text that was held back gives way: the point is then the end of the text, and the
@@ -57,10 +58,10 @@ def find_takeover(call: Call, seen: Passed, *, from_ids: bool) -> Takeover | Unr
     """
     limit = len(seen.text) - _begun_stop(call, seen.text)
     if not from_ids:
-        lossy_at = seen.text.find(_NO_CHARACTER)
-        if lossy_at >= 0 and not call.is_greedy:
+        lossy_at = _lossy_at(call, seen)
+        if lossy_at is not None and not call.is_greedy:
             return Unresumable.LOSSY_TEXT
-        limit = lossy_at if 0 <= lossy_at < limit else limit
+        limit = limit if lossy_at is None else min(limit, lossy_at)
         if call.prompt_ids is not None:
             if not call.is_greedy:
                 return Unresumable.TOKEN_PROMPT
@@ -101,6 +102,20 @@ def _last_mark(
         if not mark.is_merged or may_be_merged or (chars < len(text) and text[chars].isascii()):
             return mark
     return START
+
+
+def _lossy_at(call: Call, seen: Passed) -> int | None:
+    """Up to where the text says all that was generated; None where that is everywhere, as far as it tells.
+
+    Where stop strings make the engine hold text back, an event without any says nothing.
+    """
+    if call.hides_tokens:
+        return 0
+    found = seen.text.find(_NO_CHARACTER)
+    ends = [found] if found >= 0 else []
+    if seen.lost_at is not None and not call.held_chars:
+        ends.append(seen.lost_at)
+    return min(ends, default=None)
 
 
 def _begun_stop(call: Call, text: str) -> int:

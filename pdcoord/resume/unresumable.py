@@ -26,8 +26,8 @@ class Unresumable(StrEnum):
 
     Told by the stream's own fields, by what switches reasoning on in the request, and by tags in its text. A
     template that opens reasoning unasked, before an engine without a reasoning parser, shows none of them
-    until the closing tag: such a stream that breaks off earlier is continued, as an answer. Token ids, or the
-    engine's parser, prevent that.
+    until the closing tag: such a stream that breaks off earlier is one for TEMPLATE, since what it opened is
+    not in what it makes of the partial answer.
     """
     PENALTIES = "penalties"
     """frequency_penalty and presence_penalty count output tokens, and what was output becomes prompt.
@@ -42,10 +42,18 @@ class Unresumable(StrEnum):
     TOKEN_PROMPT = "token-prompt"  # noqa: S105  # a reason, no password
     """The prompt is token ids, and the engine returned none to append."""
     LOSSY_TEXT = "lossy-text"
-    """The text has bytes that are no character and there are no ids: other tokens would be made of it."""
+    """The text does not say all tokens and there are no ids: other tokens would be made of it.
+
+    It has bytes that are no character, or some tokens have no text, as may be with ignore_eos.
+    """
     HELD_BACK = "held-back"
     """The client has tokens past the last point at which an engine could take over, and they are drawn."""
     TEMPLATE = "template"
-    """The chat is rendered in a way in which a partial answer cannot be appended."""
+    """The chat is rendered in a way in which a partial answer cannot be appended, or that nobody can tell.
+
+    A chat template may never look at continue_final_message, or trim what it is given; the engine that would
+    go on is asked at its /tokenize what it makes of the partial answer (resume/proof.py). Token ids
+    (return_token_ids) need no template.
+    """
     UNKNOWN_FIELD = "unknown-field"
     """The request or the stream has a member of which it is not known that it may be continued."""

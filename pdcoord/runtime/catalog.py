@@ -12,6 +12,7 @@ from pdcoord.runtime.gray_metrics import GRAY_METRICS
 from pdcoord.runtime.key_metrics import KEY_METRICS
 from pdcoord.runtime.metricspec import METRIC_LABELS, Bound, MetricSpec, MetricType, bound_of
 from pdcoord.runtime.objectives import OBJECTIVE_METRICS
+from pdcoord.runtime.process_metrics import PROCESS_METRICS
 from pdcoord.runtime.resume_metrics import RESUME_METRICS
 from pdcoord.runtime.secured import RELOADS as SECRET_RELOADS
 
@@ -93,9 +94,9 @@ UNKNOWN_OBJECTIVES = MetricSpec(
     "pdcoord_gateway_unknown_objectives_total",
     MetricType.COUNTER,
     ("model",),
-    "Calls that named an objective in x-llm-d-inference-objective that is not in `admission.objectives`; "
-    "they have priority 0.",
-    "Add the name to the policy, or correct the client.",
+    "Calls that named an objective in x-llm-d-inference-objective that is not in `admission.objectives`, or "
+    "that is not for their API key; they have priority 0.",
+    "Add the name to the policy or to `objectives` of the key, or correct the client.",
 )
 RUNGS = MetricSpec(
     "pdcoord_gateway_rungs_total",
@@ -103,7 +104,9 @@ RUNGS = MetricSpec(
     ("rung", "reason"),
     "Steps of the fallback ladder that were taken, by sidecars (other-prefill, colocated) and by the gateway "
     "(other-decode, refuse), with the reason why the leg before was given up.",
-    "Any lasting rate is an outage that fallback hides: act on `reason`, then see `fallback_share`.",
+    "Any lasting rate is an outage that fallback hides: act on `reason`, then see `fallback_share`. "
+    "plan-refused: sidecars answer 403 plan-unsigned, their plan keys or their clock are not the "
+    "coordinator's; see `unsigned_total` of the sidecars.",
 )
 FALLBACK_SHARE = MetricSpec(
     "pdcoord_gateway_fallback_share",
@@ -387,6 +390,7 @@ METRICS = (
     *GRAY_METRICS,
     *KEY_METRICS,
     SECRET_RELOADS,
+    *PROCESS_METRICS,
     SPANS,
     INFO,
 )

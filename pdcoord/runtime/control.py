@@ -18,6 +18,7 @@ from pdcoord.runtime import control_metrics as catalog
 from pdcoord.runtime.loop import CoordinatorLoop
 from pdcoord.runtime.metricspec import MetricSpec
 from pdcoord.runtime.settings import CoordinatorSettings
+from pdcoord.wire.validity import Validity
 
 _KINDS = ("event", "snapshot", "path")
 _Sample = tuple[tuple[str, ...], float]
@@ -45,6 +46,10 @@ class Control:
     def port(self) -> int | None:
         """Where sidecars are listened to, once that is so."""
         return None if self.server is None else self.server.port
+
+    def certificate_validity(self) -> Validity | None:
+        """Of the certificate in force; None for a stream in clear."""
+        return None if self.server is None else self.server.certificate_validity()
 
     def services(self) -> Sequence[AbstractAsyncContextManager[object]]:
         return () if self.server is None else (self.server,)

@@ -7,15 +7,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-import grpc
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode
 
 from pdcoord.extproc.calls import Picker, PickRules
 from pdcoord.extproc.health import Health
-from pdcoord.extproc.listener import Address, Certificates, GrpcListener, self_signed
+from pdcoord.extproc.listener import Address, Certificates, GrpcListener
 from pdcoord.extproc.paths import path_of
 from pdcoord.extproc.server import Processor
 from pdcoord.front.ports import Limits
@@ -25,9 +24,11 @@ from pdcoord.runtime.observe import Metrics, Telemetry
 from pdcoord.runtime.process import START_FAILED, Backstage, run_process, url_of
 from pdcoord.runtime.settings import CoordinatorSettings, PortNumber, Seconds, SettingsError, load
 from pdcoord.wire.asgi import App, Receive, Scope, Send, send_head, send_json
+from pdcoord.wire.pem import PemError, check_pem
 from pdcoord.wire.server import Listener
 from pdcoord.wire.tls import ServerTls
 
+_CLIENT_CA = "PDCOORD_GRPC_CLIENT_CA_FILE"
 _METRICS_CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _HEALTH_MESSAGE_BYTES_MAX = 1 << 16
 _HEALTH_CALLS_MAX = 1_024
@@ -59,8 +60,11 @@ class ExtprocSettings(CoordinatorSettings):
         secure_serving: TLS on `grpc_port`.
         cert_path: folder with tls.crt and tls.key, looked at again at each handshake; without it a
             certificate is made at each start.
+        grpc_client_ca_file: with it Envoy needs a certificate on `grpc_port` that it has signed; it is looked
+            at again as well.
         fallbacks_max: endpoints named behind the primary, for Envoy's retries.
         conformance: obey the header test-epp-endpoint-selection, and let any path pass.
+        bodies_bytes_max: bodies of all calls together that are being read or wait for their route.
         pass_paths: what any endpoint may be sent whatever the method, with commas between.
         drain_notice_s: longer than a health check's interval of what watches `grpc_health_port`.
     """
@@ -71,43 +75,56 @@ class ExtprocSettings(CoordinatorSettings):
     metrics_port: PortNumber = 9090
     secure_serving: bool = True
     cert_path: Path | None = None
+    grpc_client_ca_file: Path | None = None
     fallbacks_max: Annotated[int, Field(ge=0, le=16)] = 2
     conformance: bool = False
     pass_paths: Annotated[frozenset[str], NoDecode, BeforeValidator(_paths)] = frozenset()
 
     body_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 30)] = 32 << 20
+    bodies_bytes_max: Annotated[int, Field(ge=1_024, le=1 << 36)] = 256 << 20
     body_timeout_s: Seconds = 60.0
     request_deadline_s: Seconds = 3_600.0
     streams_max: Annotated[int, Field(ge=1, le=1 << 20)] = 16_384
     drain_notice_s: Annotated[float, Field(ge=0, le=3_600)] = 5.0
 
+    @model_validator(mode="after")
+    def _clients_are_known_by_tls(self) -> Self:
+        if self.grpc_client_ca_file is not None and not self.secure_serving:
+            raise ValueError(
+                f"{_CLIENT_CA} is {str(self.grpc_client_ca_file)!r}, which needs TLS on the port for Envoy: "
+                "leave out --secure-serving=false (PDCOORD_SECURE_SERVING), or this"
+            )
+        return self
+
     def limits(self) -> Limits:
         """Bounds on one call."""
         return Limits(
             body_bytes_max=self.body_bytes_max,
+            bodies_bytes_max=self.bodies_bytes_max,
             body_timeout_s=self.body_timeout_s,
             request_deadline_s=self.request_deadline_s,
             live_max=self.streams_max,
         )
 
-    def credentials(self) -> grpc.ServerCredentials | None:
+    def certificates(self) -> Certificates | None:
         """TLS as asked for; None for plain text.
 
         Raises:
-            SettingsError: if the certificate or its key cannot be used.
+            SettingsError: if the certificate or its key cannot be used, or the authority of clients.
         """
         if not self.secure_serving:
             return None
-        if self.cert_path is not None:
-            try:
-                return Certificates(self.cert_path).credentials()
-            except OSError as error:
-                why = error.strerror or str(error)
-                raise SettingsError(
-                    f"--cert-path (PDCOORD_CERT_PATH) is {str(self.cert_path)!r}: {why}; give a folder with "
-                    "tls.crt and tls.key, or leave it out for a certificate of its own"
-                ) from error
-        return grpc.ssl_server_credentials([self_signed()])
+        try:
+            check_pem(None, None, self.grpc_client_ca_file)
+            return Certificates(self.cert_path, self.grpc_client_ca_file)
+        except PemError as error:
+            raise SettingsError(f"{_CLIENT_CA} is {str(error.path)!r}: {error.remedy}") from error
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise SettingsError(
+                f"--cert-path (PDCOORD_CERT_PATH) is {str(self.cert_path)!r}: {why}; give a folder with "
+                "tls.crt and tls.key, or leave it out for a certificate of its own"
+            ) from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -121,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
             sys.stdout.write(flags.help)
             return 0
         settings = load(ExtprocSettings, flags.settings)
-        front = ExtprocFront(settings, settings.credentials(), flags.ignored)
+        front = ExtprocFront(settings, settings.certificates(), flags.ignored)
     except (FlagError, SettingsError, OSError) as error:
         sys.stderr.write(f"{ExtprocFront.command}: not started: {error}\n")
         return START_FAILED
@@ -132,6 +149,7 @@ class ExtprocFront:
     """Envoy asks over gRPC where calls go, and sends them there itself.
 
     Args:
+        certificates: of the port for Envoy; None for plain text.
         ignored: flags that were taken but mean nothing here, for the log.
     """
 
@@ -140,11 +158,11 @@ class ExtprocFront:
     def __init__(
         self,
         settings: ExtprocSettings,
-        credentials: grpc.ServerCredentials | None,
+        certificates: Certificates | None,
         ignored: Sequence[str] = (),
     ) -> None:
         self._settings = settings
-        self._credentials = credentials
+        self._certificates = certificates
         self._ignored = ignored
         self._grpc: GrpcListener | None = None
         self._health: GrpcListener | None = None
@@ -174,12 +192,14 @@ class ExtprocFront:
         picker.gate = stage.gate
         if stage.secured.plan_keys is not None:
             picker.sign = stage.secured.plan_keys.headers
+        if self._certificates is not None:
+            stage.secured.watch("extproc", self._certificates.validity)
         health = Health(stage.loop.unready).handler()
         processor = Processor(picker, ExtprocMeter(stage.metrics))
         self._grpc = GrpcListener(
             [processor.handler(), health],
             Address(settings.host, settings.grpc_port),
-            credentials=self._credentials,
+            credentials=None if self._certificates is None else self._certificates.credentials(),
             body_bytes_max=settings.body_bytes_max,
             streams_max=2 * settings.streams_max,
             drain_s=settings.drain_s,

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from pdcoord.feeds.keyfile import SecretFile
 from pdcoord.feeds.keys import parse_keys
-from pdcoord.front.keys import KEY_RANDOM_BYTES, ApiKey, KeyRing, digest_of, make_key
+from pdcoord.front.keys import ANY_OBJECTIVE, KEY_RANDOM_BYTES, ApiKey, KeyRing, digest_of, make_key
 from pdcoord.front.salt import SALT_SECRET_BYTES_MIN
 from pdcoord.policy.errors import PolicyError, format_key_path
 from pdcoord.policy.summary import table
@@ -82,8 +82,22 @@ def _describe(path: Path, ring: KeyRing, now: datetime) -> Sequence[str]:
     head = f"{path}: ok, {count} {'key' if count == 1 else 'keys'}"
     if not count:
         return [f"{head}: nobody is let in"]
-    titles = ["key", "tenant", "shares caches as", "models", "requests/min", "tokens/min", "expires"]
+    titles = [
+        "key",
+        "tenant",
+        "shares caches as",
+        "models",
+        "objectives",
+        "requests/min",
+        "tokens/min",
+        "expires",
+    ]
     return [head, *table(titles, [_row(key, now) for key in ring.keys])]
+
+
+def _objectives(key: ApiKey) -> str:
+    """Of those above priority 0; the others are everybody's."""
+    return "all" if ANY_OBJECTIVE in key.objectives else ", ".join(sorted(key.objectives)) or "-"
 
 
 def _row(key: ApiKey, now: datetime) -> list[str]:
@@ -96,6 +110,7 @@ def _row(key: ApiKey, now: datetime) -> list[str]:
         key.tenant,
         key.salt_group,
         "all" if key.models is None else ", ".join(sorted(key.models)),
+        _objectives(key),
         "-" if key.requests_per_minute is None else str(key.requests_per_minute),
         "-" if key.tokens_per_minute is None else str(key.tokens_per_minute),
         expires,

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from pdcoord.core.alternatives import alternatives, least_busy
 from pdcoord.core.canary import CanaryBegan, CanaryJudged
@@ -41,6 +42,7 @@ from pdcoord.core.kvcache import KvCleared, KvLost, KvRemoved, KvStored
 from pdcoord.core.model import Model, PrefixMode
 from pdcoord.core.observations import ObservationKind
 from pdcoord.core.paths import BreakerState
+from pdcoord.core.pathview import path_count
 from pdcoord.core.plan import Plan
 from pdcoord.core.probes import ProbeState
 from pdcoord.core.request import RequestId
@@ -58,7 +60,7 @@ from pdcoord.gateway.views import (
     model_document,
     path_row,
 )
-from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason
+from pdcoord.protocol.errors import RETRY_AFTER_S, Refusal, RefuseReason, RungReason
 from pdcoord.protocol.plans import RungKind
 from pdcoord.runtime import catalog
 from pdcoord.runtime.decisions import DecisionLog
@@ -107,6 +109,8 @@ class CoordinatorLoop:
         Returns the actions of the request that the event is of; those of others have been delivered.
         """
         now_s = self._clock()
+        if isinstance(event, DecodeFailed | StreamBroke):
+            event = replace(event, reason=self.blamed(event.id, event.reason))
         actions = self._coordinator.handle(event, now_s)
         if actions:
             actions = self._waits.sort(event, actions, now_s)
@@ -172,6 +176,10 @@ class CoordinatorLoop:
     def silence_s_max(self, request_id: RequestId) -> float | None:
         """How long the request's stream may go without a token before it is better off elsewhere."""
         return self._coordinator.silence_s_max(request_id, self._clock())
+
+    def blamed(self, request_id: RequestId, reason: RungReason) -> RungReason:
+        """What the request's decode endpoint is held against for."""
+        return self._coordinator.blamed(request_id, reason)
 
     def expect(self, request_id: RequestId, decided: Decided) -> None:
         """Have `decided` called, once, when a request that waits is dispatched or refused."""
@@ -271,9 +279,10 @@ class CoordinatorLoop:
     def paths_view(self, limit: int) -> PathsView:
         """At most `limit` paths, those that are not closed first: they are what somebody looks for."""
         now_s = self._clock()
-        views = self._coordinator.paths_view(now_s)
-        views.sort(key=lambda view: view.state is BreakerState.CLOSED)
-        return PathsView(total=len(views), paths=[path_row(view, now_s) for view in views[:limit]])
+        coordinator = self._coordinator
+        views = coordinator.paths_view(now_s, limit)
+        total = path_count(coordinator.models(), coordinator.fleet)
+        return PathsView(total=total, paths=[path_row(view, now_s) for view in views])
 
     def policy_view(self) -> PolicyView:
         files = self.files

@@ -130,6 +130,13 @@ METRIC_LABELS: Mapping[tuple[str, str], Bound] = {
     ("pdcoord_gateway_key_reloads_total", "file"): closed(("keys", "admin-key", "engine-key")),
     ("pdcoord_gateway_keys_stale", "file"): closed(("keys", "admin-key", "engine-key")),
     ("pdcoord_gateway_secret_reloads_total", "files"): closed(("listener", "admin", "upstream", "plan-keys")),
+    **dict.fromkeys(
+        (
+            ("pdcoord_gateway_certificate_begins_timestamp_seconds", "use"),
+            ("pdcoord_gateway_certificate_expires_timestamp_seconds", "use"),
+        ),
+        closed(("listener", "admin", "upstream", "control", "extproc")),
+    ),
 }
 
 

@@ -158,6 +158,16 @@ class Metrics:
         return Histogram(spec.name, spec.meaning, spec.labels, buckets=spec.buckets, registry=self.registry)
 
 
+def _ills_of(record: CallRecord) -> dict[str, list[str] | bool]:
+    """What a call's log line tells of attempts that failed, and of an answer that was not whole."""
+    ills: dict[str, list[str] | bool] = {}
+    if record.failures:
+        ills["failures"] = [str(reason) for reason in record.failures]
+    if record.is_cut_short:
+        ills["cut_short"] = True
+    return ills
+
+
 class Telemetry:
     """Hears of every call and turns it into metrics and one log line."""
 
@@ -192,6 +202,7 @@ class Telemetry:
             outcome=record.outcome,
             status=record.status,
             reason=record.reason,
+            **_ills_of(record),
             **fields_of(record),
         )
 

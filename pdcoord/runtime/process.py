@@ -33,6 +33,7 @@ from pdcoord.runtime.logs import configure_logs
 from pdcoord.runtime.loop import CoordinatorLoop
 from pdcoord.runtime.observe import Metrics
 from pdcoord.runtime.prefix_state import kv_events_samples
+from pdcoord.runtime.process_metrics import task_samples
 from pdcoord.runtime.secured import SecretError, Secured
 from pdcoord.runtime.settings import CoordinatorSettings
 from pdcoord.runtime.sources import Sources
@@ -146,7 +147,9 @@ class Process:
         self.control = make_control(settings, self.coordinator, self.loop, replica=replica, log=log)
         self._metrics.read_state_from(self.control.samples)
         self.secured = Secured(settings, log)
+        self.secured.watch("control", self.control.certificate_validity)
         self._metrics.read_state_from(self.secured.samples)
+        self._metrics.read_state_from(task_samples)
         self.access = Access(settings, log)
         self._metrics.read_state_from(self.access.samples)
         self.ports: list[int] = []

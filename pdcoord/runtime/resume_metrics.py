@@ -12,7 +12,9 @@ RESUMES = MetricSpec(
     MetricType.COUNTER,
     ("reason", "outcome"),
     "Streams that broke off in their middle, each time, by why (decode-stalled made no progress, "
-    "decode-error is the rest) and what became of them: continued elsewhere, finished (nothing was left to "
+    "decode-draining was given back by a pod that goes away, decode-diverged was continued by an engine that "
+    "drew other tokens than the client had, decode-error is the rest) and what became of "
+    "them: continued elsewhere, finished (nothing was left to "
     "generate), unresumable, refused (the policy or the fleet had no way to go on), left (by the client "
     "meanwhile).",
     "continued: clients saw a pause, but engines die or hang: their logs say why. refused: a decode pod's "
@@ -25,8 +27,9 @@ UNRESUMABLE = MetricSpec(
     ("why",),
     "Streams that broke off and could not be continued faithfully, by what of the call or its answer "
     "forbids it.",
-    "tape-full: raise PDCOORD_RESUME_BYTES_MAX. lossy-text, token-prompt, held-back: clients that set "
-    "`return_token_ids` can be continued. The rest is what clients ask for; they must send the call again.",
+    "tape-full: raise PDCOORD_RESUME_BYTES_MAX. lossy-text, template, token-prompt, held-back: clients that "
+    "set `return_token_ids` can be continued. The rest is what clients ask for; they must send the call "
+    "again.",
 )
 RESUME_GAP = MetricSpec(
     "pdcoord_gateway_resume_gap_seconds",
@@ -39,7 +42,12 @@ RESUME_GAP = MetricSpec(
 )
 
 RESUME_METRICS = (RESUMES, UNRESUMABLE, RESUME_GAP)
-REASONS = (RungReason.DECODE_ERROR, RungReason.DECODE_STALLED)
+REASONS = (
+    RungReason.DECODE_ERROR,
+    RungReason.DECODE_STALLED,
+    RungReason.DECODE_DIVERGED,
+    RungReason.DECODE_DRAINING,
+)
 
 
 class ResumeMetrics:

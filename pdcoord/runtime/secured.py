@@ -1,7 +1,8 @@
 """What encrypts a coordinator process's connections and signs its plans: settings, files, reloads."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -10,10 +11,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from structlog.typing import FilteringBoundLogger
 
 from pdcoord.runtime.metricspec import MetricSpec, MetricType
+from pdcoord.runtime.process_metrics import certificate_samples
 from pdcoord.wire.followed import Followed, follow
 from pdcoord.wire.pem import PemError
 from pdcoord.wire.plankeys import KeysFileError, PlanKeysFile
 from pdcoord.wire.tls import ClientTls, ServerTls
+from pdcoord.wire.validity import Validity
 
 ENV_PREFIX = "PDCOORD_"
 HOST_NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"
@@ -104,6 +107,14 @@ class Secured:
         self.admin = _server_tls(settings, "admin", "admin_tls")
         self.upstream = _client_tls(settings)
         self.plan_keys = _plan_keys(settings.plan_keys_file)
+        self._validities: dict[str, Callable[[], Validity | None]] = {}
+        for tls in (self.listener, self.admin, self.upstream):
+            if tls is not None:
+                self.watch(tls.name, partial(_in_force, tls))
+
+    def watch(self, use: str, validity: Callable[[], Validity | None]) -> None:
+        """Show the dates of a certificate that is followed elsewhere; None while there is none."""
+        self._validities[use] = validity
 
     async def run(self) -> None:
         """Follow the files until cancelled."""
@@ -117,6 +128,7 @@ class Secured:
         """For /metrics."""
         kinds = ((files, outcome) for files in FILES for outcome in ("accepted", "refused"))
         yield RELOADS, [(kind, float(self._reloads[kind])) for kind in kinds]
+        yield from certificate_samples(self._validities)
 
     def _tell(self, name: str, why: str | None) -> None:
         self._reloads[name, "accepted" if why is None else "refused"] += 1
@@ -129,6 +141,10 @@ class Secured:
 def written(field: str) -> str:
     """A setting as an operator gives it."""
     return ENV_PREFIX + field.upper()
+
+
+def _in_force(tls: ServerTls | ClientTls) -> Validity | None:
+    return tls.validity
 
 
 def _server_tls(settings: SecuredSettings, name: str, prefix: str) -> ServerTls | None:

@@ -47,7 +47,15 @@ class GatewayFront:
         created = int(datetime.now(UTC).timestamp())
         app = GatewayApp(relay, metrics=stage.metrics.render, created_unix_s=created)
         self._tls = stage.secured.listener
-        return [Listener(app, self._settings.host, self._settings.port, self._tls)]
+        return [
+            Listener(
+                app,
+                self._settings.host,
+                self._settings.port,
+                self._tls,
+                is_leaving=lambda: stage.loop.is_draining,
+            )
+        ]
 
     def services(self, _stage: Backstage) -> Sequence[AbstractAsyncContextManager[object]]:
         """None: everything comes by HTTP."""

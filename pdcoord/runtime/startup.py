@@ -27,6 +27,7 @@ PICKER_ONLY = (
     "metrics_port",
     "secure_serving",
     "cert_path",
+    "grpc_client_ca_file",
     "fallbacks_max",
     "conformance",
     "pass_paths",

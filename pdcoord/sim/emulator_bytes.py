@@ -128,6 +128,7 @@ class KvBytes:
         self._starting: asyncio.Future[None] | None = None
         self._tickets: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.arrivals: OrderedDict[str, Arrival] = OrderedDict()
+        self._wrong_count = 0
 
     async def start(self) -> None:
         """Listen.
@@ -144,6 +145,19 @@ class KvBytes:
             await asyncio.wait([self._starting])
         await asyncio.to_thread(self._agent.close)
         self._staging.close()
+
+    def state(self) -> dict[str, Any]:
+        """Counts of this life, and what is held of the staging buffer now."""
+        told = self._agent.stats()
+        return {
+            "transport": self._backend.name,
+            "loads": told.loads,
+            "load_failures": told.load_failures,
+            "wrong": self._wrong_count,
+            "offers": told.offers,
+            "offer_failures": told.offer_failures,
+            "staging_used_bytes": told.staging_used_bytes,
+        }
 
     # The prefill side.
 
@@ -225,6 +239,7 @@ class KvBytes:
     def _note(self, request: str, prompt: Sequence[int], blocks: Sequence[int], tokens: TokenRange) -> None:
         digest = self._store.digest(tokens, blocks)
         is_right = digest == self._store.expected(prompt, tokens)
+        self._wrong_count += not is_right
         self.arrivals[request] = Arrival(tokens.count, digest, is_right, self._backend.name)
         if len(self.arrivals) > REMEMBERED_MAX:
             self.arrivals.popitem(last=False)

@@ -122,7 +122,7 @@ def read_generation(
     params = params if isinstance(params, dict) and settings.connector is not Connector.NONE else {}
     if settings.connector is not Connector.PDCOORD:
         params = {name: value for name, value in params.items() if name != "pdcoord"}
-    prompts = _prompts(call, params)
+    prompts = _prompts(call, params, settings)
     rooms = _rooms(body, dict(headers), len(prompts), settings)
     limit = _limit(call)
     for ids in prompts:
@@ -147,14 +147,14 @@ def read_generation(
     )
 
 
-def _prompts(call: Call, params: dict[str, Any]) -> list[list[int]]:
+def _prompts(call: Call, params: dict[str, Any], settings: EngineSettings) -> list[list[int]]:
     """Token ids of every prompt; vLLM takes those of a ticket in place of a chat's text."""
     if call.api.path == "/v1/completions":
         return _completion_prompts(call.body.get("prompt"))
     ids = params.get("prompt_token_ids")
     if isinstance(ids, list) and ids and _are_counts(ids):
         return [ids]
-    return [text.encode(render(call))]
+    return [text.encode(render(call, is_deaf=settings.is_template_deaf))]
 
 
 def _completion_prompts(prompt: Any) -> list[list[int]]:
@@ -169,8 +169,11 @@ def _completion_prompts(prompt: Any) -> list[list[int]]:
     return prompts
 
 
-def render(call: Call) -> str:
+def render(call: Call, *, is_deaf: bool = False) -> str:
     """A chat as the model's template writes it, with the beginning of the answer if it is to be continued.
+
+    Args:
+        is_deaf: the template has never heard of that, and ends what is to be continued.
 
     Raises:
         CallError: 400 if it is said to be continued and begun at once, as vLLM's default is to begin one.
@@ -188,7 +191,7 @@ def render(call: Call) -> str:
         return "".join(parts) + ("<|assistant|>\n" if begins else "")
     if begins:
         raise bad_request("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
-    return "".join(parts).removesuffix("\n")
+    return "".join(parts) if is_deaf else "".join(parts).removesuffix("\n")
 
 
 def _message(message: Any) -> str:

@@ -28,7 +28,7 @@ class Door:
         self._is_meant_open = True
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
-        self._sends: set[Send] = set()
+        self._calls: set[Receive] = set()
 
     def open(self) -> None:
         self._is_meant_open = True
@@ -41,8 +41,8 @@ class Door:
 
     def drop_all(self) -> None:
         """Drop the connection of every request under way."""
-        for send in list(self._sends):
-            abort_connection(send)
+        for receive in list(self._calls):
+            abort_connection(receive)
 
     async def run(self) -> None:
         """Listen until cancelled; then nothing is left open.
@@ -75,7 +75,7 @@ class Door:
     async def wait_until_idle(self, wait_s: float) -> None:
         """Let requests come to their own end, for wait_s at most."""
         self._idle.clear()
-        if self._sends:
+        if self._calls:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._idle.wait()
@@ -89,10 +89,10 @@ class Door:
         self.opened.set()
 
     async def _tracked(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._sends.add(send)
+        self._calls.add(receive)
         try:
             await self._app(scope, receive, send)
         finally:
-            self._sends.discard(send)
-            if not self._sends:
+            self._calls.discard(receive)
+            if not self._calls:
                 self._idle.set()

@@ -13,28 +13,29 @@ SILENCE_S_MAX = 3_600.0
 _GONE_S_MAX = 1.0
 
 
-def _cycle(send: Send) -> Any:
-    """Uvicorn's request, whose bound method `send` is; it knows the connection (uvicorn 0.54)."""
-    return getattr(send, "__self__", None)
+def _protocol(receive: Receive) -> Any:
+    """The connection of uvicorn's request, whose bound method `receive` is (uvicorn 0.54)."""
+    cycle = getattr(receive, "__self__", None)
+    return getattr(getattr(cycle, "on_response", None), "__self__", None)
 
 
-def close_idle_as_vllm_does(send: Send) -> None:
+def close_idle_as_vllm_does(receive: Receive) -> None:
     """Let this connection be closed after 5 s without a request, not after the server's own time."""
-    protocol = getattr(getattr(_cycle(send), "on_response", None), "__self__", None)
+    protocol = _protocol(receive)
     if protocol is not None:
         protocol.timeout_keep_alive = KEEP_ALIVE_S
 
 
-def abort_connection(send: Send) -> None:
+def abort_connection(receive: Receive) -> None:
     """Drop a request's connection without a word: what was not sent yet is lost."""
-    transport = getattr(_cycle(send), "transport", None)
-    if transport is not None:
-        transport.abort()
+    protocol = _protocol(receive)
+    if protocol is not None:
+        protocol.transport.abort()
 
 
-async def reset(receive: Receive, send: Send) -> None:
+async def reset(receive: Receive, _send: Send) -> None:
     """Drop the connection and wait until the server has noticed, so that it does not answer by itself."""
-    abort_connection(send)
+    abort_connection(receive)
     async with asyncio.timeout(_GONE_S_MAX):
         await watch_disconnect(receive)
 

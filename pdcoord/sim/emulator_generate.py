@@ -14,7 +14,6 @@ from pdcoord.sim.emulator_call import CallError, Generation
 from pdcoord.sim.emulator_edge import SILENCE_S_MAX, reset, stall
 from pdcoord.sim.emulator_host import Answer, EngineHost, Mailbox
 from pdcoord.sim.emulator_shapes import (
-    DONE_EVENT,
     Choice,
     Shape,
     Usage,
@@ -283,9 +282,12 @@ class Run:
                     await _send_events(send, [*opening, *self._events(part, ids)])
                     opening = []
         except AnswerFailedError:
-            body = self._failure_body()
             # vLLM 0.32 opens on its first result, a failure too.
-            await _send_events(send, [*opening, b"data: " + body + b"\n\n", DONE_EVENT])
+            failing = self.shape.failing(self._failure_body())
+            await _send_events(send, [*opening, *(failing or ())])
+            if failing is None:
+                await reset(receive, send)
+                return
         else:
             wants_usage = self.generation.wants_usage
             events = self.shape.closing(self._choices(), self.usage(), wants_usage=wants_usage)
@@ -334,7 +336,7 @@ class Run:
 
     async def _send_failure(self, send: Send, reason: FailReason | None) -> None:
         headers = self._headers() if reason is None else [*self._headers(), (FAILURE, reason.value.encode())]
-        await send_json(send, 500, self._failure_body(), headers)
+        await send_json(send, 500, self.shape.error(self._failure_body()), headers)
 
     def _failure_body(self) -> bytes:
         is_sglang = self.host.model.settings.engine is EngineKind.SGLANG

@@ -206,6 +206,10 @@ class EngineHost:
     def arrival(self, request_id: str) -> Arrival | None:
         return None if self._kv is None else self._kv.arrivals.get(request_id)
 
+    def kv_state(self) -> dict[str, Any] | None:
+        """What became of real KV here; None of an engine that has none."""
+        return None if self._kv is None else self._kv.state()
+
     def _stage_bytes(self, effect: Answer) -> None:
         """If a prefill leg has ended, put its prompt's KV where its consumer can fetch it."""
         if isinstance(effect, TokenOut) or effect.request_id not in self._prompts:

@@ -99,7 +99,7 @@ class Api:
         return self._engine.host.model.settings.engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        close_idle_as_vllm_does(send)
+        close_idle_as_vllm_does(receive)
         path, method = scope["path"], scope["method"]
         try:
             if path in APIS and method == "POST":
@@ -143,7 +143,7 @@ class Api:
         settings = host.model.settings
         if path in {"/detokenize", "/tokenize"}:
             call = read_call(path, raw, settings)
-            body = detokenize(call) if path == "/detokenize" else tokenize(call, settings.context_tokens_max)
+            body = detokenize(call) if path == "/detokenize" else tokenize(call, settings)
             await send_json(send, 200, msgspec.json.encode(body), self._served_by())
             return
         if await self._strike(receive):

@@ -11,6 +11,7 @@ import xxhash
 from pdcoord.protocol.openai import TOKEN_ID_MAX, Body, Call
 from pdcoord.sim import text
 from pdcoord.sim.emulator_call import bad_request, render
+from pdcoord.sim.settings import EngineSettings
 
 DIMENSIONS = 64
 
@@ -63,8 +64,8 @@ def pooling_answer(call: Call, prompts: list[tuple[int, ...]], answer_id: str, c
             return {"id": f"score-{answer_id}", "object": "list", **head, "data": scores, "usage": usage}
 
 
-def tokenize(call: Call, context_tokens_max: int) -> Body:
-    """The answer of /tokenize.
+def tokenize(call: Call, settings: EngineSettings) -> Body:
+    """The answer of /tokenize; tokens are spelled one character a byte, as byte-level vocabularies do.
 
     Raises:
         CallError: 400.
@@ -72,9 +73,12 @@ def tokenize(call: Call, context_tokens_max: int) -> Body:
     prompt = call.body.get("prompt")
     if prompt is not None and not isinstance(prompt, str):
         raise bad_request("'prompt' is not a string.", "prompt")
-    ids = text.encode(render(call) if prompt is None else prompt)
-    strings = [text.decode([each]) for each in ids] if call.body.get("return_token_strs") is True else None
-    return {"count": len(ids), "max_model_len": context_tokens_max, "tokens": ids, "token_strs": strings}
+    ids = text.encode(render(call, is_deaf=settings.is_template_deaf) if prompt is None else prompt)
+    strings = None
+    if call.body.get("return_token_strs") is True:
+        strings = [text.piece(each).decode("latin-1") for each in ids]
+    counts = {"count": len(ids), "max_model_len": settings.context_tokens_max}
+    return {**counts, "tokens": ids, "token_strs": strings}
 
 
 def rendered(path: str, prompts: Sequence[Sequence[int]], request_id: str) -> Body | list[Body]:

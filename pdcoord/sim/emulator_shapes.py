@@ -13,7 +13,7 @@ class Choice:
     """One answer, as far as it has come.
 
     Attributes:
-        finish: "stop" or "length" once it has ended.
+        finish: "stop", "length" or "abort" once it has ended.
     """
 
     index: int
@@ -75,6 +75,16 @@ class Shape(Protocol):
 
     def closing(self, choices: list[Choice], usage: Usage, *, wants_usage: bool) -> list[bytes]:
         """Events after the last token."""
+
+    def error(self, body: bytes) -> bytes:
+        """How the API answers an engine's error, which is given as chat answers it."""
+
+    def failing(self, body: bytes) -> list[bytes] | None:
+        """Events that end a stream whose engine failed; None where it breaks off instead.
+
+        Args:
+            body: the error as chat answers it.
+        """
 
 
 def event(data: Any, name: str | None = None) -> bytes:
@@ -156,6 +166,12 @@ class ChatShape:
             events.insert(0, event({**head, "choices": [], "usage": usage.body()}))
         return events
 
+    def error(self, body: bytes) -> bytes:
+        return body
+
+    def failing(self, body: bytes) -> list[bytes] | None:
+        return _failing(body)
+
     def _head(self, kind: str) -> dict[str, Any]:
         answering = self._answering
         return {"id": self._id, "object": kind, "created": answering.created, "model": answering.model}
@@ -212,6 +228,12 @@ class CompletionShape:
             events.insert(0, event({**self._head, "choices": [], "usage": usage.body()}))
         return events
 
+    def error(self, body: bytes) -> bytes:
+        return body
+
+    def failing(self, body: bytes) -> list[bytes] | None:
+        return _failing(body)
+
     @staticmethod
     def _entry(choice: Choice, text: str) -> dict[str, Any]:
         return {
@@ -225,6 +247,10 @@ class CompletionShape:
     def _prompt_ids(self, choice: Choice) -> tuple[int, ...] | None:
         ids = self._answering.prompt_ids
         return None if ids is None else ids[choice.index // self._answering.choices_each]
+
+
+def _failing(body: bytes) -> list[bytes]:
+    return [b"data: " + body + b"\n\n", DONE_EVENT]
 
 
 def _usage_field(usage: Usage | None) -> dict[str, Any]:

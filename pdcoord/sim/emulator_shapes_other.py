@@ -5,23 +5,34 @@ OpenAI Responses API (2026-11) and Anthropic Messages (2023-06-01), as far as vL
 
 from typing import Any
 
+import msgspec
+
 from pdcoord.sim.emulator_shapes import Answering, Choice, Usage, event
+
+_HARMONY = "gpt-oss"
 
 
 class ResponsesShape:
-    """/v1/responses: one choice, events with names and sequence numbers."""
+    """/v1/responses: one choice, events with names and sequence numbers.
+
+    vLLM 0.32 ends every stream that does not fail with response.completed, and calls an aborted answer
+    completed, except one of a gpt-oss, whose answers it reads through Harmony.
+    """
 
     opens_at_once = True
 
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
         self._item_id = f"msg_{answering.id}"
+        self._is_harmony = _HARMONY in answering.model
         self._sequence = 0
 
     def whole(self, choices: list[Choice], usage: Usage, ticket: dict[str, Any] | None) -> dict[str, Any]:
         choice = choices[0]
         is_cut = choice.finish == "length"
-        body = self._response("incomplete" if is_cut else "completed", [self._item(choice, "completed")])
+        is_cancelled = self._is_harmony and choice.finish == "abort"
+        status = "incomplete" if is_cut else "cancelled" if is_cancelled else "completed"
+        body = self._response(status, [self._item(choice, "completed")])
         body["incomplete_details"] = {"reason": "max_output_tokens"} if is_cut else None
         body["usage"] = _responses_usage(usage)
         if ticket is not None:
@@ -54,8 +65,14 @@ class ResponsesShape:
             self._event("response.output_text.done", {**self._place(), "text": text, "logprobs": []}),
             self._event("response.content_part.done", {**self._place(), "part": _part(text)}),
             self._event("response.output_item.done", {"output_index": 0, "item": item}),
-            self._event(f"response.{whole['status']}", {"response": whole}),
+            self._event("response.completed", {"response": whole}),
         ]
+
+    def error(self, body: bytes) -> bytes:
+        return body
+
+    def failing(self, body: bytes) -> list[bytes] | None:  # noqa: ARG002  # of the Protocol
+        return None
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -65,7 +82,6 @@ class ResponsesShape:
             "model": self._answering.model,
             "status": status,
             "output": output,
-            "error": None,
             "incomplete_details": None,
             "instructions": None,
             "metadata": None,
@@ -122,7 +138,7 @@ class MessagesShape:
         body["stop_reason"] = _stop_reason(choice)
         if ticket is not None:
             body["kv_transfer_params"] = ticket
-        return body
+        return {name: value for name, value in body.items() if value is not None}
 
     def opening(self, choice_count: int, usage: Usage | None) -> list[bytes]:  # noqa: ARG002  # of the Protocol
         message = self._message([], {"input_tokens": 0, "output_tokens": 0})
@@ -143,6 +159,16 @@ class MessagesShape:
             _named("message_stop", {}),
         ]
 
+    def error(self, body: bytes) -> bytes:
+        fields = msgspec.json.decode(body)
+        error = fields.get("error", fields)
+        return _error({"type": error["type"], "message": error["message"]})
+
+    def failing(self, body: bytes) -> list[bytes] | None:  # noqa: ARG002  # of the Protocol
+        # What vLLM 0.32 says is that it could not read its own error event.
+        message = "2 validation errors for ChatCompletionStreamResponse"
+        return [b"event: error\ndata: " + _error({"type": "internal_error", "message": message}) + b"\n\n"]
+
     def _message(self, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {
             "id": f"msg_{self._answering.id}",
@@ -160,7 +186,13 @@ def _named(name: str, fields: dict[str, Any]) -> bytes:
     return event({"type": name, **fields}, name)
 
 
-def _stop_reason(choice: Choice) -> str:
+def _error(error: dict[str, str]) -> bytes:
+    return msgspec.json.encode({"type": "error", "error": error})
+
+
+def _stop_reason(choice: Choice) -> str | None:
+    if choice.finish == "abort":
+        return None
     return "max_tokens" if choice.finish == "length" else "end_turn"
 
 

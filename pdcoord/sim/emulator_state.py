@@ -27,7 +27,7 @@ class TracedCall:
 
 
 def state_of(host: EngineHost, traced: Iterable[TracedCall] = ()) -> bytes:
-    """Blocks, requests, leases, pulls and the last traced calls as JSON. No prompt, no ticket."""
+    """Blocks, requests, leases, pulls, real KV and the last traced calls as JSON. No prompt, no ticket."""
     model, now_s = host.model, host.now_s
     pool, settings = model.pool, model.settings
     body = {
@@ -60,6 +60,7 @@ def state_of(host: EngineHost, traced: Iterable[TracedCall] = ()) -> bytes:
             {"request_id": fetch.live.id, "stage": fetch.stage, "address": fetch.address}
             for fetch in model.consumer.fetches()
         ],
+        "kv": host.kv_state(),
         "counters": {
             "steps": model.counters.steps,
             "busy_s": round(model.counters.busy_s, 6),

@@ -121,6 +121,10 @@ class EngineSpec(Spec):
     kv_load_failure_policy: LoadFailurePolicy = Field(
         default=LoadFailurePolicy.FAIL, description="vLLM's: fail answers 500, recompute prefills here."
     )
+    deaf_template: bool = Field(
+        default=False,
+        description="A chat template that ends a partial answer, as DeepSeek V3.2's in vLLM 0.32.",
+    )
     stock_silent_corruption: bool = Field(
         default=False,
         description="nixl only: unequal block sizes give wrong tokens without an error, as in vLLM 0.32.",
@@ -248,6 +252,7 @@ class EngineSpec(Spec):
             is_silent_corruption_stock=self.stock_silent_corruption,
             is_prefix_caching=self.prefix_caching,
             moves_bytes_always=self.kv_always,
+            is_template_deaf=self.deaf_template,
             jitter_share=self.step_jitter_share,
         )
 

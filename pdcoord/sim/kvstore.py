@@ -78,8 +78,8 @@ class KvStore:
 
 
 def tables(blocks: Sequence[int]) -> Tables:
-    """A pool's block numbers, which begin at 0, as a transfer knows them."""
-    return (tuple(block + 1 for block in blocks),)
+    """A pool's block numbers as a transfer knows them: of one KV group."""
+    return (tuple(blocks),)
 
 
 def _shape(tokens: TokenRange) -> PartShape:

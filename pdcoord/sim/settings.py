@@ -35,6 +35,7 @@ class EngineSettings:
         pull_s_max: longest life of one fetch, waiting for a room's prefill included (SGLang: 300 s).
         is_silent_corruption_stock: whether unequal block sizes pass the nixl handshake and give wrong
             tokens, as vLLM 0.32 does for bf16 blocks of 32 into 128.
+        is_template_deaf: whether its chat template never reads continue_final_message, and ends the message.
         jitter_share: a step's time varies uniformly by this share either way, 0..1.
     """
 
@@ -61,6 +62,7 @@ class EngineSettings:
     is_silent_corruption_stock: bool = False
     is_prefix_caching: bool = True
     moves_bytes_always: bool = False
+    is_template_deaf: bool = False
     jitter_share: float = 0.0
 
     def __post_init__(self) -> None:

@@ -3,13 +3,10 @@
 import ssl
 from pathlib import Path
 
-_TURNS = 4
-"""Each side's in a handshake: TLS 1.3 needs two of the client's."""
-_DATE_FAULTS = {
-    9: "is not valid yet; look at its dates and at this host's clock",
-    10: "has expired; renew it, or look at this host's clock",
-}
-"""By OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
+from pdcoord.wire.files import read_regular
+from pdcoord.wire.validity import Validity, certificates_of, validity_of
+
+FILE_BYTES_MAX = 1 << 20
 
 
 class PemError(ValueError):
@@ -35,7 +32,7 @@ def check_pem(cert: Path | None, key: Path | None, ca: Path | None) -> None:
         PemError: for the first that cannot be used.
     """
     if ca is not None:
-        _check_certificates("ca", ca)
+        read_authorities(ca)
     if cert is None or key is None:
         return
     _check_certificates("cert", cert)
@@ -51,43 +48,57 @@ def check_pem(cert: Path | None, key: Path | None, ca: Path | None) -> None:
         ) from error
 
 
-def date_fault(cert: Path, key: Path) -> str | None:
-    """What is wrong with a usable certificate's dates today; None if nothing is.
+def read_validity(cert: Path) -> Validity:
+    """When a certificate is good.
 
-    It is shown, in memory, to a client that trusts it: what dates a file holds is for TLS itself to say.
+    Raises:
+        PemError: if that cannot be read.
     """
-    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    server.load_cert_chain(cert, key, password=lambda: "")
-    client.check_hostname = False
-    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    client.load_verify_locations(cert)
-    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ends = (client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True))
-    for _ in range(_TURNS):
-        for end in ends:
-            try:
-                end.do_handshake()
-            except ssl.SSLWantReadError:
-                continue
-            except ssl.SSLCertVerificationError as error:
-                return _DATE_FAULTS.get(error.verify_code)
-            except ssl.SSLError:
-                return None  # Of other faults its peers will say more.
-    return None
-
-
-def _check_certificates(part: str, path: Path) -> None:
-    _readable(part, path)
+    raw = _readable("cert", cert)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        return validity_of(raw)
+    except ValueError as error:
+        raise PemError("cert", cert, f"{error}; give another") from error
+
+
+def read_authorities(ca: Path) -> list[Validity]:
+    """When each certificate that could verify another is good, one at least.
+
+    A certificate that signs for itself verifies itself; another has to be an authority's.
+
+    Raises:
+        PemError: if the file cannot be read, or could verify nobody: it would lock everyone out.
+    """
+    raw, authorities = _check_certificates("ca", ca)
+    try:
+        found = [each.validity for each in certificates_of(raw) if each.is_self_issued]
+        found += [validity_of(ssl.DER_cert_to_PEM_cert(each).encode()) for each in authorities]
+    except ValueError as error:
+        raise PemError("ca", ca, f"{error}; give another") from error
+    if not found:
+        remedy = "holds no certificate of an authority (basicConstraints CA:TRUE); give that of whoever signs"
+        raise PemError("ca", ca, remedy)
+    return found
+
+
+def _check_certificates(part: str, path: Path) -> tuple[bytes, list[bytes]]:
+    """What the file holds, and the authorities in it as DER."""
+    raw = _readable(part, path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(path)
     except ssl.SSLError as error:
         raise PemError(
             part, path, "holds no certificate in PEM; give one (BEGIN CERTIFICATE), not DER or a key"
         ) from error
+    return raw, context.get_ca_certs(binary_form=True)
 
 
-def _readable(part: str, path: Path) -> None:
+def _readable(part: str, path: Path) -> bytes:
     try:
-        path.read_bytes()
+        raw = read_regular(path, FILE_BYTES_MAX)
     except OSError as error:
         raise PemError(part, path, f"cannot be read: {error.strerror}; give a file in PEM") from error
+    if len(raw) > FILE_BYTES_MAX:
+        raise PemError(part, path, f"is longer than {FILE_BYTES_MAX} bytes; is it PEM?")
+    return raw

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pdcoord.protocol.signing import PLAN_SIGNATURE, Doubt, KeysError, PlanKeys, Steering, read_keys
+from pdcoord.wire.files import read_regular
 from pdcoord.wire.followed import Stamp
 
 _FILE_BYTES_MAX = 1 << 17
@@ -62,9 +63,8 @@ class PlanKeysFile:
 
     def _read(self) -> PlanKeys:
         try:
-            with self._path.open("rb") as file:
-                mode = stat.S_IMODE(self._path.stat().st_mode)
-                raw = file.read(_FILE_BYTES_MAX + 1)
+            mode = stat.S_IMODE(self._path.stat().st_mode)
+            raw = read_regular(self._path, _FILE_BYTES_MAX)
             text = raw.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"

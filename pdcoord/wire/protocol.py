@@ -7,22 +7,31 @@ from typing import NoReturn, Protocol, cast
 
 import httptools
 import uvicorn
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from pdcoord.protocol.errors import Refusal, RefuseReason
-from pdcoord.wire.asgi import Scope
+from pdcoord.wire.asgi import App, Message, Receive, Scope, Send
 from pdcoord.wire.heads import HEADERS_MAX, head_too_large, request_fault
 from pdcoord.wire.relay import BODY_EXTENSION
 
 # Bounds on a request's head, against clients that never end one. A read of the event loop (256 KiB) may
-# come on top of the first; the second runs from the first byte, or from connecting.
+# have come on top of the first when it is noticed; the second runs from the first byte, or from connecting.
 HEAD_BYTES_MAX = 64 * 1024
+_FIELD_FRAME_BYTES = 4  # Colon, space, end of line.
 HEAD_S_MAX = 15.0
 # What a client may send beside the bytes of a body: frames of chunks with their extensions, trailers, blank
 # lines. A chunk of one byte takes five more; one read of the event loop may hold a head.
 FRAMING_BYTES_MAX = 512 * 1024
 FRAMING_PER_BODY_BYTE_MAX = 8
+# A request that was answered before its body had come whole. So much of it is still read for the sake of the
+# connection; a longer one ends it.
+UNREAD_BYTES_MAX = 64 * 1024
+# A close with bytes unread is a reset, which may take the answer from a client that is still sending. So they
+# are read and dropped for a while before it (RFC 9112 section 9.6).
+LINGER_S_MAX = 2.0
+LINGER_BYTES_MAX = 16 << 20
 
 # Of no hierarchy: a library that configures logging, as NIXL's Python API does, enables what is in one.
 _silent = logging.Logger("pdcoord.wire.silent", logging.CRITICAL + 1)  # noqa: LOG001  # as said above
@@ -65,6 +74,25 @@ class BodyWriter:
         self._is_direct = False
 
 
+class _Soft:
+    """A transport as uvicorn's cycle uses it, that is closed without a reset."""
+
+    __slots__ = ("_protocol", "_transport")
+
+    def __init__(self, protocol: "ServerProtocol") -> None:
+        self._protocol = protocol
+        self._transport = protocol.transport
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._protocol.linger()
+
+
 class _RefusedError(Exception):
     """Raised inside a parser callback to stop the parser."""
 
@@ -74,6 +102,10 @@ class Gate(Protocol):
 
     def admits(self, connection: "ServerProtocol") -> bool:
         """Whether a connection that was just made may stay."""
+        ...
+
+    def is_leaving(self) -> bool:
+        """Whether answers that begin now tell their client to come back on another connection."""
         ...
 
     def lost(self, connection: "ServerProtocol") -> None:
@@ -99,6 +131,8 @@ class ServerProtocol(HttpToolsProtocol):
         self._raw_bytes = 0
         self._fault: Refusal | None = None
         self._head_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self._lingered_bytes = 0
         # More than one only when requests are pipelined; the first is the one that is being answered.
         self._writers: list[BodyWriter] = []
 
@@ -111,6 +145,11 @@ class ServerProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
+            return
+        if self._linger_timer is not None:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > LINGER_BYTES_MAX:
+                self.transport.close()
             return
         self._unset_keepalive_if_required()
         try:
@@ -169,8 +208,23 @@ class ServerProtocol(HttpToolsProtocol):
             self._hold_writers()
         self.transport.close()
 
+    def linger(self) -> None:
+        """Close the connection once the client has what it was sent, or has had time for that."""
+        if self._linger_timer is not None or self.transport.is_closing():
+            return
+        self._linger_timer = self.loop.call_later(LINGER_S_MAX, self.transport.close)
+        if self.transport.can_write_eof():  # TLS cannot; there the answer's own length is its end.
+            self.transport.write_eof()
+        self.flow.resume_reading()
+
+    def shutdown(self) -> None:
+        if self._linger_timer is None:
+            super().shutdown()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_head_timer()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         self._hold_writers()
         super().connection_lost(exc)
         self._gate.lost(self)
@@ -195,6 +249,10 @@ class ServerProtocol(HttpToolsProtocol):
         )
         if fault is not None:
             self._stop_parser(fault)
+        # What came of it in one read with its end has not been counted by then.
+        fields_bytes = sum(len(name) + len(value) + _FIELD_FRAME_BYTES for name, value in self.headers)
+        if fields_bytes + len(self.url) > HEAD_BYTES_MAX:
+            self._stop_parser(head_too_large(f"it is longer than {HEAD_BYTES_MAX} bytes"))
         if self.parser.should_upgrade():
             self._is_upgrade_offered = True
             return
@@ -223,7 +281,29 @@ class ServerProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if self._writers:
             self._writers.pop(0).hold()
-        super().on_response_complete()
+        if self._linger_timer is None:
+            super().on_response_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        async def announcing(scope: Scope, receive: Receive, send: Send) -> None:
+            async def announce(message: Message) -> None:
+                if not cycle.response_started:
+                    if self._gate.is_leaving():
+                        cycle.keep_alive = False
+                    if cycle.more_body:
+                        self._answer_early(cycle)
+                await send(message)
+
+            await cast("App", app)(scope, receive, announce)
+
+        super()._start_asgi_task(cycle, cast("ASGI3Application", announcing))
+
+    def _answer_early(self, cycle: RequestResponseCycle) -> None:
+        """The body of a request that is about to be answered has not come whole."""
+        length = next((value for name, value in self.headers if name == b"content-length"), None)
+        if length is None or int(length) - self._body_bytes > UNREAD_BYTES_MAX:
+            cycle.keep_alive = False
+        cycle.transport = cast("asyncio.Transport", _Soft(self))
 
     def _stop_parser(self, refusal: Refusal) -> NoReturn:
         self._fault = refusal

@@ -40,13 +40,19 @@ class ListenError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """One address with the ASGI app behind it; port 0 lets the kernel pick one; in clear without `tls`."""
+    """One address with the ASGI app behind it; port 0 lets the kernel pick one; in clear without `tls`.
+
+    Attributes:
+        is_leaving: once it says so each connection is closed behind its next answer, which tells of that. One
+            that is still kept when the listener is closed may have a request on its way just then.
+    """
 
     app: App
     host: str = "127.0.0.1"
     port: int = 0
     tls: ServerTls | None = None
     connections_max: int = CONNECTIONS_MAX
+    is_leaving: Callable[[], bool] = lambda: False
 
 
 class _Service:
@@ -57,6 +63,7 @@ class _Service:
         self._tls = listener.tls
         self._connections_max = listener.connections_max
         self._is_stopping = False
+        self._is_leaving = listener.is_leaving
         # ws and lifespan off: our apps have neither. No handler, no log set up: that is the caller's.
         self._config = uvicorn.Config(
             cast("Any", listener.app),
@@ -100,6 +107,9 @@ class _Service:
     def admits(self, _connection: ServerProtocol) -> bool:
         """Whether a connection that is made now may stay; a handshake may end when the listener is closed."""
         return not self._is_stopping and len(self._connections) <= self._connections_max
+
+    def is_leaving(self) -> bool:
+        return self._is_stopping or self._is_leaving()
 
     def lost(self, _connection: ServerProtocol) -> None:
         """Called once a connection that was made is gone."""

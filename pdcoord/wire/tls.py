@@ -1,10 +1,12 @@
 """TLS from PEM files that may change: contexts for listeners, and for connections to peers."""
 
 import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pdcoord.wire.followed import Stamp
-from pdcoord.wire.pem import PemError, check_pem, date_fault
+from pdcoord.wire.pem import PemError, check_pem, read_authorities, read_validity
+from pdcoord.wire.validity import Validity
 
 HANDSHAKE_S_MAX = 10.0
 """Of a client that connects and says nothing, or says it slowly."""
@@ -37,7 +39,8 @@ class _Tls:
     """Files, and what was last made of them.
 
     Attributes:
-        doubt: what is wrong with the dates of the certificate that a process started with.
+        doubt: what is wrong with the dates of what a process started with.
+        validity: of the certificate in force; None where there is none.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class _Tls:
         self._stamp = Stamp((cert, key, ca))
         self.context = _Current(protocol)
         self.doubt: str | None = None
+        self.validity: Validity | None = None
         self.look()
 
     def look(self) -> bool:
@@ -58,7 +62,7 @@ class _Tls:
         # Tried apart from the context in force, which a chain without its key would spoil.
         check_pem(self._cert, self._key, self._ca)
         try:
-            self._check_dates()
+            validity = self._dates()
             self.context.inner = self._make()
         except PemError:
             raise
@@ -67,16 +71,27 @@ class _Tls:
             path = self._cert or self._ca
             assert path is not None, "TLS without any file is not asked for"
             raise PemError("cert", path, f"cannot be used: {error}") from error
+        self.validity = validity
         return True
 
-    def _check_dates(self) -> None:
-        """A bad date at the start is a doubt, since there is nothing better; later it is a fault."""
-        if self._cert is None or self._key is None:
-            return
-        fault = date_fault(self._cert, self._key)
-        if fault is not None and hasattr(self.context, "inner"):
-            raise PemError("cert", self._cert, fault)
-        self.doubt = None if fault is None else f"{self._cert}: {fault}"
+    def _dates(self) -> Validity | None:
+        """A bad date at the start is a doubt, since there is nothing better; later it is a fault.
+
+        Of several authorities one with a good date is enough: the others are on their way out or in.
+        """
+        now_s = datetime.now(UTC).timestamp()
+        validity = None if self._cert is None or self._key is None else read_validity(self._cert)
+        faults: list[PemError] = []
+        if self._cert is not None and validity is not None and (fault := validity.fault(now_s)):
+            faults.append(PemError("cert", self._cert, fault))
+        if self._ca is not None:
+            of_each = [each.fault(now_s) for each in read_authorities(self._ca)]
+            if None not in of_each and (fault := of_each[0]):
+                faults.append(PemError("ca", self._ca, f"no certificate in it is good: the first {fault}"))
+        if faults and hasattr(self.context, "inner"):
+            raise faults[0]
+        self.doubt = "; ".join(str(fault) for fault in faults) or None
+        return validity
 
     def _make(self) -> ssl.SSLContext:
         context = ssl.SSLContext(self._protocol)

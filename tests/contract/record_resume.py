@@ -25,7 +25,8 @@ CHAT = ("/v1/chat/completions", COMMON | {"messages": [{"role": "user", "content
 
 
 def calls(letters: list[int]) -> dict[str, tuple[str, dict[str, Any]]]:
-    readable = {"allowed_token_ids": letters}
+    # The token that ends an output is none of them, and would have no text.
+    readable = {"allowed_token_ids": letters, "ignore_eos": False}
     ids = {"return_token_ids": True}
     return {
         "completions.ids": (COMPLETION[0], COMPLETION[1] | USAGE | ids),

@@ -55,6 +55,7 @@ from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.paths import PathReport, PathsReport
 from pdcoord.protocol.plans import DialectName, PlannedLoad
+from pdcoord.wire.pem import read_validity
 from sidecar.guard import Allowlist
 from sidecar.observe import Metrics
 from sidecar.report_link import Credentials
@@ -290,6 +291,8 @@ async def test_certificates_say_who_may_come_in_and_may_be_replaced(tmp_path: Pa
             async with each.running():
                 await until(lambda each=each: each.value("control_failures_total", why="unreachable"))
         assert replica.feed.stream_count == 0
+        assert replica.server is not None
+        assert replica.server.certificate_validity() == read_validity(tmp_path / "server.pem")
         named = HostPort(replica.address.replace("127.0.0.1", "localhost"))
         async with Told(named, **files(tmp_path, "pod")).running():
             await until(lambda: replica.feed.stream_count == 1)
@@ -299,6 +302,7 @@ async def test_certificates_say_who_may_come_in_and_may_be_replaced(tmp_path: Pa
             (tmp_path / "ca.pem").write_bytes((tmp_path / "other-ca.pem").read_bytes())
             async with Told(replica.address, **files(tmp_path, "pod")).running() as renewed:
                 await until(lambda: renewed.reporter.targets.get(PREFILL))
+        assert replica.server.certificate_validity() == read_validity(tmp_path / "server.pem")
 
 
 async def ending(call: Any) -> tuple[grpc.StatusCode, str]:

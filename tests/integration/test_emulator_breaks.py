@@ -120,6 +120,49 @@ async def test_an_aborted_answer_says_so_and_keeps_what_it_said(path: str) -> No
         await bench.until_running(0)
 
 
+async def test_an_aborted_message_has_no_stop_reason() -> None:
+    async with started() as bench:
+        await bench.switch({"kind": "abort", "after_tokens": 3})
+        asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+        *_, delta, stop = [json.loads(data) for data in await bench.stream("/v1/messages", **asked)]
+        assert (delta["type"], delta["delta"]["stop_reason"]) == ("message_delta", None)
+        assert stop == {"type": "message_stop"}
+        status, answer = await bench.complete("/v1/messages", **asked)
+        assert (status, answer["type"], "stop_reason" in answer) == (200, "message", False)
+        assert answer["usage"]["output_tokens"] == 3
+
+
+async def test_a_message_that_fails_ends_in_its_own_error_event() -> None:
+    async with started() as bench:
+        await bench.switch({"kind": "stream_error", "after_tokens": 3})
+        asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+        last = json.loads((await bench.stream("/v1/messages", **asked))[-1])
+        assert (last["type"], last["error"]["type"]) == ("error", "internal_error")
+        status, answer = await bench.complete("/v1/messages", **asked)
+        assert (status, answer["error"]["type"]) == (500, "InternalServerError")
+        assert answer["type"] == "error"
+
+
+@pytest.mark.parametrize(("model", "said"), [("demo/tiny", "completed"), ("demo/gpt-oss", "cancelled")])
+async def test_an_aborted_response_is_called_completed_or_cancelled(model: str, said: str) -> None:
+    fleet = fleet_of().model_copy(update={"model": model})
+    async with running(fleet, fleet.engines) as ((engine,), _), Client() as client:
+        bench = Bench(client, engine.address)
+        await bench.switch({"kind": "abort", "after_tokens": 3})
+        asked = {"model": model, "input": "Hello", "max_output_tokens": 8}
+        last = json.loads((await bench.stream("/v1/responses", **asked))[-1])
+        assert (last["type"], last["response"]["status"]) == ("response.completed", said)
+        assert (await bench.complete("/v1/responses", **asked))[1]["status"] == said
+
+
+async def test_a_response_that_fails_just_breaks_off() -> None:
+    async with started() as bench:
+        await bench.switch({"kind": "stream_error", "after_tokens": 3})
+        with pytest.raises(StreamError):
+            await bench.stream("/v1/responses", input="Hello")
+        assert (await bench.complete("/v1/responses", input="Hello"))[0] == 500
+
+
 async def test_a_stalled_stream_stays_open_without_a_word() -> None:
     async with started() as bench:
         await bench.switch({"kind": "stall", "after_tokens": 2, "count": 1})

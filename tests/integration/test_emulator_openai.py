@@ -127,7 +127,7 @@ async def test_responses_whole_and_streamed_say_the_same() -> None:
                 deltas += event.delta
         assert deltas == whole.output_text
         assert kinds[0] == "response.created"
-        assert kinds[-1] == "response.incomplete"
+        assert kinds[-1] == "response.completed"
 
 
 async def test_embeddings_and_models() -> None:

@@ -396,6 +396,16 @@ async def test_engines_have_more_than_clients_may_ask_for(
         assert (await stage.quiet()).status == expected[0]
 
 
+async def test_under_messages_a_refusal_is_an_error_of_anthropics() -> None:
+    async with staged(Stage(1)) as stage:
+        envoy = stage.open()
+        await envoy.head({":method": "PUT", ":path": "/v1/messages"})
+        said = json.loads((await envoy.read()).immediate_response.body)
+        assert (said["type"], said["error"]["code"]) == ("error", "method-not-allowed")
+        assert said["error"]["type"] == "invalid_request_error"
+        await stage.quiet()
+
+
 async def test_a_path_that_is_let_pass_goes_to_any_endpoint() -> None:
     rules = PickRules(passed=frozenset({"/v1/audio/transcriptions"}))
     async with staged(Stage(1, rules=rules)) as stage:
@@ -577,6 +587,38 @@ async def test_at_the_end_of_a_drain_streams_end_well_and_who_waits_is_told() ->
         assert [await code for code in codes] == [grpc.StatusCode.OK, grpc.StatusCode.OK]
     assert stage.coordinator.live_count == 0
     assert stage.observer.violation_count == 0
+
+
+@pytest.mark.parametrize("how", ["routed", "waiting", "reading"])
+async def test_all_bodies_together_are_bounded_and_give_their_room_back(how: str) -> None:
+    limits = Limits(bodies_bytes_max=3 * len(BODY) - 1)
+    async with staged(Stage(1, in_flight_max=1, limits=limits)) as stage:
+        first, second, third = stage.open(), stage.open(), stage.open()
+        assert await first.routed()
+        bodies = stage.picker.bodies
+        await stage.until(lambda: bodies.held_bytes == 0)  # Its answer has not even begun.
+        await second.head(CHAT)
+        await second.body(BODY)
+        await stage.until(lambda: stage.coordinator.admission.count == 1)
+        assert bodies.held_bytes == len(BODY)
+        await third.head(CHAT)
+        await third.body(BODY, is_end=False)
+        await stage.until(lambda: bodies.held_bytes == 2 * len(BODY))
+        fourth = stage.open()
+        await fourth.head(CHAT)
+        await fourth.body(BODY)
+        assert refusal_of(await fourth.read()) == (429, "saturated")
+        await stage.until(lambda: bodies.held_bytes == 2 * len(BODY))
+        if how == "routed":
+            first.call.cancel()
+            assert destination_of(await second.read())
+            await second.read()
+        elif how == "waiting":
+            second.call.cancel()
+        else:
+            third.call.cancel()
+        await stage.until(lambda: bodies.held_bytes == len(BODY))
+    assert bodies.held_bytes == 0
 
 
 async def test_more_calls_than_may_be_are_refused() -> None:

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2
 
 from pdcoord.extproc.listener import self_signed
+from pdcoord.protocol.headers import HostPort
+from pdcoord.wire.client import Client
+from pdcoord.wire.validity import validity_of
 
 POLICY = """\
 apiVersion: pdcoord.io/v1alpha1
@@ -90,6 +94,18 @@ def certificate_at(address: str) -> str:
     return ssl.get_server_certificate((host, int(port)), timeout=10.0)
 
 
+async def samples_at(url: str) -> dict[str, float]:
+    """Each series of a page of metrics with its value."""
+    address = HostPort(url.removeprefix("http://").removesuffix("/metrics"))
+    async with (
+        Client() as client,
+        await client.request("GET", address, "/metrics", head_timeout_s=10.0) as response,
+    ):
+        lines = (await response.read_all(timeout_s=10.0)).decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
 def write_pair(folder: Path, pair: tuple[bytes, bytes]) -> str:
     for name, content in zip(("tls.key", "tls.crt"), pair, strict=True):
         (folder / name).write_bytes(content)
@@ -141,6 +157,34 @@ async def test_a_certificate_that_changes_is_used_and_a_broken_one_is_not(tmp_pa
         options = (("grpc.ssl_target_name_override", "localhost"),)
         async with aio.secure_channel(address, credentials, options=options) as channel:
             assert await status(channel, "liveness") == 1
+
+
+async def test_with_an_authority_it_serves_only_who_has_a_certificate_of_it(tmp_path: Path) -> None:
+    key, cert = self_signed()
+    (tmp_path / "clients.crt").write_bytes(cert)
+    authority = str(tmp_path / "clients.crt")
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    own = write_pair(folder, self_signed())
+    async with started(
+        tmp_path, *PORTS, "--cert-path", str(folder), PDCOORD_GRPC_CLIENT_CA_FILE=authority
+    ) as running:
+        line = await running.line("process.started")
+        options = (("grpc.ssl_target_name_override", "localhost"), ("grpc.use_local_subchannel_pool", 1))
+        known = grpc.ssl_channel_credentials(own.encode(), key, cert)
+        async with aio.secure_channel(line["grpc"], known, options=options) as channel:
+            assert await status(channel, "liveness") == 1
+        stranger = grpc.ssl_channel_credentials(own.encode())
+        async with aio.secure_channel(line["grpc"], stranger, options=options) as channel:
+            with pytest.raises(aio.AioRpcError) as caught:
+                await status(channel, "liveness")
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        async with aio.insecure_channel(line["grpc_health"]) as channel:
+            assert await status(channel, "liveness") == 1
+        shown = await samples_at(line["metrics_url"])
+        name = 'pdcoord_gateway_certificate_expires_timestamp_seconds{use="extproc"}'
+        assert shown[name] == validity_of(own.encode()).ends_s
+        assert shown["pdcoord_gateway_tasks"] > 5
 
 
 async def test_what_it_cannot_start_with_is_one_line_and_status_2(tmp_path: Path) -> None:

@@ -28,6 +28,14 @@ CHAT_EVENTS = [
     b'"choices":[{"index":0,"delta":{"content":"%d"},"finish_reason":null}]}\n\n' % i
     for i in range(3)
 ] + [b"data: [DONE]\n\n"]
+RESPONSE_EVENT = (
+    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","sequence_number":4,'
+    b'"item_id":"i","output_index":0,"content_index":0,"delta":"a","logprobs":[]}\n\n'
+)
+CANCELLED_EVENT = (
+    b'event: response.completed\ndata: {"type":"response.completed","sequence_number":5,'
+    b'"response":{"id":"r","object":"response","status":"cancelled","output":[]}}\n\n'
+)
 CHAT = {
     "id": "c",
     "object": "chat.completion",
@@ -145,6 +153,18 @@ class Engine:
         # Given away before the cut, or the kernel may drop it with the connection.
         await asyncio.sleep(0.05)
         raise ConnectionError
+
+    async def do_die_in_a_response(self, _reader: Any, writer: asyncio.StreamWriter, _call: Any) -> None:
+        _begin_stream(writer)
+        _chunk(writer, RESPONSE_EVENT)
+        await writer.drain()
+        await asyncio.sleep(0.05)  # As above.
+        raise ConnectionError
+
+    async def do_give_a_response_up(self, _reader: Any, writer: asyncio.StreamWriter, _call: Any) -> None:
+        _begin_stream(writer)
+        for event in (RESPONSE_EVENT, CANCELLED_EVENT, b""):
+            _chunk(writer, event)
 
     async def do_error_500(self, _reader: Any, writer: asyncio.StreamWriter, _call: Any) -> None:
         _answer(writer, b'{"error":{"message":"engine","type":"x","code":500}}', status=500)
@@ -402,6 +422,8 @@ async def test_a_chunked_body_past_the_limit_is_refused(tmp_path: Path) -> None:
             writer.write(b"1000\r\n" + b" " * 0x1000 + b"\r\n")
         answer = await read_answer(reader)
         assert (answer.status, answer.error["code"]) == (413, "body-too-large")
+        assert answer.headers["connection"] == "close"
+        assert await reader.read() == b""
 
 
 @pytest.mark.parametrize(
@@ -433,6 +455,18 @@ async def test_foreign_routing_headers_do_not_pass_and_an_alias_is_rewritten(tmp
         assert sent["x-pdcoord-plan"] != "{}"
         assert sent["authorization"] == "Bearer k"
         assert sent["x-request-id"] == answer.headers["x-request-id"]
+
+
+async def test_head_is_answered_without_a_body_on_both_listeners(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as made:
+        for port, path in ((0, "/readyz"), (0, "/v1/models"), (1, "/fleet"), (1, "/paths")):
+            async with connection(made.process.ports[port]) as (reader, writer):
+                writer.write(f"HEAD {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200")
+                assert b"content-length: 0" not in head
+                writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                assert (await reader.read()).startswith(b"HTTP/1.1 ")
 
 
 async def test_a_client_that_leaves_closes_the_engines_connection(tmp_path: Path) -> None:
@@ -545,7 +579,11 @@ async def test_a_decision_can_be_asked_for(tmp_path: Path) -> None:
         assert (shown["outcome"], shown["attempts"][0]["mode"]) == ("ok", "colocated")
         assert (await made.admin("/decisions?limit=1"))["decisions"][0]["id"] == "a/b?c"
         assert (await made.admin("/decisions/other"))["error"]["code"] == "path-unknown"
-        assert (await made.admin("/decisions?limit=0"))["error"]["code"] == "invalid-field"
+        for given, remedy in (("0", "greater than or equal to 1"), ("many", "a valid integer")):
+            for page in ("/decisions", "/paths"):
+                error = (await made.admin(f"{page}?limit={given}"))["error"]
+                assert error["code"] == "invalid-field"
+                assert error["message"].startswith(f"limit is '{given}'; give one that is {remedy}")
         assert [e["health"] for e in (await made.admin("/fleet"))["endpoints"]] == ["ready"]
         assert (await made.admin("/paths"))["total"] == 0
         assert (await made.admin("/policy"))["models"][0]["name"] == "org/model"
@@ -581,6 +619,25 @@ async def test_the_openai_client_is_at_home(tmp_path: Path) -> None:
                 await client.chat.completions.create(model="nope", messages=messages)
             assert caught.value.code == "model-unknown"
         await made.settle()
+
+
+@pytest.mark.parametrize(("user", "seen"), [("die-in-a-response", 1), ("give-a-response-up", 2)])
+async def test_the_openai_client_raises_what_a_lost_response_ends_in(
+    tmp_path: Path, user: str, seen: int
+) -> None:
+    async with gateway(tmp_path) as made:
+        url = f"http://127.0.0.1:{made.process.ports[0]}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="k", max_retries=0) as client:
+            stream = await client.responses.create(model="alias", input="hi", stream=True, user=user)
+            kinds = []
+            with pytest.raises(openai.APIError, match="The stream broke off") as caught:
+                async for event in stream:
+                    kinds.append(event.type)  # noqa: PERF401  # What came before the error counts.
+            assert caught.value.code == "stream-lost"
+            assert len(kinds) == seen
+        await made.settle()
+        (done,) = [line for line in made.lines.entries if line["event"] == "request.done"]
+        assert (done["outcome"], done["reason"]) == ("upstream-error", "stream-lost")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,12 @@ import structlog
 from structlog.testing import LogCapture
 
 from pdcoord.core.events import Event
+from pdcoord.protocol.headers import HostPort
 from pdcoord.runtime.process import Process
 from pdcoord.runtime.serve import GatewayFront
 from pdcoord.runtime.settings import load_settings
+from pdcoord.sim.demo.processes import Processes, free_ports
+from pdcoord.wire.client import Client
 
 WAIT_S = 20.0
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -33,6 +36,7 @@ class Script:
 
     Attributes:
         cut: bytes of the stream's body after which it does; None for a whole stream.
+        is_deaf: the chat template ends the answer that it is to continue.
         how: reset; end (the body ends well); hang; breathe (comments and nothing else); error (an event).
         seen: requests by their id, in order: path and body.
     """
@@ -41,6 +45,7 @@ class Script:
     how: str = "reset"
     seen: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=dict)
     open_streams: int = 0
+    is_deaf: bool = False
 
 
 class Engine:
@@ -82,7 +87,7 @@ class Engine:
         if target == "/metrics":
             _answer(writer, METRICS, "text/plain")
         elif target == "/tokenize":
-            _answer(writer, json.dumps({"count": len(json.loads(body)["prompt"].split())}).encode())
+            _answer(writer, tokenized(json.loads(body), is_deaf=self.script.is_deaf))
         else:
             seen = self.script.seen.setdefault(headers["x-request-id"], [])
             seen.append((target, json.loads(body)))
@@ -138,7 +143,7 @@ class Engine:
 
 def events_of(engine: str, target: str, asked: dict[str, Any]) -> list[bytes]:
     """The stream of an undisturbed engine, whose prompt may have the beginning of the answer."""
-    is_chat = target == CHAT
+    is_chat = target in {CHAT, "/v1/messages"}
     has_ids = bool(asked.get("return_token_ids"))
     done = _done(asked, is_chat=is_chat)
     limit = asked.get("max_tokens") or len(WORDS)
@@ -161,6 +166,21 @@ def events_of(engine: str, target: str, asked: dict[str, Any]) -> list[bytes]:
         usage = {"prompt_tokens": prompt, "completion_tokens": len(tokens)}
         said.append({**head, "choices": [], "usage": {**usage, "total_tokens": prompt + len(tokens)}})
     return [*(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in said), b"data: [DONE]\n\n"]
+
+
+def tokenized(asked: dict[str, Any], *, is_deaf: bool) -> bytes:
+    """As vLLM answers: a word is a token, and so is what begins a message or ends it."""
+    if "prompt" in asked:
+        spelled = asked["prompt"].split()
+    else:
+        messages = [(each["role"], *each["content"].split(), "</s>") for each in asked["messages"]]
+        spelled = [*(word for message in messages for word in message)]
+        if not asked.get("continue_final_message"):
+            spelled.append("assistant")
+        elif not is_deaf:
+            spelled.pop()
+    ids = [sum(map(ord, word)) for word in spelled]
+    return json.dumps({"count": len(ids), "tokens": ids, "token_strs": spelled}).encode()
 
 
 def _done(asked: dict[str, Any], *, is_chat: bool) -> int:
@@ -306,11 +326,23 @@ fallback: {{{fallback}}}
 
 @asynccontextmanager
 async def gateway(
-    folder: Path, script: Script, *, engine_count: int = 3, fallback: str = ""
+    folder: Path,
+    script: Script,
+    *,
+    engine_count: int = 3,
+    fallback: str = "",
+    through: Callable[[Engine], Awaitable[int]] | None = None,
 ) -> AsyncIterator[Gateway]:
+    """A gateway before its engines.
+
+    Args:
+        through: starts what stands before an engine, and gives its port.
+    """
     engines = [Engine(chr(ord("a") + index), script) for index in range(engine_count)]
     for engine in engines:
         await engine.start()
+        if through is not None:
+            engine.port = await through(engine)
     path = folder / "policy.yaml"
     path.write_text(policy_of(engines, fallback))
     lines = LogCapture()
@@ -462,6 +494,60 @@ async def test_what_cannot_be_continued_ends_with_its_reason(tmp_path: Path) -> 
         metrics = await made.metrics()
         assert 'pdcoord_gateway_unresumable_total{why="guided-decoding"} 1.0' in metrics
         assert 'resumes_total{outcome="unresumable",reason="decode-error"} 1.0' in metrics
+
+
+async def test_a_chat_whose_template_ends_the_partial_answer_is_not_continued_from_text(
+    tmp_path: Path,
+) -> None:
+    path, asked = asked_of(TURNS)
+    script = Script(cut=len(b"".join(events_of("a", path, asked)[:4])), is_deaf=True)
+    async with gateway(tmp_path, script) as made:
+        answer = await made.call(path, asked)
+        assert not answer.is_complete
+        assert b"stream-lost" in answer.body
+        assert b"template" in answer.body
+        await made.settle()
+        assert 'pdcoord_gateway_unresumable_total{why="template"} 1.0' in await made.metrics()
+
+
+@asynccontextmanager
+async def sidecars(folder: Path) -> AsyncIterator[Callable[[Engine], Awaitable[int]]]:
+    """Starts sidecars before engines, each a process."""
+    async with Processes(folder) as processes, Client() as client:
+
+        async def start(engine: Engine) -> int:
+            front, back = free_ports(2)
+            flags = f"--host 127.0.0.1 --port {front} --metrics-port {back} --engine 127.0.0.1:{engine.port}"
+            name = f"sidecar-{engine.name}"
+            await processes.start(name, ["pdcoord-sidecar", *flags.split(), "--allow-any"])
+            await processes.wait_ready(name, HostPort(f"127.0.0.1:{front}"), "/livez", client)
+            return front
+
+        yield start
+
+
+GUIDED = (COMPLETIONS, {"prompt": PROMPT, "guided_regex": "( w[0-9])+"})
+MESSAGES = ("/v1/messages", {"messages": [{"role": "user", "content": PROMPT}]})
+
+
+async def test_behind_a_sidecar_the_client_hears_why_its_stream_is_lost_and_that_alone(
+    tmp_path: Path,
+) -> None:
+    kinds = {"many-choices": (TEXT, {"n": 2}), "guided-decoding": (GUIDED, {}), "api": (MESSAGES, {})}
+    script = Script()
+    async with sidecars(tmp_path) as through, gateway(tmp_path, script, through=through) as made:
+        for why, (kind, changes) in kinds.items():
+            path, asked = asked_of(kind, **changes)
+            script.cut = len(b"".join(events_of("a", path, asked)[:4]))
+            answer = await made.call(path, asked, why)
+            assert not answer.is_complete
+            errors = [part for part in answer.body.split(b"\n\n") if b'"error"' in part]
+            (error,) = [json.loads(part.partition(b"data: ")[2])["error"] for part in errors]
+            assert (error["code"], why in error["message"]) == ("stream-lost", True), error
+        await made.settle()
+        metrics = await made.metrics()
+        for why in kinds:
+            assert f'pdcoord_gateway_unresumable_total{{why="{why}"}} 1.0' in metrics
 
 
 async def test_with_nobody_left_the_stream_is_lost_and_accounted_once(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def streams() -> list[Stream]:
     """Chats, completions from text and completions from token ids, each with a prompt of its own."""
     made = []
     limits = {"max_tokens": TOKENS, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    limits["skip_special_tokens"] = False  # Without it a text would not say all that ignore_eos lets come.
     usual = {"model": MODEL, "stream": True, "temperature": 0, **limits}
     for index in range(STREAMS):
         prompt = f"{index}: " + f"Tell of the number {index} and of its friends. " * 40

@@ -28,7 +28,7 @@ from pdcoord.core.fleet import (
     Sample,
     SampleTaken,
 )
-from pdcoord.core.model import Model
+from pdcoord.core.model import AdmissionRules, Model
 from pdcoord.core.request import Request
 from pdcoord.extproc.calls import Picker
 from pdcoord.extproc.listener import Address, GrpcListener
@@ -153,7 +153,8 @@ class Stage:
             kv_bytes_per_token=1_024,
             link_bytes_per_s=1e10,
         )
-        self.loop.handle(ModelsReplaced((Model(name=M, pools=(pool,), aliases=("alias",)),)))
+        rules = AdmissionRules(objectives={"critical": 9})
+        self.loop.handle(ModelsReplaced((Model(name=M, pools=(pool,), aliases=("alias",), admission=rules),)))
         endpoint = Endpoint(EndpointId("d/0"), pool, HostPort("10.0.0.1:8000"))
         self.loop.handle(EndpointSeen(endpoint))
         self.loop.handle(SampleTaken(endpoint.id, Sample(0, 0, 0.1, time.monotonic())))
@@ -299,6 +300,55 @@ async def test_models_and_rates_are_the_keys() -> None:
         assert 50 <= int(answer["retry-after"]) <= 60
         await stage.until(lambda: len(stage.observer.records) == 2)
         assert [record.key_name for record in stage.observer.records] == ["b", "b"]
+
+
+async def test_what_a_key_may_not_use_is_dropped_or_refused() -> None:
+    async with staged() as stage:
+        objective = {"x-llm-d-inference-objective": "critical"}
+        for own in ((), ("critical",)):
+            stage.use(a={"objectives": frozenset(own)})
+            envoy = stage.open()
+            await envoy.head(CHAT | bearer("a") | objective | {"x-session-id": "s"})
+            await envoy.body(json.dumps(json.loads(BODY) | {"priority": -9, "session_id": "s"}).encode())
+            _, removed, body = await envoy.routed()
+            assert "x-session-id" in removed
+            assert body.keys() == json.loads(BODY).keys() | {"cache_salt"}
+        assert [request.priority for request in stage.requests] == [0, 9]
+        for name in ("lora_path", "session_params", "previous_response_id"):
+            envoy = stage.open()
+            await envoy.head(CHAT | bearer("a"))
+            await envoy.body(json.dumps(json.loads(BODY) | {name: "x"}).encode())
+            assert (await envoy.refused())[:2] == (400, "invalid-field")
+        assert len(stage.requests) == 2
+
+
+async def test_a_key_is_never_shown_as_a_request_id() -> None:
+    async with staged() as stage:
+        envoy = stage.open()
+        await envoy.head(CHAT | bearer("a") | {"x-request-id": KEYS["a"]})
+        await envoy.body(BODY)
+        headers, *_ = await envoy.routed()
+        assert headers["x-request-id"].startswith(b"id-")
+        assert stage.requests[0].id.startswith("id-")
+
+
+async def test_who_leaves_before_an_answer_pays_for_what_was_made_of_it() -> None:
+    async with staged() as stage:
+        stage.use(a={"tokens_per_minute": 2_000})
+        clock = stage.picker.clock
+        envoy = stage.open()
+        await envoy.head(CHAT | bearer("a"))
+        await envoy.body(json.dumps(json.loads(BODY) | {"max_tokens": 5_000}).encode())
+        await envoy.routed()
+        # A minute has passed, which 2,000 tokens a minute are given back in and 7,500 are made in.
+        stage.gate.clock = lambda: clock() + 60.0
+        envoy.call.cancel()
+        await stage.until(lambda: bool(stage.observer.records))
+        envoy = stage.open()
+        await envoy.head(CHAT | bearer("a"))
+        await envoy.body(BODY)
+        status, code, _ = await envoy.refused()
+        assert (status, code) == (429, "rate-limited")
 
 
 async def test_tokens_of_an_answer_count_once_it_has_ended() -> None:

@@ -35,11 +35,12 @@ WAIT_S = 60.0
 POLL_S = 0.2
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 CLIENT_SPAN = "b7ad6b7169203331"
-# In a healthy demo these have nothing to show: no failure, no line, no SGLang, no such connector or probe.
+# In a healthy demo these have nothing to show: no failure, no line, no SGLang, no such connector or probe,
+# no certificate.
 MAY_BE_EMPTY = re.compile(
     r"sglang:|vllm:pdcoord_|vllm:nixl|path_bandwidth|path_latency|path_degraded|path_usable|probes_total"
     r"|rungs_total|waiting|wait_seconds|shed_total|prefix_tokens|tokenized|health!=|refusals_total"
-    r"|scrape_failures|quarantined_endpoints"
+    r"|scrape_failures|quarantined_endpoints|certificate_"
 )
 pytestmark = [pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
 

@@ -526,8 +526,67 @@ async def test_a_colocated_engines_own_error_is_passed_on() -> None:
         answer = await s.call(request())
         assert (answer.status, answer.body) == (500, b'{"e":1}')
     async with engine(error_event) as d, sidecar(d) as s:
-        answer = await s.call(request(stream=True))
-        assert (answer.status, answer.body) == (200, ERROR + LAST)
+        assert await read_to_break(s, request(stream=True)) == ERROR + LAST
+        assert await s.metric('requests_total{mode="colocated",outcome="broken-off"}') == 1
+
+
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
+ABORTED = (
+    b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":null}}\n\n'
+    b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+)
+ENGINES_WORD = b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"x"}}\n\n'
+CANCELLED = (
+    b'event: response.completed\ndata: {"response":{"status":"cancelled"},"sequence_number":7,'
+    b'"type":"response.completed"}\n\n'
+)
+
+
+@pytest.mark.parametrize("is_split", [True, False])
+@pytest.mark.parametrize(
+    ("path", "last", "said"),
+    [
+        (MESSAGES, ABORTED, {"type": "error"}),
+        (MESSAGES, ENGINES_WORD, None),
+        (RESPONSES, CANCELLED, {"type": "error", "code": "stream-lost", "sequence_number": 8}),
+        (CHAT, b'data: {"choices":[{"index":1,"finish_reason":"abort"}]}\n\n' + LAST, {}),
+    ],
+)
+async def test_a_stream_that_its_engine_gave_up_is_not_served(
+    path: str, last: bytes, said: dict[str, Any] | None, *, is_split: bool
+) -> None:
+    async def give_up(seen: Seen) -> None:
+        seen.write(SSE_HEAD)
+        seen.events(TOKEN, *[event + b"\n\n" for event in last.split(b"\n\n") if event], b"")
+
+    async with engine(give_ticket) as p, engine(give_up) as d, sidecar(d, p) as s:
+        asked = {**request(stream=True), "input": "x", "max_output_tokens": 9}
+        got = await read_to_break(s, asked, *([plan(p)] if is_split else []), path=path)
+        whole, _, error = got.removeprefix(TOKEN).partition(last)
+        assert whole == b""
+        if said is None:
+            assert error == b""
+        else:
+            data = json.loads(error.partition(b"data: ")[2])
+            assert data["error"]["code"] == "stream-lost"
+            assert said.items() <= data.items()
+        mode = "split" if is_split else "colocated"
+        assert await s.metric(f'requests_total{{mode="{mode}",outcome="broken-off"}}') == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "given_up"),
+    [
+        (MESSAGES, {"type": "message", "content": [], "usage": {}}),
+        (RESPONSES, {"object": "response", "status": "cancelled"}),
+        (CHAT, {"choices": [{"finish_reason": "abort"}]}),
+    ],
+)
+async def test_an_answer_in_one_piece_that_was_given_up_is_a_502(path: str, given_up: object) -> None:
+    async with engine(always(200, given_up)) as d, sidecar(d) as s:
+        answer = await s.call({**request(), "input": "x", "max_output_tokens": 9}, path=path)
+        assert (answer.status, answer.reason) == (502, "upstream-failed")
+        assert (json.loads(answer.body).get("type") == "error") is (path == MESSAGES)
 
 
 async def test_an_engine_that_is_not_there_is_a_502() -> None:
@@ -536,6 +595,21 @@ async def test_an_engine_that_is_not_there_is_a_502() -> None:
         assert (answer.status, answer.reason) == (502, "upstream-failed")
         assert await s.metric('refusals_total{reason="upstream-failed"}') == 1
         assert (await s.call(b"", method="GET", path="/v1/models")).status == 502
+
+
+async def test_head_asks_the_engine_as_get_does_and_brings_no_body() -> None:
+    async def list_models(seen: Seen) -> None:
+        seen.answer(200 if seen.method == "GET" else 405, {"data": []})
+
+    async with engine(list_models) as d, sidecar(d) as s:
+        for path in ("/v1/models", "/health", "/readyz"):
+            reader, writer = await asyncio.open_connection(*s.address.rsplit(":", 1))
+            writer.write(f"HEAD {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            assert (head[:12], body) == (b"HTTP/1.1 200", b""), path
+            assert b"content-length: " in head
+        assert [seen.method for seen in d.requests] == ["GET"]
 
 
 async def test_an_engine_that_does_not_answer_is_a_504() -> None:
@@ -557,7 +631,7 @@ async def test_an_answer_in_one_piece_may_take_longer_than_a_transfer() -> None:
 # After the first byte.
 
 
-async def read_to_break(s: Running, body: object, *headers: tuple[bytes, bytes]) -> bytes:
+async def read_to_break(s: Running, body: object, *headers: tuple[bytes, bytes], path: str = CHAT) -> bytes:
     """What came until the connection broke; fails if the answer came whole."""
     got = bytearray()
 
@@ -566,7 +640,7 @@ async def read_to_break(s: Running, body: object, *headers: tuple[bytes, bytes])
             got.extend(chunk)
 
     async with await s.client.request(
-        "POST", s.address, CHAT, headers=list(headers), body=json.dumps(body).encode(), head_timeout_s=WAIT_S
+        "POST", s.address, path, headers=list(headers), body=json.dumps(body).encode(), head_timeout_s=WAIT_S
     ) as response:
         assert response.status == 200
         with pytest.raises(StreamError):
@@ -587,7 +661,7 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_a_closed_connec
     async with engine(give_ticket) as p, engine(break_off) as d, sidecar(d, p) as s:
         got = await read_to_break(s, request(stream=True), *([plan(p)] if is_split else []))
         assert got.startswith(ROLE + TOKEN + b'data: {"error":')
-        assert json.loads(got[len(ROLE + TOKEN + b"data: ") :])["error"]["code"] == "upstream-failed"
+        assert json.loads(got[len(ROLE + TOKEN + b"data: ") :])["error"]["code"] == "stream-lost"
         mode = "split" if is_split else "colocated"
         assert await s.metric(f'requests_total{{mode="{mode}",outcome="broken-off"}}') == 1
 
@@ -614,7 +688,8 @@ async def test_a_stream_that_falls_silent_is_broken_off() -> None:
     async with engine(fall_silent) as d, sidecar(d, flags="--stream-idle-ms 200") as s:
         played.append(d)
         got = await read_to_break(s, request(stream=True))
-        assert b"upstream-timeout" in got
+        assert b"did not answer in time" in got
+        assert b"stream-lost" in got
         await d.wait_aborts(1)
 
 
@@ -809,8 +884,12 @@ async def test_pdcoord_both_legs_carry_one_transfer_and_the_decode_leg_where_to_
         assert p.requests[0].headers["x-pdcoord-leg"] == "prefill"
 
 
-async def test_pdcoord_the_kv_port_is_the_plans() -> None:
-    async with engine(give_ticket) as p, engine(speak) as d, sidecar(d, p) as s:
+async def test_pdcoord_the_kv_port_is_the_plans_where_a_list_gives_it() -> None:
+    async with (
+        engine(give_ticket) as p,
+        engine(speak) as d,
+        sidecar(d, flags=f"--allow {p.address}/15000") as s,
+    ):
         targets = (PrefillTarget(address=p.address, kv_port=15_000),)
         header = encode_plan(PlanHeader(prefills=targets, dialect=DialectName.PDCOORD))
         assert (await s.call(request(), (b"x-pdcoord-plan", header))).status == 200

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from structlog.testing import capture_logs
 
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import PlanHeader, PlannedLoad, PrefillTarget, decode_plan, encode_plan
+from pdcoord.resume.continuation import continue_stream
+from pdcoord.wire import reading
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import StreamError
 from pdcoord.wire.server import Listener, serve
@@ -60,6 +63,8 @@ class Engine:
         how: reset, hang, error (an error event), abort (finish_reason abort), wait (until `gate` is set), end
             (the body ends there as a whole one does) or breathe (comments, until `gate` is set).
         pad: of each event.
+        is_deaf: its chat template ends the answer that it is to continue.
+        reasons: before it goes on with a chat.
     """
 
     name: str
@@ -67,6 +72,8 @@ class Engine:
     how: str = "reset"
     pad: str = ""
     is_dead: bool = False
+    is_deaf: bool = False
+    reasons: bool = False
     address: HostPort = NOWHERE
     seen: list[Seen] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -86,7 +93,7 @@ class Engine:
         elif seen.target == "/health":
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
         elif seen.target == "/tokenize":
-            count = json.dumps({"count": len(seen.body["prompt"].split())}).encode()
+            count = tokenized(seen.body, is_deaf=self.is_deaf)
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(count), count))
         elif not seen.body.get("stream"):
             self.seen.append(seen)
@@ -103,6 +110,8 @@ class Engine:
 
     async def stream(self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         whole = b"".join(events(self.name, seen, self.pad))
+        if self.reasons:
+            whole = whole.replace(b'{"content":', b'{"reasoning": "hm", "content":', 1)
         cut = self.cut if len(self.seen) == 1 else None
         if cut is not None and self.how not in {"reset", "hang", "end", "breathe"}:
             cut = whole.rfind(b"\n\n", 0, cut) + 2  # Behind a whole event.
@@ -139,6 +148,21 @@ class Engine:
             case how:
                 raise AssertionError(how)
         writer.transport.abort()
+
+
+def tokenized(asked: dict[str, Any], *, is_deaf: bool) -> bytes:
+    """As vLLM answers: a word is a token, and so is what begins a message or ends it."""
+    if "prompt" in asked:
+        spelled = asked["prompt"].split()
+    else:
+        messages = [(each["role"], *each["content"].split(), "</s>") for each in asked["messages"]]
+        spelled = [*(word for message in messages for word in message)]
+        if not asked.get("continue_final_message"):
+            spelled.append("assistant")
+        elif not is_deaf:
+            spelled.pop()
+    ids = [sum(map(ord, word)) for word in spelled]
+    return json.dumps({"count": len(ids), "tokens": ids, "token_strs": spelled}).encode()
 
 
 def events(name: str, seen: Seen, pad: str = "") -> list[bytes]:
@@ -467,7 +491,41 @@ async def test_an_engine_that_is_back_goes_on_with_its_own_stream() -> None:
         assert len(bad.seen) == 2
 
 
+async def test_a_continuation_that_diverges_is_left_for_the_next_and_called_so() -> None:
+    async with pair(Engine("bad", cut=450)) as p:
+        p.good.reasons = True
+        check_one_stream(await p.here.call(chat(), p.plan(), CHAT))
+        assert await p.here.metric('resumes_total{outcome="decode-diverged",reason="decode-error"}') == 1
+        assert await p.here.metric('resumes_total{outcome="ok",reason="decode-diverged"}') == 1
+        assert len(p.bad.seen) == 2
+
+
+async def test_streams_are_read_one_at_a_time_and_not_on_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[int] = []
+
+    def noted(*given: Any, **more: Any) -> Any:
+        threads.append(threading.get_ident())
+        return continue_stream(*given, **more)
+
+    monkeypatch.setattr(reading, "continue_stream", noted)
+    async with pair() as p:
+        check_one_stream(await p.here.call(asked(max_tokens=12), p.plan()))
+    assert len(threads) == 2, "once more when its tokens have been counted"
+    assert threading.get_ident() not in threads
+
+
 # What is not continued.
+
+
+async def test_a_chat_whose_template_ends_the_partial_answer_is_not_continued_from_text() -> None:
+    async with pair(Engine("bad", cut=450)) as p:
+        p.good.is_deaf = True
+        answer = await p.here.call(chat(), p.plan(), CHAT)
+        assert "template" in answer.error["message"]
+        assert await p.here.metric('unresumed_total{why="template"}') == 1
+        assert p.good.seen == []
 
 
 async def test_without_leave_nobody_is_dialled() -> None:

@@ -162,6 +162,24 @@ async def test_draining_finishes_streams_accepts_nobody_and_closes_what_is_idle(
         assert app.cancelled == 0
 
 
+@on_uvloop
+async def test_who_leaves_tells_clients_to_come_back_on_another_connection() -> None:
+    ports: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+    stop, leaving = asyncio.Event(), asyncio.Event()
+    listener = Listener(answering(b"x"), is_leaving=leaving.is_set)
+    async with asyncio.TaskGroup() as group, Client(idle_s_max=3_600.0) as client:
+        group.create_task(serve([listener], stop=stop, drain_s=WAIT_S, on_started=ports.set_result))
+        address = format_host_port("127.0.0.1", (await ports)[0])
+        for is_told in (False, False, True, True):
+            if is_told:
+                leaving.set()
+            async with await client.request("GET", address, "/", head_timeout_s=WAIT_S) as response:
+                assert (response.header(b"connection") == b"close") == is_told
+                assert await response.read_all(timeout_s=WAIT_S) == b"x", "who leaves goes on serving"
+            assert client.idle_count == (not is_told)
+        stop.set()
+
+
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 @pytest.mark.parametrize("drain_s", [0.0, WAIT_S])
 def test_a_connection_that_is_being_accepted_when_the_stop_comes_is_closed(
@@ -483,3 +501,74 @@ def test_a_signal_stops_the_process_with_its_mains_status(number: signal.Signals
         assert int(process.stdout.readline()) > 0
         process.send_signal(number)
         assert process.wait(timeout=WAIT_S) == 7
+
+
+async def refusing(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """Answers without a look at the body."""
+    await send_json(send, 413, b"too long")
+
+
+def upload(length: int) -> bytes:
+    return b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % length
+
+
+@on_uvloop
+async def test_whoever_sends_a_long_body_on_still_reads_why_it_was_refused() -> None:
+    length = 8 << 20
+    async with running(refusing) as here:
+        reader, writer = await open_raw(here.addresses[0])
+        writer.write(upload(length) + b"x" * length)
+        await writer.drain()
+        answer = await reader.read()  # To its end: the server says no more, though this side is open.
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b"\r\nconnection: close\r\n" in answer
+        assert answer.endswith(b"too long")
+        writer.close()
+
+
+@pytest.mark.parametrize("bound", ["LINGER_S_MAX", "LINGER_BYTES_MAX"])
+def test_a_body_that_goes_on_after_its_refusal_is_not_read_for_long(
+    monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    for name in ("HEAD_S_MAX", "LINGER_S_MAX", "LINGER_BYTES_MAX"):
+        monkeypatch.setattr(protocol, name, 1 << 40 if name == "LINGER_BYTES_MAX" else 1_000.0)
+    monkeypatch.setattr(protocol, bound, 0.05 if bound == "LINGER_S_MAX" else 1 << 20)
+
+    @on_uvloop
+    async def sent_on() -> None:
+        async with running(refusing) as here:
+            _, writer = await open_raw(here.addresses[0])
+            writer.write(upload(1 << 40))
+            with pytest.raises(ConnectionError):
+                while True:
+                    writer.write(b"x" * 4_096)
+                    await writer.drain()
+                    await asyncio.sleep(0)
+
+    sent_on()
+
+
+@on_uvloop
+async def test_a_drain_lets_a_refused_client_read_its_answer() -> None:
+    length = 8 << 20
+    async with running(refusing, drain_s=WAIT_S) as here:
+        reader, writer = await open_raw(here.addresses[0])
+        writer.write(upload(length))
+        head = await reader.readuntil(b"\r\n\r\n")
+        here.stop.set()
+        writer.write(b"x" * length)
+        await writer.drain()
+        assert (head[:12], await reader.read()) == (b"HTTP/1.1 413", b"too long")
+        writer.close()
+
+
+@on_uvloop
+async def test_a_short_body_that_nobody_reads_costs_no_connection() -> None:
+    async with running(refusing) as here:
+        reader, writer = await open_raw(here.addresses[0])
+        for _ in range(2):
+            writer.write(upload(3))
+            answer = await reader.readuntil(b"too long")
+            assert b"connection" not in answer
+            writer.write(b"abc")
+        writer.close()

@@ -115,17 +115,25 @@ def make_authority(tmp_path: Path) -> Callable[[str], Authority]:
     return lambda name: Authority(tmp_path, name)
 
 
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 @dataclass
 class Served:
     """One listener while it runs.
 
     Attributes:
         seen: the requests that came to its app: method, path, headers, body.
+        answers: set; while it is not, its app answers no POST.
     """
 
     port: int = 0
     seen: list[tuple[str, str, list[tuple[bytes, bytes]], bytes]] = field(default_factory=list)
     app: App | None = None
+    answers: asyncio.Event = field(default_factory=_set_event)
 
     @property
     def address(self) -> HostPort:
@@ -135,6 +143,9 @@ class Served:
         headers = list(scope["headers"])
         body = await read_body(receive, bytes_max=1 << 20, timeout_s=WAIT_S)
         self.seen.append((scope["method"], scope["path"], headers, body))
+        if scope["method"] == "POST":
+            async with asyncio.timeout(WAIT_S):
+                await self.answers.wait()
         await send_json(send, 200, METRICS if scope["path"] == "/metrics" else body or b"{}")
 
     async def say(self, data: bytes, tls: ssl.SSLContext | None = None) -> bytes:
@@ -272,6 +283,7 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             pool |= {"endpoints": [{"name": "a", "address": str(endpoint)}]}
             policy = {"apiVersion": "pdcoord.io/v1alpha1", "kind": "PoolPolicy", "metadata": {"name": "m"}}
             policy |= {"model": {"name": MODEL}, "pools": [pool]}
+            policy |= {"admission": {"objectives": {"critical": 9, "batch": -1}}}
             (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy, sort_keys=False))
             command = ["pdcoord", "serve", "--policy", str(tmp_path / "policy.yaml"), "--port", str(port)]
             command += ["--admin-port", str(admin), *flags]

@@ -11,6 +11,7 @@ import pytest
 from pdcoord.runtime.explain import explain
 from pdcoord.wire.client import Client
 from pdcoord.wire.tls import ClientTls
+from pdcoord.wire.validity import validity_of
 
 WAIT_S = 40.0
 pytestmark = pytest.mark.timeout(300)
@@ -128,6 +129,20 @@ async def test_keys_rotate_under_load_without_a_lost_request(
         counted = (await get(client, fleet.address("decode-metrics"), "/metrics")).decode()
         assert 'pdcoord_sidecar_unsigned_total{why="missing"} 1.0' in counted
         assert 'pdcoord_sidecar_unsigned_total{why="key-unknown"}' not in counted
+        # Of the certificate that was renewed, and of those that were not.
+        ends_s = {
+            name: validity_of((tmp_path / f"{name}.crt").read_bytes()).ends_s for name in ("back", "mine")
+        }
+        expires = "pdcoord_sidecar_certificate_expires_timestamp_seconds"
+        lines = dict(line.rsplit(" ", 1) for line in counted.splitlines() if line.startswith(expires))
+        shown = {name: float(value) for name, value in lines.items()}
+        assert shown == {
+            f'{expires}{{use="listener"}}': ends_s["back"],
+            f'{expires}{{use="upstream"}}': ends_s["mine"],
+        }
+        assert b'certificate_expires_timestamp_seconds{use="admin"}' in await get(
+            client, fleet.address("gateway"), "/metrics"
+        )
 
 
 async def test_no_prompt_key_or_ticket_is_where_people_read(fleet: Any, serving: Any) -> None:

@@ -1,5 +1,6 @@
 """Who may use the API, as whom, and what one tenant learns of another."""
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -16,17 +17,21 @@ from pdcoord.protocol.headers import HostPort
 from pdcoord.wire.client import Client
 
 WAIT_S = 40.0
+HELD_S = 3.0
+"""An engine makes more than a minute's worth of 60 tokens in it, as the policy has its speed."""
 CHAT = "/v1/chat/completions"
 MODEL = "security/model"
 ADMIN_KEY = "a" * 40
 KEYS = {
     name: make_key(name[:1].encode() * KEY_RANDOM_BYTES)
-    for name in ("one", "two", "expired", "few", "limited")
+    for name in ("one", "two", "expired", "few", "limited", "urgent", "metered")
 }
 LIMITS: dict[str, dict[str, Any]] = {
     "expired": {"expires_at": "2020-01-01T00:00:00Z"},
     "few": {"requests_per_minute": 1},
     "limited": {"models": ["another/model"]},
+    "urgent": {"objectives": ["critical"]},
+    "metered": {"tokens_per_minute": 60},
 }
 
 
@@ -35,7 +40,7 @@ class Door:
     """A gateway that asks for keys, before one engine.
 
     Attributes:
-        engine: notes what came to it.
+        engine: notes what came to it; answers no call while `answers` is clear.
     """
 
     address: HostPort
@@ -155,10 +160,69 @@ async def test_a_tenant_cannot_name_what_is_in_a_media_cache(door: Door) -> None
 
 
 async def test_a_tenant_does_not_go_before_others_by_a_field_of_its_body(door: Door) -> None:
-    fields = {"priority": -9, "data_parallel_rank": 1, "routed_dp_rank": 1, "request_id": "r", "rid": "r"}
-    assert (await door.ask(KEYS["one"], **fields))[0] == 200
-    ((_, body),) = door.reached
+    fields: dict[str, Any] = {"priority": -9, "data_parallel_rank": 1, "routed_dp_rank": 1}
+    fields |= {"disagg_prefill_dp_rank": 1, "request_id": "r", "rid": "r", "session_id": "s"}
+    fields |= {"custom_labels": {"tenant": "team-two"}}
+    told = [(name, b"s") for name in (b"x-session-id", b"x-smg-routing-key", b"x-custom-labels")]
+    assert (await door.ask(KEYS["one"], *told, **fields))[0] == 200
+    ((headers, body),) = door.reached
     assert not fields.keys() & body.keys()
+    assert not dict(told).keys() & headers.keys()
+
+
+async def test_a_tenant_goes_before_others_only_by_objectives_of_its_key(door: Door) -> None:
+    newer, older = b"x-llm-d-inference-objective", b"x-gateway-inference-objective"
+    calls = [("one", newer, b"critical"), ("one", older, b"critical"), ("one", newer, b"batch")]
+    calls += [("urgent", newer, b"critical"), ("urgent", newer, b"unheard-of")]
+    priorities = []
+    for index, (key, name, objective) in enumerate(calls):
+        request_id = (b"x-request-id", b"call-%d" % index)
+        assert (await door.ask(KEYS[key], (name, objective), request_id))[0] == 200
+        priorities.append((await door.decision(f"call-{index}"))["priority"])
+    assert priorities == [0, 0, -1, 9, 0]
+
+
+async def test_a_tenant_reaches_no_adapter_and_nothing_that_an_engine_keeps(door: Door) -> None:
+    fields: dict[str, Any] = {"lora_path": "adapter-of-another", "session_params": {"id": "s", "rid": "r"}}
+    fields |= {"previous_response_id": "resp_1", "custom_logit_processor": "code", "background": True}
+    for name, value in fields.items():
+        assert await door.ask(KEYS["one"], **{name: value}) == (400, "invalid-field")
+    assert await door.ask(KEYS["one"], lora_path=[None, "adapter-of-another"]) == (400, "invalid-field")
+    assert await door.ask(KEYS["one"], model=f"{MODEL}:adapter-of-another") == (404, "model-unknown")
+    assert door.reached == []
+
+
+async def test_a_tenant_that_leaves_before_its_answer_pays_for_it(door: Door) -> None:
+    assert (await door.ask(KEYS["metered"], max_tokens=1))[0] == 200
+    door.engine.answers.clear()
+    request_id = (b"x-request-id", b"left")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(HELD_S):
+            await door.ask(KEYS["metered"], request_id, max_tokens=100_000)
+    async with asyncio.timeout(WAIT_S):
+        while not any('"left"' in line and "request.done" in line for line in _log(door)):
+            await asyncio.sleep(0.05)
+    door.engine.answers.set()
+    assert await door.ask(KEYS["metered"]) == (429, "rate-limited")
+    assert (await door.ask(KEYS["one"]))[0] == 200
+
+
+async def test_a_key_in_a_request_id_is_shown_nowhere(door: Door) -> None:
+    foreign = "sk-" + "0123456789abcdef" * 2
+    for shown in (KEYS["one"], f"call:{KEYS['two']}", foreign):
+        assert (await door.ask(KEYS["one"], (b"x-request-id", shown.encode())))[0] == 200
+    shown = [(b"authorization", b"Bearer " + ADMIN_KEY.encode())]
+    async with (
+        Client() as client,
+        await client.request(
+            "GET", door.admin, "/decisions", headers=shown, head_timeout_s=WAIT_S
+        ) as response,
+    ):
+        decisions = (await response.read_all(timeout_s=WAIT_S)).decode()
+    sent = b"".join(headers[b"x-request-id"] for headers, _ in door.reached).decode()
+    assert len(door.reached) == 3
+    for text in (decisions, sent, "".join(_log(door))):
+        assert not [key for key in (KEYS["one"], KEYS["two"], foreign) if key in text]
 
 
 async def test_a_key_goes_no_further_than_the_gateway(door: Door) -> None:

@@ -125,6 +125,10 @@ async def test_the_port_of_an_allowed_host_counts(sidecar: Any, serving: Any) ->
         assert (status, other.seen) == (403, [])
         await ask(beside.address, (b"x-prefiller-host-port", allowed.address.encode()))
         assert [path for _, path, *_ in allowed.seen] == [CHAT]
+        for ports in ({"kv_port": 6379}, {"bootstrap_port": 22}):
+            target = PrefillTarget(address=HostPort(allowed.address), **ports)
+            await ask(beside.address, (b"x-pdcoord-plan", encode_plan(PlanHeader(prefills=(target,)))))
+        assert [path for _, path, *_ in allowed.seen] == [CHAT]
 
 
 async def test_a_stream_is_continued_at_listed_endpoints_only(

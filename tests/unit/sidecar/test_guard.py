@@ -9,6 +9,7 @@ import pytest
 from pdcoord.protocol.errors import RefusedError, RefuseReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import DialectName, PlanHeader, PlannedLoad, PrefillTarget, encode_plan
+from pdcoord.protocol.signing import Doubt, Steering
 from sidecar.errors import SettingsError
 from sidecar.guard import (
     PREFILLS_MAX,
@@ -35,6 +36,8 @@ def guard(*allowed: HostPort, dialect: DialectName = DialectName.NIXLV2, is_open
         prefill_deadline_ms=1_000.0,
         transfer_deadline_ms=500.0,
         make_request_id=lambda: "made",
+        bootstrap_port=8998,
+        kv_port=14579,
     )
 
 
@@ -408,3 +411,61 @@ def test_routing_headers_do_not_reach_an_engine() -> None:
 def test_an_engine_cannot_speak_for_the_sidecar() -> None:
     headers = [(b"x-pdcoord-served", b"{}"), (b"x-request-id", b"e"), (b"server", b"uvicorn")]
     assert for_client(headers) == [(b"server", b"uvicorn")]
+
+
+def ported(kv_port: int | None, bootstrap_port: int | None = None) -> tuple[bytes, bytes]:
+    target = PrefillTarget(address=P1, kv_port=kv_port, bootstrap_port=bootstrap_port)
+    return (b"x-pdcoord-plan", encode_plan(PlanHeader(prefills=(target,))))
+
+
+@pytest.mark.parametrize(
+    ("listed", "kv_port", "bootstrap_port", "is_refused"),
+    [
+        ("", None, None, False),
+        ("", 14579, 8998, False),
+        ("", 6379, None, True),
+        ("", None, 22, True),
+        ("/14600", 14600, None, False),
+        ("/14600", 14579, None, True),
+        ("/14600", None, 22, True),
+    ],
+)
+def test_an_unsigned_plan_names_listed_ports_only(
+    listed: str, kv_port: int | None, bootstrap_port: int | None, *, is_refused: bool
+) -> None:
+    strict = guard(HostPort(f"{P1}{listed}"))
+    headers = [ported(kv_port, bootstrap_port)]
+    assert strict.read(headers).refused == ({P1} if is_refused else set())
+    assert not guard(is_open=True).read(headers).refused
+    assert not replace(strict, seal=Sealed()).read(headers).refused
+
+
+def test_ports_that_coordinators_tell_are_listed() -> None:
+    strict = guard(P1)
+    strict.allowlist.follow(Named(PrefillTarget(address=P1, kv_port=14600, bootstrap_port=9000)))
+    assert not strict.read([ported(14600, 9000)]).refused
+    assert strict.read([ported(14579, 9000)]).refused == {P1}
+    assert strict.read([ported(14600, 8998)]).refused == {P1}
+
+
+class Sealed:
+    """Believes everybody."""
+
+    def doubt(self, _what: Steering, _signature: bytes | None) -> Doubt | None:
+        return None
+
+
+class Named:
+    """One target, as a coordinator tells it."""
+
+    def __init__(self, target: PrefillTarget) -> None:
+        self.target = target
+
+    def get(self, address: HostPort) -> PrefillTarget | None:
+        return self.target if address == self.target.address else None
+
+    def targets(self) -> list[PrefillTarget]:
+        return [self.target]
+
+    def has_decode(self, _address: HostPort) -> bool:
+        return False

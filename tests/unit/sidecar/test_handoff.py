@@ -346,6 +346,7 @@ def resumed(*targets: HostPort, tries_max: int = 3, refused: frozenset[HostPort]
     [
         (DecodeLost(1, Fault.LOST_IN_BODY), RungReason.DECODE_ERROR, False),
         (DecodeLost(1, Fault.TORN), RungReason.DECODE_ERROR, False),
+        (DecodeLost(1, Fault.DIVERGED), RungReason.DECODE_DIVERGED, False),
         (DecodeLost(1, Fault.TIMED_OUT), RungReason.DECODE_TIMEOUT, False),
         (DeadlinePassed(), RungReason.DECODE_STALLED, True),
     ],
@@ -494,6 +495,14 @@ def test_whoever_resumes_above_is_left_without_a_word(event: Event) -> None:
     cut = [CancelLeg(1)] if isinstance(event, GraceEnding) else []
     reason = RefuseReason.DRAINING if cut else RefuseReason.UPSTREAM_FAILED
     assert t.give(event) == [*cut, BreakOff(reason, is_told=False), End(Outcome.HANDED_BACK)]
+
+
+def test_whoever_ends_it_above_says_so_and_the_stream_may_use_the_grace_period() -> None:
+    t = Transcript(replace(order(), is_ended_above=True))
+    t.give(DecodeOpened(1))
+    assert t.give(GraceEnding()) == []
+    lost = BreakOff(RefuseReason.UPSTREAM_FAILED, is_told=False)
+    assert t.give(DecodeLost(1, Fault.LOST_IN_BODY)) == [lost, End(Outcome.BROKEN_OFF)]
 
 
 # The process ends.
@@ -803,6 +812,7 @@ class World:
             is_stream=rng.random() < 0.6,
         )
         self.order = replace(self.order, resume=self.draw_resume(), is_resumed_above=rng.random() < 0.1)
+        self.order = replace(self.order, is_ended_above=rng.random() < 0.1)
         self.handoff = Handoff(self.order)
         self.now_s = 0.0
         self.live: dict[int, Sent] = {}
@@ -872,7 +882,7 @@ class World:
                 self.answers += 1
             case BreakOff(_, is_told):
                 assert self.committed is not None
-                assert is_told is not self.order.is_resumed_above
+                assert is_told is not (self.order.is_resumed_above or self.order.is_ended_above)
                 assert not self.live, "a leg that runs could still pass something on"
             case OrphanLease():
                 self.orphans += 1

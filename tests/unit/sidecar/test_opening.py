@@ -2,7 +2,7 @@
 
 import pytest
 
-from sidecar.opening import OPENING_BYTES_MAX, Opening, Seen, was_given_up
+from sidecar.opening import OPENING_BYTES_MAX, Opening, Seen
 
 SSE = b"text/event-stream; charset=utf-8"
 
@@ -76,11 +76,3 @@ def test_what_is_held_is_bounded() -> None:
     opening = Opening(SSE)
     assert opening.feed(b":" * OPENING_BYTES_MAX) is Seen.NOTHING
     assert opening.feed(b":") is Seen.OUTPUT
-
-
-def test_an_answer_in_one_piece_says_whether_its_engine_gave_it_up() -> None:
-    assert was_given_up(b'{"choices":[{"text":"a","finish_reason":"abort"}]}')
-    assert was_given_up(b'{"choices": [{"finish_reason": "abort"}]}')
-    assert not was_given_up(
-        b'{"choices":[{"text":"\\"finish_reason\\":\\"abort\\"","finish_reason":"stop"}]}'
-    )

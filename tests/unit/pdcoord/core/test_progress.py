@@ -262,6 +262,7 @@ def test_failures_before_any_output_count_and_overload_does_not() -> None:
     ):
         for _ in range(FAILURES_MAX):
             story.tell(DecodeFailed(story.send_to("d/0").request_id, reason))
+            story.sample()  # Of who said that it drains nothing is asked before it answers again.
     assert story.phase("d/0") is None
     for _ in range(FAILURES_MAX):
         story.tell(DecodeFailed(story.send_to("d/0").request_id, RungReason.DECODE_ERROR))
@@ -467,3 +468,16 @@ def test_a_policy_with_objectives_has_no_bearing_on_what_is_late() -> None:
     story.begin(plan)
     story.end(plan)
     assert story.phase(plan.decode.id) is None
+
+
+def test_a_continuation_that_drew_other_tokens_is_no_endpoints_fault() -> None:
+    story = Story()
+    for _ in range(2 * FAILURES_MAX):
+        plan = story.send()
+        story.begin(plan)
+        (action,) = story.tell(StreamBroke(plan.request_id, RungReason.DECODE_DIVERGED, 1))
+        assert isinstance(action, Dispatch)
+        assert action.plan.decode.id != plan.decode.id, "for this request it is another's turn"
+        story.begin(action.plan)
+        story.end(action.plan)
+    assert not story.outs()

@@ -229,8 +229,9 @@ def test_without_anything_to_tell_time_lets_it_in() -> None:
         trouble = ward.quarantine.trouble(A)
         assert trouble is not None
         limits.append(trouble.limit)
-        ward.wait(STEP_S_MAX)
+        turned = ward.wait(STEP_S_MAX)
     assert limits == [1, 2, 4, 8, 16]
+    assert [each.phase for each in turned] == [Phase.SUSPECTED]
 
 
 def test_at_most_a_share_of_those_that_stand_in_for_each_other_is_out() -> None:

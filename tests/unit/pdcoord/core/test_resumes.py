@@ -212,6 +212,27 @@ def test_with_nobody_else_it_is_lost_and_says_so() -> None:
     assert "no-endpoints" in story.lost()
 
 
+def test_where_everybody_failed_it_the_first_is_asked_again() -> None:
+    """A connection that was cut is no dead process; within the policy's tries."""
+    story = Story(d=2)
+    plan = story.begin()
+    tried = [plan.decode.id]
+    for count in range(3):
+        plan = story.went_on(10 * (count + 1))
+        tried.append(plan.decode.id)
+        story.answer(plan)
+    assert tried == ["d/0", "d/1", "d/0", "d/1"]
+    assert "3 continuations" in story.lost(500)
+
+
+def test_who_failed_it_and_is_gone_is_not() -> None:
+    story = Story(d=2)
+    first = story.begin()
+    story.answer(story.went_on(10))
+    story.tell(EndpointGone(first.decode.id))
+    assert "no-endpoints" in story.lost(500)
+
+
 def test_a_model_that_is_gone_by_then_ends_it() -> None:
     story = Story()
     story.begin()
@@ -277,6 +298,25 @@ def test_drains_leave_the_tries_of_failures_to_them() -> None:
     assert "1 continuations" in story.lost(40)
 
 
+def test_an_endpoint_that_says_it_drains_gets_nothing_more_and_has_failed_nothing() -> None:
+    story = Story(d=2)
+    first = story.begin()
+    story.answer(story.went_on(10))
+    (action,) = story.tell(RequestArrived(Request(RequestId("new"), M, prompt_tokens=10)))
+    drained = story.planned([action]).decode
+    (action,) = story.tell(DecodeFailed(RequestId("new"), RungReason.DECODE_DRAINING))
+    assert story.planned([action]).decode.id != drained.id
+    state = story.coordinator.fleet.get(drained.id)
+    assert state is not None
+    assert (state.health, state.is_leaving) == (Health.UNREACHABLE, True)
+    assert not story.coordinator._live[RequestId("new")].failed_decodes  # what it is barred from
+    story.sample(drained.id)
+    state = story.coordinator.fleet.get(drained.id)
+    assert state is not None
+    assert (state.health, state.is_leaving) == (Health.READY, False)
+    assert first.decode.id in {"d/0", "d/1"}
+
+
 def test_an_endpoint_that_failed_a_stream_is_another_once_it_was_away() -> None:
     story = Story(d=2)
     first = story.begin()
@@ -300,11 +340,13 @@ def test_an_endpoint_that_failed_a_stream_is_another_at_another_address() -> Non
     assert story.went_on(20).decode.address == "d-new:80"
 
 
-def test_an_endpoint_that_failed_a_stream_and_is_the_same_does_not_get_it_again() -> None:
-    story = Story(d=2)
-    story.begin()
-    story.answer(story.went_on(10))
-    assert "no-endpoints" in story.lost(20)
+def test_an_endpoint_that_failed_a_stream_does_not_get_it_again_while_there_is_another() -> None:
+    story = Story(d=3)
+    plans = [story.begin()]
+    for tokens in (10, 20):
+        plans.append(story.went_on(tokens))
+        story.answer(plans[-1])
+    assert len({plan.decode.id for plan in plans}) == 3
 
 
 def test_only_the_process_that_failed_a_request_is_noted() -> None:
@@ -455,7 +497,7 @@ def test_a_stream_may_go_on_within_tries_and_age(tries: int, age_s: float, *, ha
     is_allowed = has_rung and tries < 3 and age_s <= 100.0
     model = replace(MODEL, fallback=rules)
     assert (why_not(model, tries, age_s) == "") == is_allowed
-    assert (why_not(model, tries, age_s, is_drain=True) == "") == (has_rung and age_s <= 100.0)
+    assert (why_not(model, tries, age_s, is_drain=True) == "") == has_rung
     assert why_not(model, tries, age_s, moves=RESUMES_MAX - tries, is_drain=True)
 
 

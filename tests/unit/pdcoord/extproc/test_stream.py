@@ -40,6 +40,7 @@ from pdcoord.extproc.vocabulary import (
     TimedOut,
 )
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
+from pdcoord.wire.room import ByteRoom
 
 CHAT: Headers = [(b":method", b"POST"), (b":path", b"/v1/chat/completions?x=1")]
 GET: Headers = [(b":method", b"GET"), (b":path", b"/v1/models")]
@@ -53,7 +54,8 @@ class Told:
     """A machine told one thing after another; validated after each."""
 
     def __init__(self, plan: Plan | None = None, body: bytes | None = None) -> None:
-        self.stream = Stream(body_bytes_max=200_000, body_timeout_s=5.0)
+        self.room = ByteRoom(300_000)
+        self.stream = Stream(body_bytes_max=200_000, body_timeout_s=5.0, room=self.room)
         self.route = Route("10.0.0.2:8000,10.0.0.9:8000", plan=plan, body=body, request_id=b"r")
 
     def __call__(self, event: Event) -> list[Action]:
@@ -116,6 +118,16 @@ def test_a_streamed_call_from_head_to_end(told: Told) -> None:
         END,
     ]
     assert told(Closed()) == []
+
+
+def test_a_stream_that_its_engine_gave_up_is_the_engines_fault(told: Told) -> None:
+    told.sent()
+    told(ResponseHead(STREAM))
+    for event in (b'{"type":"message_delta","delta":{"stop_reason":null}}', b'{"type":"message_stop"}'):
+        told(ResponseBody(b"data: " + event + b"\n\n", is_end=False))
+    *_, ended, end = told(ResponseBody(b"", is_end=True))
+    assert isinstance(ended, Ended)
+    assert (ended.outcome, end) == (Outcome.UPSTREAM_ERROR, END)
 
 
 def test_a_body_that_ends_in_trailers_has_no_end_in_its_chunks(told: Told) -> None:
@@ -211,6 +223,29 @@ def test_a_body_that_gets_too_long_is_cut(told: Told) -> None:
     actions = told(RequestBody(b"x", is_end=False))
     assert reason_of(actions) is RefuseReason.BODY_TOO_LARGE
     assert actions[-1] == END
+
+
+def test_a_body_for_which_there_is_no_room_is_refused_and_what_was_taken_given_back(told: Told) -> None:
+    others = 150_000
+    assert told.room.take(others)
+    told.head()
+    assert told(RequestBody(bytes(100_000), is_end=False)) == []
+    actions = told(RequestBody(bytes(50_001), is_end=False))
+    assert reason_of(actions) is RefuseReason.SATURATED
+    assert actions[-1] == END
+    for _ in range(2):
+        told.stream.let_go()
+        assert told.room.held_bytes == others
+
+
+@pytest.mark.parametrize("mode", [DUPLEX, BodyMode.BUFFERED, BodyMode.STREAMED])
+def test_a_body_takes_room_until_its_route_is_there(told: Told, mode: BodyMode) -> None:
+    told.head(mode=mode, is_body_early=True)
+    told(RequestBody(b"{}" * 500, is_end=True))
+    assert told.room.held_bytes == 1_000
+    told.routed()
+    told.stream.let_go()
+    assert told.room.held_bytes == 0
 
 
 def test_a_body_that_does_not_end_is_answered_in_time(told: Told) -> None:

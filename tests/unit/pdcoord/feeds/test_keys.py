@@ -34,6 +34,7 @@ def test_a_whole_entry_is_what_it_says() -> None:
     text = entry(
         salt_group="friends",
         models=["m", "org/n"],
+        objectives=["gold", "*"],
         requests_per_minute=5,
         tokens_per_minute=7,
         expires_at="2027-06-30T02:00:00+02:00",
@@ -50,13 +51,14 @@ def test_a_whole_entry_is_what_it_says() -> None:
             5,
             7,
             1_814_313_600.0,
+            frozenset({"gold", "*"}),
         ),
     )
 
 
 def test_what_is_left_out_is_not_limited() -> None:
     (key,) = parse_keys(entry().encode(), "f").keys
-    assert key == ApiKey("a", bytes.fromhex(HASH), "team", "tenant team", None, None, None, None)
+    assert key == ApiKey("a", bytes.fromhex(HASH), "team", "tenant team", None, None, None, None, frozenset())
 
 
 @pytest.mark.parametrize("keys", ["keys: []\n", "keys:\n"])
@@ -74,6 +76,8 @@ def test_a_file_may_let_nobody_in(keys: str) -> None:
         ({"sha256": None}, "keys[0].sha256: is missing, expected 64 digits of 0-9a-f"),
         ({"tenant": "two words"}, 'keys[0].tenant: is "two words", expected up to 128 visible'),
         ({"models": []}, "keys[0].models: is a list of 0, expected a list of 1 to 256 entries"),
+        ({"objectives": []}, "keys[0].objectives: is a list of 0, expected a list of 1 to 64 entries"),
+        ({"objectives": ["two words"]}, 'keys[0].objectives[0]: is "two words", expected up to 128'),
         ({"requests_per_minute": 0}, "keys[0].requests_per_minute: is 0, expected a whole number from 1"),
         ({"tokens_per_minute": 1.5}, "keys[0].tokens_per_minute: is 1.5, expected a whole number"),
         ({"expires_at": "2027-06-30"}, 'keys[0].expires_at: is "2027-06-30", expected a time with its zone'),

@@ -25,6 +25,8 @@ def test_tenant_and_objective_are_known_by_both_names(prefix: bytes, model: Mode
     assert (asked.priority(golden), asked.has_unknown_objective(golden)) == (7, False)
     assert (asked.priority(model), asked.has_unknown_objective(model)) == (0, True)
     assert not NOTHING_ASKED.has_unknown_objective(model)
+    lowered = replace(asked, is_lowered=True)
+    assert (lowered.priority(golden), lowered.has_unknown_objective(golden)) == (0, True)
 
 
 def test_of_two_names_the_newer_is_meant() -> None:

@@ -1,16 +1,20 @@
 """The gate lets in by key, and what it lets in is bound by the key: models, tenant, salt and rates."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from pdcoord.core.model import Model
+from pdcoord.core.events import Outcome
+from pdcoord.core.model import AdmissionRules, Model, Slo
 from pdcoord.core.request import Request, RequestId
+from pdcoord.front.asked import Asked, asked_of
+from pdcoord.front.fields import DROPPED
 from pdcoord.front.gate import Gate, Visa
 from pdcoord.front.intake import build_request
 from pdcoord.front.keys import KEY_RANDOM_BYTES, ApiKey, KeyFault, KeyRing, digest_of, make_key
+from pdcoord.front.ports import CallRecord
 from pdcoord.front.rates import RateKind
 from pdcoord.front.salt import named_group, tenant_group
 from pdcoord.protocol.errors import RefusedError, RefuseReason
@@ -75,7 +79,7 @@ def bench() -> Bench:
     return Bench()
 
 
-def test_an_open_gate_passes_everything_on(bench: Bench, model: Model) -> None:
+def test_an_open_gate_passes_everything_on(bench: Bench, model: Model, plan: Any) -> None:
     client = [*bearer("sk-1"), (FAIRNESS, b"me")]
     visa = bench.enter(client)
     assert (visa.headers(client), visa.key_name, bench.gate.is_open) == (client, None, True)
@@ -84,7 +88,10 @@ def test_an_open_gate_passes_everything_on(bench: Bench, model: Model) -> None:
     assert visa.body(raw, call, model) is raw
     visa.check_model(model)
     visa.take_prompt(request_of(model))
-    visa.settle(10**9, has_begun=True)
+    visa.sent(plan("r"))
+    visa.settle(ended(10**9))
+    asked = Asked(objective="gold", slo=Slo(1.0, 9.0))
+    assert visa.granted(asked, ranked(model)) is asked
     bench.enter([])
 
 
@@ -119,6 +126,7 @@ def test_the_key_says_whose_call_it_is_and_goes_nowhere(bench: Bench) -> None:
         (FAIRNESS, b"team-b"),
         (b"x-gateway-inference-fairness-id", b"team-b"),
         (b"x-api-key", KEYS["a"].encode()),
+        *((name, b"other") for name in (b"x-session-id", b"x-smg-routing-key", b"x-custom-labels")),
         *bearer(KEYS["a"]),
     ]
     visa = bench.enter(client)
@@ -210,7 +218,7 @@ def test_media_that_are_named_by_an_id_are_refused_where_tenants_are_told_apart(
 
 
 def test_with_a_key_nothing_in_the_body_says_who_goes_first(bench: Bench, model: Model) -> None:
-    fields = {"priority": -9, "data_parallel_rank": 1, "routed_dp_rank": 1, "request_id": "r", "rid": "r"}
+    fields = dict.fromkeys(DROPPED, 1)
     for path in ("/v1/completions", "/tokenize"):
         raw = json.dumps({"model": model.name, "prompt": "x", "top_k": 3} | fields).encode()
         call = parse_call(APIS[path], raw)
@@ -230,6 +238,71 @@ def test_a_second_cache_salt_in_the_body_does_not_get_past(bench: Bench, model: 
     sent = visa.body(raw, call, model)
     assert sent.count(b"cache_salt") == 1
     assert json.loads(sent)["cache_salt"] == call.cache_salt
+
+
+def test_only_a_key_whose_tokens_are_limited_has_them_sent_one_by_one(bench: Bench, model: Model) -> None:
+    bench.use(api_key("a"), api_key("b", tokens_per_minute=9))
+    raw = b'{"model":"org/model","prompt":"x","stream_interval":500}'
+    call = parse_call(APIS["/v1/completions"], raw)
+    sent = {name: json.loads(bench.admit(name).body(raw, call, model)) for name in "ab"}
+    assert ["stream_interval" in body for body in sent.values()] == [True, False]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_a_key_reaches_no_adapter_and_nothing_that_is_kept(bench: Bench, path: str) -> None:
+    call = parse(path, lora_path="secret-adapter")
+    assert bench.enter([]).salted(call) is call
+    bench.use(api_key("a"))
+    with pytest.raises(RefusedError, match="'lora_path' chooses an adapter") as caught:
+        bench.admit("a").salted(call)
+    refusal = caught.value.refusal
+    assert (refusal.status, refusal.reason, refusal.param) == (400, RefuseReason.INVALID_FIELD, "lora_path")
+    assert "secret" not in refusal.message
+
+
+def ranked(model: Model) -> Model:
+    rules = AdmissionRules(objectives={"gold": 7, "silver": 3, "usual": 0, "batch": -1})
+    return replace(model, admission=rules, slo=Slo(1.0, 0.05))
+
+
+@pytest.mark.parametrize(
+    ("objectives", "granted"),
+    [
+        ((), {"gold": 0, "silver": 0, "usual": 0, "batch": -1}),
+        (("silver", "batch"), {"gold": 0, "silver": 3, "usual": 0, "batch": -1}),
+        (("*",), {"gold": 7, "silver": 3, "usual": 0, "batch": -1}),
+    ],
+)
+def test_a_key_goes_before_others_only_by_its_own_objectives(
+    bench: Bench, model: Model, objectives: tuple[str, ...], granted: dict[str, int]
+) -> None:
+    bench.use(api_key("a", objectives=frozenset(objectives)))
+    visa, model = bench.admit("a"), ranked(model)
+    for name, priority in granted.items():
+        client = [(b"x-llm-d-inference-objective", name.encode()), *bearer(KEYS["a"])]
+        asked = visa.granted(asked_of(visa.headers(client)), model)
+        request = build_request(RequestId("r"), parse(), model, None, asked)
+        assert (asked.priority(model), request.priority) == (priority, priority)
+        # Who is not given what was asked for is counted as who asks for what there is not.
+        assert asked.has_unknown_objective(model) is (priority == 0 and name != "usual")
+        assert asked.tenant == "team-a"
+
+
+@pytest.mark.parametrize(("own_s", "granted_s"), [(None, None), (0.02, 0.02), (0.05, 0.05), (9.0, None)])
+def test_a_pace_laxer_than_the_policys_counts_as_none(
+    bench: Bench, model: Model, own_s: float | None, granted_s: float | None
+) -> None:
+    bench.use(api_key("a"))
+    asked = Asked(slo=Slo(2.0, own_s))
+    visa = bench.admit("a")
+    assert visa.granted(asked, ranked(model)).slo == Slo(2.0, granted_s)
+    assert visa.granted(asked, model) is asked, "a policy without a pace has none to go by"
+
+
+def ended(output_tokens: int | None, **fields: Any) -> CallRecord:
+    """A call whose answer began, unless said otherwise."""
+    record = CallRecord(RequestId("r"), "/v1/completions", 0.0, outcome=Outcome.OK, first_byte_s=0.0)
+    return replace(record, output_tokens=output_tokens, **fields)
 
 
 def used_tokens(visa: Visa) -> float:
@@ -262,7 +335,7 @@ def test_tokens_of_prompt_and_answer_count_together(bench: Bench, model: Model) 
     bench.use(api_key("a", tokens_per_minute=600))
     visa = bench.admit("a")
     visa.take_prompt(request_of(model, prompt=[1] * 100))
-    visa.settle(500, has_begun=True)
+    visa.settle(ended(500))
     with pytest.raises(RefusedError) as refused:
         bench.admit("a").take_prompt(request_of(model, prompt=[1] * 10))
     assert limited(refused.value) == (429, "rate-limited", 1)
@@ -273,17 +346,67 @@ def test_tokens_of_prompt_and_answer_count_together(bench: Bench, model: Model) 
 
 @pytest.mark.parametrize(
     ("output_tokens", "has_begun", "counted"),
-    [(30, True, 30), (None, True, 200), (None, False, 0), (0, True, 0)],
+    [(30, True, 30), (None, True, 400), (None, False, 0), (0, True, 0)],
 )
 def test_an_answer_that_cannot_be_counted_counts_as_what_was_allowed(
     bench: Bench, model: Model, output_tokens: int | None, has_begun: bool, counted: int
 ) -> None:
     bench.use(api_key("a", tokens_per_minute=60_000))
     visa = bench.admit("a")
-    visa.take_prompt(request_of(model, prompt=[1], max_tokens=200))
-    visa.settle(output_tokens, has_begun=has_begun)
-    visa.settle(None, has_begun=True)  # What was allowed counts once.
+    visa.take_prompt(request_of(model, prompt=[1], max_tokens=200, n=2))
+    visa.settle(ended(output_tokens) if has_begun else ended(output_tokens, first_byte_s=None))
+    visa.settle(ended(None))  # What was allowed counts once.
     assert used_tokens(visa) == 1 + counted
+
+
+LEFT = {"first_byte_s": None, "outcome": Outcome.CLIENT_GONE}
+LATE = {
+    "first_byte_s": None,
+    "outcome": Outcome.UPSTREAM_ERROR,
+    "reason": RefuseReason.UPSTREAM_TIMEOUT,
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "passed_s", "fields", "counted"),
+    [
+        ({"max_tokens": 200}, 0.05, LEFT, 0),
+        ({"max_tokens": 200}, 0.918, LEFT, 100),
+        ({"max_tokens": 200, "n": 2}, 0.918, LEFT, 200),
+        ({"max_tokens": 200}, 60.0, LEFT, 200),
+        ({}, 0.918, LEFT, 100),
+        ({}, 0.918, LATE, 100),
+        # The head of an answer came, and nobody waited for its usage.
+        ({}, 60.0, {"outcome": Outcome.CLIENT_GONE, "first_byte_s": 1_000.918}, 100),
+        ({}, 0.918, {"outcome": Outcome.CLIENT_GONE, "is_stream": True}, 100),
+        # What is no fault of the client costs it nothing.
+        ({}, 60.0, LEFT | {"outcome": Outcome.UPSTREAM_ERROR}, 0),
+        ({}, 60.0, LEFT | {"outcome": Outcome.REFUSED}, 0),
+    ],
+)
+def test_an_answer_that_nobody_waited_for_counts_as_what_was_made_of_it(
+    bench: Bench, plan: Any, model: Model, body: dict[str, int], passed_s: float, fields: Any, counted: int
+) -> None:
+    bench.use(api_key("a", tokens_per_minute=1_000_000_000))
+    bench.now_s = 900.0
+    visa = bench.admit("a")
+    visa.take_prompt(request_of(model, prompt=[1], **body))
+    bench.now_s = 1_000.0  # The wait for its turn costs nothing, and the prompt is paid for by now.
+    visa.sent(plan("r"))
+    bench.now_s += passed_s / 2
+    visa.sent(plan("r", attempt=1))
+    bench.now_s = 1_000.0 + passed_s
+    visa.settle(ended(None, **fields))
+    assert used_tokens(visa) == counted
+
+
+def test_a_call_that_was_sent_to_no_engine_costs_its_prompt_alone(bench: Bench, model: Model) -> None:
+    bench.use(api_key("a", tokens_per_minute=60))
+    visa = bench.admit("a")
+    visa.take_prompt(request_of(model, prompt=[1], max_tokens=200))
+    bench.now_s += 0.5
+    visa.settle(ended(None, **LEFT))
+    assert used_tokens(visa) == 0.5
 
 
 def test_what_a_key_has_used_outlives_a_change_of_the_file(bench: Bench) -> None:
@@ -304,5 +427,5 @@ def test_a_call_under_way_ends_after_its_key_is_gone(bench: Bench, model: Model)
     visa = bench.admit("a")
     visa.take_prompt(request_of(model, prompt=[1]))
     bench.use()
-    visa.settle(5, has_begun=True)
+    visa.settle(ended(5))
     assert bench.refused == []

@@ -10,7 +10,7 @@ import pytest
 from pdcoord.core.blocks import block_keys, token_keys
 from pdcoord.core.model import Model
 from pdcoord.core.request import RequestId
-from pdcoord.front.intake import build_request, check_reserved, model_unknown
+from pdcoord.front.intake import build_request, check_reserved, client_request_id, model_unknown
 from pdcoord.protocol.errors import RefusedError
 from pdcoord.protocol.openai import APIS, parse_call
 
@@ -74,6 +74,29 @@ def test_choices_and_limits_are_passed_on(model: Model) -> None:
 
 def test_a_long_name_is_cut_in_the_message() -> None:
     assert len(model_unknown("x" * 1_000_000).message) < 300
+
+
+@pytest.mark.parametrize(
+    ("brought", "request_id", "is_kept"),
+    [
+        ((b"authorization", b"Bearer 0123456789abcdef"), b"0123456789abcdef", False),
+        ((b"authorization", b"Bearer 0123456789abcdef"), b"id:0123456789abcdef;1", False),
+        ((b"authorization", b"0123456789abcdef"), b"0123456789abcdef", False),
+        ((b"x-api-key", b" 0123456789abcdef "), b"0123456789abcdef", False),
+        ((b"accept", b"0123456789abcdef"), b"0123456789abcdef", True),
+        ((b"authorization", b"Bearer 0123456789abcdef"), b"0123456789abcdeg", True),
+        # What clients put where no key is needed is none.
+        ((b"authorization", b"Bearer EMPTY"), b"EMPTY-1", True),
+        ((b"authorization", b"Bearer "), b"call-1", True),
+        ((b"accept", b"x"), b"pdc_0123456789", False),
+        ((b"accept", b"x"), b"sk-0123456789abcdef0123", False),
+        ((b"accept", b"x"), b"call:sk-ant-api03-0123456789abcdef", False),
+        ((b"accept", b"x"), b"task-0123456789abcdef0123", True),
+    ],
+)
+def test_a_key_is_no_request_id(brought: tuple[bytes, bytes], request_id: bytes, is_kept: bool) -> None:
+    headers = [(b"x-request-id", request_id), brought]
+    assert client_request_id(headers) == (request_id.decode() if is_kept else None)
 
 
 @pytest.mark.parametrize(

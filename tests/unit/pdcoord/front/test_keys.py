@@ -30,6 +30,16 @@ def ring(*keys: ApiKey) -> KeyRing:
     return KeyRing(keys, bytes(32))
 
 
+@pytest.mark.parametrize(
+    ("objectives", "may"), [((), False), (("gold",), True), (("silver",), False), (("*",), True)]
+)
+def test_what_is_above_the_usual_needs_to_be_the_keys_own(objectives: tuple[str, ...], may: bool) -> None:
+    key = api_key(objectives=frozenset(objectives))
+    assert key.may_ask_for("gold", 1) is may
+    assert key.may_ask_for("gold", 0)
+    assert key.may_ask_for("gold", -1)
+
+
 def test_a_key_is_found_by_what_it_hashes_to_and_by_nothing_else() -> None:
     mine = api_key()
     keys = ring(mine)

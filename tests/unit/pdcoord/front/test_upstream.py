@@ -54,6 +54,7 @@ def test_a_nested_model_stays_and_of_two_the_last_counts() -> None:
 def test_a_colocated_plan_names_no_prefill(plan: Callable[..., Plan]) -> None:
     assert plan_header(plan("r")) == PlanHeader()
     assert plan_header(plan("r"), is_resumed_above=True) == PlanHeader(is_resumed_above=True)
+    assert plan_header(plan("r"), is_ended_above=True) == PlanHeader(is_ended_above=True)
 
 
 def test_a_split_plan_names_prefills_in_order_with_its_deadlines(plan: Callable[..., Plan]) -> None:

@@ -24,7 +24,7 @@ from pdcoord.core.request import RequestId
 from pdcoord.front.ports import CallRecord, Decided, Limits, Tokens
 from pdcoord.gateway.app import GatewayApp
 from pdcoord.gateway.relay import Relay
-from pdcoord.protocol.errors import Refusal, RefuseReason
+from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.resume.tape import Shelf
 from pdcoord.wire.room import ByteRoom
 
@@ -41,6 +41,7 @@ class ScriptedCoordination:
     is_split: bool = False
     unready_refusal: Refusal | None = None
     silence_s: float | None = None
+    is_draining: bool = False
     events: list[Event] = field(default_factory=list)
     expected: dict[RequestId, Decided] = field(default_factory=dict)
 
@@ -79,6 +80,9 @@ class ScriptedCoordination:
 
     def models(self) -> tuple[Model, ...]:
         return (self.served,)
+
+    def blamed(self, _request_id: RequestId, reason: RungReason) -> RungReason:
+        return RungReason.DECODE_DRAINING if self.is_draining else reason
 
     def silence_s_max(self, _request_id: RequestId) -> float | None:
         return self.silence_s

@@ -1,11 +1,15 @@
 """What the front door answers beside the relayed calls."""
 
+import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 
+from pdcoord.core.events import Outcome, RequestArrived
+from pdcoord.core.model import AdmissionRules
 from pdcoord.front.keys import KEY_RANDOM_BYTES, ApiKey, KeyRing, digest_of, make_key
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.protocol.openai import APIS
@@ -51,6 +55,17 @@ async def test_an_unknown_model_has_no_page(stage: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/v1/messages", "invalid_request_error"), ("/v1/messages/batches", "not_found_error")],
+)
+async def test_under_messages_what_is_not_there_is_an_error_of_anthropics(
+    stage: Any, path: str, kind: str
+) -> None:
+    answer = json.loads((await stage.call(path, b"", method="GET")).body)
+    assert (answer["type"], answer["error"]["type"]) == ("error", kind)
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
         ("GET", "/", 404, "path-unknown"),
@@ -72,6 +87,20 @@ async def test_other_paths_and_methods_get_an_openai_error(
     assert answer.header("x-request-id") == "r-1"
     assert (answer.header("allow") is not None) == (status == 405)
     assert stage.observer.reasons == [code]
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/v1/models", "/v1/models/org/model"])
+async def test_head_is_answered_as_get_is_but_for_the_body(stage: Any, path: str) -> None:
+    whole, head = [await stage.call(path, b"", method=method) for method in ("GET", "HEAD")]
+    assert (head.status, head.body) == (200, b"")
+    for name in ("content-type", "content-length"):
+        assert head.header(name) == whole.header(name) is not None
+
+
+async def test_head_is_not_for_what_only_post_is(stage: Any) -> None:
+    answer = await stage.call("/v1/completions", b"", method="HEAD")
+    assert (answer.status, answer.body) == (405, b"")
+    assert stage.upstream.asked == []
 
 
 async def test_livez_is_always_ok(stage: Any) -> None:
@@ -184,6 +213,83 @@ async def test_a_model_that_the_key_is_not_for_is_not_asked(stage: Any) -> None:
     answer = await stage.call(headers=[BEARER])
     assert (answer.status, error_of(answer)["code"]) == (403, "model-forbidden")
     assert stage.upstream.asked == []
+
+
+def model_with(stage: Any, **priorities: int) -> None:
+    rules = AdmissionRules(objectives=priorities)
+    stage.coordination.served = replace(stage.coordination.served, admission=rules)
+
+
+async def test_a_key_buys_no_rank_by_an_objective_that_is_not_its_own(stage: Any) -> None:
+    model_with(stage, critical=9, batch=-1)
+    names = (b"x-llm-d-inference-objective", b"x-gateway-inference-objective")
+    await stage.call(headers=[(names[0], b"critical")])
+    ask_for_keys(stage)
+    for each in ((names[0], b"critical"), (names[1], b"critical"), (names[0], b"batch")):
+        await stage.call(headers=[BEARER, each])
+    ask_for_keys(stage, objectives=frozenset({"critical"}))
+    await stage.call(headers=[BEARER, (names[0], b"critical")])
+    arrived = [event.request for event in stage.coordination.events if isinstance(event, RequestArrived)]
+    assert [request.priority for request in arrived] == [9, 0, 0, -1, 9]
+    told = [record.has_unknown_objective for record in stage.observer.records]
+    assert told == [False, True, True, False, False]
+
+
+async def test_a_call_that_names_an_adapter_goes_nowhere(stage: Any) -> None:
+    ask_for_keys(stage, models=frozenset({"org/model"}))
+    body = b'{"model":"org/model","prompt":"hi","lora_path":"private"}'
+    answer = await stage.call(body=body, headers=[BEARER])
+    assert (answer.status, error_of(answer)["param"]) == (400, "lora_path")
+    assert stage.upstream.asked == []
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_who_leaves_before_an_answer_pays_for_what_was_made_of_it(stage: Any, is_stream: bool) -> None:
+    ask_for_keys(stage, tokens_per_minute=60)
+    stage.coordination.make_plan = quick(stage.coordination.make_plan)
+    asked = stage.upstream.asked
+
+    async def request(*_: Any, **__: Any) -> None:
+        asked.append({})
+        began_s = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < began_s + 0.05:
+            await asyncio.sleep(0.01)
+        stage.gone.set()
+        await asyncio.Event().wait()
+
+    usual, stage.upstream.request = stage.upstream.request, request
+    body = json.dumps({"model": "org/model", "prompt": "hi", "max_tokens": 500, "stream": is_stream})
+    assert (await stage.call(body=body.encode(), headers=[BEARER])).status is None
+    assert stage.observer.records[0].outcome is Outcome.CLIENT_GONE
+    stage.upstream.request = usual
+    answer = await stage.call(headers=[BEARER])
+    assert (answer.status, error_of(answer)["code"]) == (429, "rate-limited")
+    assert len(asked) == 1
+
+
+def quick(make_plan: Any) -> Any:
+    """Plans on an engine that makes 10,000 tokens a second, from the first moment on."""
+    figures = {"queue_s": 0.0, "prefill_s": 0.0, "transfer_s": 0.0, "step_s": 1e-4}
+
+    def make(*args: Any, **more: Any) -> Any:
+        plan = make_plan(*args, **more)
+        chosen = replace(plan.chosen, figures=replace(plan.chosen.figures, **figures))
+        return replace(plan, chosen=chosen)
+
+    return make
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/models"])
+async def test_a_key_is_never_shown_as_a_request_id(stage: Any, path: str) -> None:
+    for is_open in (True, False):
+        for shown in (KEY, f"id:{KEY}", "sk-0123456789abcdef0123"):
+            answer = await stage.call(path, headers=[BEARER, (b"x-request-id", shown.encode())])
+            assert str(answer.header("x-request-id")).startswith("made-")
+        if is_open:
+            ask_for_keys(stage)
+    assert not [record for record in stage.observer.records if KEY in record.id or "sk-" in record.id]
+    seen = [dict(asked["headers"])[b"x-request-id"] for asked in stage.upstream.asked]
+    assert not [each for each in seen if not each.startswith(b"made-")]
 
 
 async def test_a_request_counts_once_however_often_it_is_tried(stage: Any) -> None:

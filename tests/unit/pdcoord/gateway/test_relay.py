@@ -14,6 +14,7 @@ from pdcoord.protocol.plans import Mode, RungKind, RungTaken, ServedHeader, deco
 from pdcoord.wire.errors import ConnectError, HeadTimeoutError, InvalidRequestError, ResetError, StreamError
 
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
+PACKED = [(b"content-type", b"application/json"), (b"content-encoding", b"gzip")]
 EXHAUSTED = Refusal(RefuseReason.LADDER_EXHAUSTED, "no other")
 
 
@@ -303,7 +304,7 @@ def failed_first(reply: Any, kind: str) -> Any:
         ("no-first-byte", RungReason.DECODE_ERROR),
         ("engine-500", RungReason.DECODE_ERROR),
         ("engine-504", RungReason.DECODE_TIMEOUT),
-        ("draining", RungReason.DECODE_UNREACHABLE),
+        ("draining", RungReason.DECODE_DRAINING),
         ("ladder-exhausted", RungReason.DECODE_ERROR),
         ("upstream-failed", RungReason.DECODE_ERROR),
         ("upstream-timeout", RungReason.DECODE_TIMEOUT),
@@ -322,6 +323,7 @@ async def test_a_failure_before_a_byte_goes_to_the_next_endpoint(
     assert stage.upstream.asked[0]["body"] == stage.upstream.asked[1]["body"]
     assert stage.coordination.told() == ["RequestArrived", "DecodeFailed", "ResponseBegan", "RequestEnded"]
     assert stage.coordination.events[1].reason is reason
+    assert stage.observer.records[0].failures == (reason,)
 
 
 async def test_a_sidecars_report_travels_with_its_failure(stage: Any, reply: Any) -> None:
@@ -429,7 +431,7 @@ async def test_a_stream_that_breaks_off_ends_with_an_error_event_and_no_end(stag
     assert answer.status == 200
     first, second, rest = answer.body.split(b"\n\n")
     assert (first, rest) == (b"data: 1", b"")
-    assert json.loads(second.removeprefix(b"data: "))["error"]["code"] == "upstream-failed"
+    assert json.loads(second.removeprefix(b"data: "))["error"]["code"] == "stream-lost"
     assert not answer.is_complete
     assert stage.coordination.events[-1] == RequestEnded("made-1", Outcome.UPSTREAM_ERROR, 1)
 
@@ -439,7 +441,7 @@ async def test_a_stream_that_breaks_off_ends_with_an_error_event_and_no_end(stag
     [
         (SSE, b"data: 1\n\ndata: {"),
         ([*SSE, (b"content-encoding", b"gzip")], b"\x1f\x8b\n\n"),
-        ([(b"content-type", b"application/json")], b'{"a":1}\n\n'),
+        (PACKED, b"\x1f\x8b\n\n"),
     ],
 )
 async def test_inside_an_event_or_outside_a_stream_nothing_is_added(
@@ -537,7 +539,7 @@ async def test_tenant_objective_and_slo_reach_the_core_and_go_on_to_the_engine(s
 
 async def test_a_call_past_its_deadline_is_answered_or_broken_off(stage: Any, reply: Any) -> None:
     stage.limits = replace(stage.limits, request_deadline_s=0.02)
-    stage.upstream.script = [None, reply(chunks=[b"part", None])]
+    stage.upstream.script = [None, reply(headers=PACKED, chunks=[b"part", None])]
     early = await stage.call()
     assert (early.status, error_of(early)["code"]) == (504, "upstream-timeout")
     late = await stage.call()
@@ -592,7 +594,7 @@ async def test_a_defect_is_a_500_without_a_trace(stage: Any) -> None:
 
 
 async def test_a_defect_within_an_answer_breaks_it_off(stage: Any, reply: Any) -> None:
-    stage.upstream.script = [reply(chunks=[b"part", RuntimeError("secret")])]
+    stage.upstream.script = [reply(headers=PACKED, chunks=[b"part", RuntimeError("secret")])]
     answer = await stage.call()
     assert (answer.body, answer.is_complete) == (b"part", False)
     assert stage.coordination.told()[-1] == "RequestEnded"

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from pdcoord.core.events import DecodeFailed, Outcome, RequestEnded, StreamBroke
+from pdcoord.core.fleet import EngineKind
 from pdcoord.core.model import Fallback
 from pdcoord.front.ports import BreakOutcome
-from pdcoord.gateway import reading
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.plans import decode_plan
 from pdcoord.resume.continuation import Unresumable, continue_stream
+from pdcoord.wire import reading
 from pdcoord.wire.errors import ConnectError, StalledError, StreamError
 
 SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -93,6 +94,18 @@ async def test_a_stream_that_breaks_off_goes_on_and_the_client_sees_one(two: Any
     assert record.output_tokens == 4
 
 
+async def test_what_a_draining_endpoint_gives_back_is_called_so(two: Any, reply: Any) -> None:
+    two.coordination.is_draining = True
+    two.upstream.script = [
+        reply(headers=SSE, chunks=[event([10]), GONE]),
+        reply(headers=SSE, chunks=[event([11], stream="b", finish="stop"), DONE]),
+    ]
+    assert (await two.call(body=body())).is_complete
+    assert two.coordination.events[2] == StreamBroke("made-1", RungReason.DECODE_DRAINING, 1)
+    (record,) = two.observer.records
+    assert record.breaks[0].reason is RungReason.DECODE_DRAINING
+
+
 async def test_the_sidecar_is_told_that_the_stream_is_continued_from_here(two: Any, reply: Any) -> None:
     two.upstream.script = [
         reply(headers=SSE, chunks=[event([10]), GONE]),
@@ -108,16 +121,55 @@ async def test_the_sidecar_is_told_that_the_stream_is_continued_from_here(two: A
 @pytest.mark.parametrize("changes", [{"stream": False}, {"n": 2}])
 async def test_what_is_not_continued_is_not_promised_to_the_sidecar(stage: Any, changes: Any) -> None:
     await stage.call(body=body(**changes))
-    assert not decode_plan(dict(stage.upstream.asked[0]["headers"])[b"x-pdcoord-plan"]).is_resumed_above
+    plan = decode_plan(dict(stage.upstream.asked[0]["headers"])[b"x-pdcoord-plan"])
+    assert not plan.is_resumed_above
+    assert plan.is_ended_above == ("n" in changes), "of a stream that is lost the gateway says why"
 
 
 async def test_without_the_rung_a_stream_ends_where_it_broke(two: Any, reply: Any) -> None:
     two.coordination.served = replace(two.coordination.served, fallback=Fallback(rungs=()))
     two.upstream.script = [reply(headers=SSE, chunks=[event([10]), GONE])]
     answer = await two.call(body=body())
-    assert b"upstream-failed" in answer.body
+    assert b"stream-lost" in answer.body
+    assert two.observer.records[0].reason is RefuseReason.STREAM_LOST, "the log names what the client got"
     assert not answer.is_complete
     assert two.coordination.told() == ["RequestArrived", "ResponseBegan", "RequestEnded"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("is_whole", [False, True])
+async def test_without_the_rung_a_stream_that_ends_early_is_noted_and_passes_as_it_is(
+    stage: Any, reply: Any, path: str, *, is_whole: bool
+) -> None:
+    stage.coordination.served = replace(stage.coordination.served, fallback=Fallback(rungs=()))
+    chunks = [event([10]), event([11])] + ([DONE] if is_whole else [])
+    stage.upstream.script = [reply(headers=SSE, chunks=chunks)]
+    asked = body(messages=[{"role": "user", "content": "x"}])
+    answer = await stage.call(path=path, body=asked)
+    assert (answer.body, answer.is_complete) == (b"".join(chunks), True)
+    (record,) = stage.observer.records
+    outcome = Outcome.OK if is_whole else Outcome.UPSTREAM_ERROR
+    assert (record.is_cut_short, record.outcome) == (not is_whole, outcome)
+    assert stage.coordination.events[-1] == RequestEnded("made-1", outcome, 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "stream"),
+    [
+        ("/v1/messages", SSE, True),
+        ("/v1/completions", [*SSE, (b"content-encoding", b"gzip")], True),
+        ("/v1/completions", [(b"content-type", b"application/json")], False),
+    ],
+)
+async def test_what_has_no_such_end_is_not_cut_short(
+    stage: Any, reply: Any, path: str, headers: Any, *, stream: bool
+) -> None:
+    stage.coordination.served = replace(stage.coordination.served, fallback=Fallback(rungs=()))
+    stage.upstream.script = [reply(headers=headers, chunks=[b"{}"])]
+    asked = body(messages=[{"role": "user", "content": "x"}], stream=stream)
+    assert (await stage.call(path=path, body=asked)).is_complete
+    (record,) = stage.observer.records
+    assert (record.is_cut_short, record.outcome) == (False, Outcome.OK)
 
 
 async def test_a_continuation_that_fails_before_its_first_byte_takes_the_next_try(
@@ -137,8 +189,9 @@ async def test_a_continuation_that_fails_before_its_first_byte_takes_the_next_tr
     assert [told.reason for told in failures] == [
         RungReason.DECODE_UNREACHABLE,
         RungReason.DECODE_ERROR,
-        RungReason.DECODE_UNREACHABLE,
+        RungReason.DECODE_DRAINING,
     ]
+    assert stage.observer.records[0].failures == tuple(told.reason for told in failures)
     assert stage.coordination.told().count("RequestEnded") == 1
 
 
@@ -260,9 +313,8 @@ async def test_what_cannot_be_continued_faithfully_ends_with_a_named_error(
 ) -> None:
     two.upstream.script = [reply(headers=SSE, chunks=[event([10]), GONE])]
     answer = await two.call(path, body=body(**changes))
-    head, said, rest = answer.body.partition(b'data: {"error"')
-    assert head == event([10])
-    error = json.loads((said + rest).removeprefix(b"data: "))["error"]
+    assert answer.body.startswith(event([10]))
+    error = json.loads(answer.body.removeprefix(event([10])).rpartition(b"data: ")[2])["error"]
     assert (error["code"], why.value in error["message"]) == ("stream-lost", True)
     assert not answer.is_complete
     assert two.coordination.told() == ["RequestArrived", "ResponseBegan", "RequestEnded"]
@@ -394,12 +446,142 @@ async def test_an_engine_counts_a_text_that_nobody_else_did(two: Any, reply: Any
         reply(headers=SSE, chunks=[plain(" twelve", "length"), DONE]),
     ]
     asked = {"model": "org/model", "prompt": "hi", "stream": True, "max_tokens": 3}
-    key = (b"authorization", b"Bearer engine")
+    key, kind = (b"authorization", b"Bearer engine"), (b"content-type", b"application/json")
     answer = await two.call(body=json.dumps(asked).encode(), headers=[key, (b"x-other", b"1")])
     assert answer.is_complete
     # With its plan, sidecars would tell of it as of a request that is served.
-    assert two.upstream.asked[1]["headers"] == [key, (b"x-request-id", b"made-1")]
+    assert two.upstream.asked[1]["headers"] == [key, kind, (b"x-request-id", b"made-1")]
     assert [each["target"] for each in two.upstream.asked[1:]] == ["/tokenize", "/v1/completions"]
     assert [each["address"] for each in two.upstream.asked[1:]] == [SECOND, SECOND]
     assert sent(two, 2)["prompt"] == "hi ten eleven"
     assert sent(two, 2)["max_tokens"] == 1
+
+
+# From text: engines prove that they append it, and may come out otherwise.
+
+
+def texts_of(answer: bytes) -> list[str]:
+    assert answer.endswith(DONE)
+    chunks = [json.loads(part.removeprefix(b"data: ")) for part in answer.split(b"\n\n")[:-2]]
+    assert len({chunk["id"] for chunk in chunks}) == 1, "one stream has one id"
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert not any("reasoning" in choice.get("delta", {}) for choice in choices)
+    return [choice["delta"]["content"] if "delta" in choice else choice["text"] for choice in choices]
+
+
+def chat_event(text: str, finish: str | None = None, *, stream: str = "a", **delta: object) -> bytes:
+    choice = {"index": 0, "delta": {"content": text, **delta}, "logprobs": None, "finish_reason": finish}
+    head = {"id": f"chat-{stream}", "object": "chat.completion.chunk", "created": 1, "model": "org/model"}
+    return b"data: " + json.dumps({**head, "choices": [choice]}).encode() + b"\n\n"
+
+
+def tokenized(tokens: str) -> bytes:
+    spelled = tokens.split("|")
+    ids = [sum(map(ord, each)) for each in spelled]
+    return json.dumps({"count": len(ids), "max_model_len": 9, "tokens": ids, "token_strs": spelled}).encode()
+
+
+ALONE, BEGUN = "Once| upon", "<user>|hi|</s>|<assistant>"
+CHAT = "/v1/chat/completions"
+CHAT_BODY = json.dumps(
+    {"model": "org/model", "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 3}
+).encode()
+
+
+def asks_for_proof(reply: Any, continued: str) -> list[Any]:
+    """A chat that breaks off, and what the next engine makes of it."""
+    broken = reply(headers=SSE, chunks=[chat_event("Once upon"), GONE])
+    return [broken, *(reply(chunks=[tokenized(each)]) for each in (ALONE, BEGUN, continued))]
+
+
+async def test_a_chat_goes_on_from_text_where_the_engine_says_that_it_appends_that(
+    two: Any, reply: Any
+) -> None:
+    rest = reply(headers=SSE, chunks=[chat_event(" a", "stop", stream="b") + DONE])
+    two.upstream.script = [*asks_for_proof(reply, f"{BEGUN}|{ALONE}"), rest]
+    answer = await two.call(CHAT, body=CHAT_BODY)
+    assert answer.is_complete
+    assert texts_of(answer.body) == ["Once upon", " a"]
+    assert [each["target"] for each in two.upstream.asked] == [CHAT, *["/tokenize"] * 3, CHAT]
+    assert sent(two, 4)["max_tokens"] == 1, "two tokens, as the engine counts them"
+    assert sent(two, 3)["continue_final_message"] is True
+
+
+@pytest.mark.parametrize("continued", [f"{BEGUN}|{ALONE}|</s>", f"{BEGUN}|Once", "<user>|hi|Once| upon"])
+async def test_a_template_that_ends_or_trims_the_partial_answer_is_named(
+    two: Any, reply: Any, continued: str
+) -> None:
+    two.upstream.script = asks_for_proof(reply, continued)
+    answer = await two.call(CHAT, body=CHAT_BODY)
+    assert (b"stream-lost" in answer.body, b"template" in answer.body) == (True, True)
+    assert not answer.is_complete
+    (record,) = two.observer.records
+    assert (record.breaks[0].outcome, record.breaks[0].why) == (
+        BreakOutcome.UNRESUMABLE,
+        Unresumable.TEMPLATE,
+    )
+
+
+async def test_an_engine_that_cannot_say_continues_no_chat_and_one_that_is_gone_is_passed_over(
+    stage: Any, reply: Any
+) -> None:
+    stage.coordination.script = [FIRST, SECOND, THIRD]
+    broken, *_ = asks_for_proof(reply, "")
+    nothing = reply(status=404, chunks=[b'{"detail":"Not Found"}'])
+    stage.upstream.script = [broken, ConnectError("refused"), nothing]
+    answer = await stage.call(CHAT, body=CHAT_BODY)
+    assert b"template" in answer.body
+    assert [each["address"] for each in stage.upstream.asked] == [FIRST, SECOND, THIRD]
+    assert DecodeFailed("made-1", RungReason.DECODE_UNREACHABLE) in stage.coordination.events
+
+
+async def test_sglang_appends_a_partial_answer_itself_and_is_not_asked(two: Any, reply: Any) -> None:
+    make_plan = two.coordination.make_plan
+
+    def of_sglang(*given: Any, **more: Any) -> Any:
+        plan = make_plan(*given, **more)
+        pool = replace(plan.decode.pool, engine=EngineKind.SGLANG)
+        return replace(plan, chosen=replace(plan.chosen, decode=replace(plan.decode, pool=pool)))
+
+    two.coordination.make_plan = of_sglang
+    broken, *_ = asks_for_proof(reply, "")
+    rest = reply(headers=SSE, chunks=[chat_event(" a", "stop", stream="b") + DONE])
+    two.upstream.script = [broken, reply(chunks=[b'{"count":2}']), rest]
+    assert (await two.call(CHAT, body=CHAT_BODY)).is_complete
+    assert [each["target"] for each in two.upstream.asked] == [CHAT, "/tokenize", CHAT]
+
+
+async def test_a_continuation_that_diverges_is_no_fault_and_the_next_begins_where_it_began(
+    stage: Any, reply: Any
+) -> None:
+    """Of what diverged the client has nothing, so that all of the overlap must come again."""
+    stage.coordination.script = [FIRST, SECOND, THIRD]
+    asked = {"model": "org/model", "prompt": [1, 2, 3], "stream": True, "temperature": 0}
+
+    def said(text: str, stream: str, finish: str | None = None) -> bytes:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+        head = {"id": f"cmpl-{stream}", "object": "text_completion", "created": 1, "model": "org/model"}
+        return b"data: " + json.dumps({**head, "choices": [choice]}).encode() + b"\n\n"
+
+    stage.upstream.script = [
+        reply(headers=SSE, chunks=[said(" one", "a"), said(" two", "a"), GONE]),
+        reply(headers=SSE, chunks=[said(" one", "b"), said(" zwei", "b"), DONE]),
+        reply(headers=SSE, chunks=[said(" one", "c"), said(" two", "c"), said(" three", "c", "stop"), DONE]),
+    ]
+    answer = await stage.call(body=json.dumps(asked).encode())
+    assert answer.is_complete
+    assert texts_of(answer.body) == [" one", " two", " three"]
+    broke = [told.reason for told in stage.coordination.events if isinstance(told, StreamBroke)]
+    assert broke == [RungReason.DECODE_ERROR, RungReason.DECODE_DIVERGED]
+    assert [each.reason for each in stage.observer.records[0].breaks] == broke
+
+
+async def test_reasoning_behind_an_answer_that_had_begun_is_not_passed_on(stage: Any, reply: Any) -> None:
+    stage.coordination.script = [FIRST, SECOND, THIRD]
+    proved = asks_for_proof(reply, f"{BEGUN}|{ALONE}")
+    reasons = reply(headers=SSE, chunks=[chat_event("", stream="b", reasoning="hm")])
+    rest = reply(headers=SSE, chunks=[chat_event(" a", "stop", stream="c") + DONE])
+    stage.upstream.script = [*proved, reasons, *asks_for_proof(reply, f"{BEGUN}|{ALONE}")[1:], rest]
+    answer = await stage.call(CHAT, body=CHAT_BODY)
+    assert texts_of(answer.body) == ["Once upon", " a"]
+    assert stage.observer.records[0].breaks[1].reason is RungReason.DECODE_DIVERGED

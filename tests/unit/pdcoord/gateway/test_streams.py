@@ -104,7 +104,7 @@ class Rig:
         self.first = cast("bytes", parts[0])
         self.shelf = Shelf(1 << 20, bytes_max)
         self.client = Client()
-        scope = {"extensions": {"pdcoord.body": Writer(self.client)}}
+        scope = {"path": "/v1/completions", "extensions": {"pdcoord.body": Writer(self.client)}}
         tape = Tape(self.shelf, BODY) if bytes_max else None
         self.answer = Answer(scope, self.client.send, self.upstream, tape=tape)
 

@@ -1,6 +1,7 @@
 """Reasons and the answers they become."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,52 @@ def test_an_event_is_one_line_of_data_whatever_the_message() -> None:
     assert event.endswith(b"}\n\n")
     assert event.count(b"\n") == 2
     assert b"\r" not in event
+
+
+def data_of(event: bytes) -> tuple[bytes, dict[str, Any]]:
+    name, _, data = event.partition(b"\ndata: ")
+    assert data.endswith(b"}\n\n")
+    return name, json.loads(data)
+
+
+@pytest.mark.parametrize("reason", list(RefuseReason))
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_under_messages_an_error_is_anthropics_with_our_reason(reason: RefuseReason, path: str) -> None:
+    refusal = Refusal(reason, "why", param="n")
+    said = json.loads(refusal.body(path))
+    kind = {
+        400: "invalid_request_error",
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        405: "invalid_request_error",
+        408: "invalid_request_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        431: "invalid_request_error",
+        500: "api_error",
+        502: "api_error",
+        503: "overloaded_error",
+        504: "timeout_error",
+    }[refusal.status]
+    error = {"type": kind, "message": "why", "param": "n", "code": str(reason)}
+    assert said == {"type": "error", "error": error}
+    assert data_of(refusal.event(path)) == (b"event: error", said)
+
+
+def test_on_responses_an_event_is_numbered_and_has_an_error_that_clients_raise() -> None:
+    refusal = Refusal(RefuseReason.STREAM_LOST, "why")
+    name, said = data_of(refusal.event("/v1/responses", sequence_number=7))
+    assert name == b"event: error"
+    assert said == {
+        "type": "error",
+        "code": "stream-lost",
+        "message": "why",
+        "param": None,
+        "sequence_number": 7,
+        "error": json.loads(refusal.body())["error"],
+    }
+    assert refusal.body("/v1/responses") == refusal.body()
 
 
 def test_no_retry_is_named_where_none_helps() -> None:

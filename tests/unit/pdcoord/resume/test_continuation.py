@@ -15,6 +15,7 @@ from pdcoord.resume.continuation import (
     continue_stream,
     count_request,
 )
+from pdcoord.resume.errors import DivergedError
 from pdcoord.resume.tape import Shelf, Tape
 
 CHAT = "/v1/chat/completions"
@@ -380,3 +381,63 @@ def test_bytes_of_any_kind_raise_nothing(junk: bytes, more: bytes, at: int) -> N
         continue_stream(path, body, whole[:cut] + junk + whole[cut:])
         continue_stream(path, body[:keep] + junk + body[keep:], whole)
         count_request(path, body[:keep] + more + body[keep:], whole[:cut] + junk + whole[cut:])
+
+
+def test_a_chat_that_goes_on_from_text_has_to_be_proved() -> None:
+    body, passed = raw(messages=USER, max_tokens=9), said("Ho", path=CHAT)
+    goes_on = continue_stream(CHAT, body, passed)
+    assert isinstance(goes_on, Continuation)
+    assert goes_on.proof is not None
+    _, begun, continued = map(json.loads, goes_on.proof.questions())
+    assert begun["messages"] == USER
+    assert continued["messages"] == json.loads(goes_on.body)["messages"]
+    itself = continue_stream(CHAT, body, passed, appends_itself=True)
+    assert isinstance(itself, Continuation)
+    assert (itself.body, itself.proof) == (goes_on.body, None)
+    for path, asked, stream in (
+        (COMPLETIONS, raw(prompt="a"), said("b")),
+        (CHAT, body, b""),
+        (CHAT, body, said("a", path=CHAT, token_ids=[7], prompt_token_ids=[1])),
+    ):
+        other = continue_stream(path, asked, stream)
+        assert isinstance(other, Continuation)
+        assert other.proof is None
+
+
+def test_reasoning_behind_a_chats_answer_does_not_go_on_with_it() -> None:
+    goes_on = continue_stream(CHAT, raw(messages=USER), said("Ho", path=CHAT))
+    assert isinstance(goes_on, Continuation)
+    with pytest.raises(DivergedError):
+        goes_on.splice(event({"delta": {"reasoning": "hm"}}))
+    anew = continue_stream(CHAT, raw(messages=USER), event({"delta": {"role": "assistant", "content": ""}}))
+    assert isinstance(anew, Continuation)
+    assert b"hm" in anew.splice(event({"delta": {"reasoning": "hm"}}))
+
+
+@pytest.mark.parametrize(
+    ("limit", "finish", "context", "tokens"),
+    [
+        (9, "length", 11, 9),
+        (9, "length", 10, None),
+        (9, "length", None, None),
+        (2, "length", None, 2),
+        (9, "stop", 100, None),
+        (None, "length", 100, None),
+    ],
+)
+def test_the_usage_of_what_ended_for_its_length_is_known(
+    limit: int | None, finish: str, context: int | None, tokens: int | None
+) -> None:
+    """Unless the context was full before; each event has at least one token."""
+    asked = {"prompt": [5, 6], "stream_options": {"include_usage": True}}
+    body = raw(**asked, **({} if limit is None else {"max_tokens": limit}))
+    if limit is None:
+        body = raw(messages=USER, stream_options=asked["stream_options"])
+    path = CHAT if limit is None else COMPLETIONS
+    passed = said("a", path=path) + said("b", path=path, finish_reason=finish)
+    ended = continue_stream(path, body, passed, context_tokens_max=context)
+    assert isinstance(ended, Finished)
+    assert (b"usage" in ended.rest) is (tokens is not None)
+    if tokens is not None:
+        usage = json.loads(ended.rest.split(b"\n\n")[0].removeprefix(b"data: "))["usage"]
+        assert usage == {"prompt_tokens": 2, "completion_tokens": tokens, "total_tokens": 2 + tokens}

@@ -122,3 +122,24 @@ def test_bytes_of_any_kind_are_read_or_refused(junk: bytes, at: int) -> None:
     at %= len(raw)
     with contextlib.suppress(UnreadableError):
         read_passed(raw[:at] + junk + raw[at:])
+
+
+@pytest.mark.parametrize(
+    ("choice", "usage", "lost_at"),
+    [
+        ({"text": ""}, None, 1),
+        ({"text": ""}, used(2, 2), 1),
+        ({"text": ""}, used(2, 1), None),  # It says itself that no token came.
+        ({"delta": {"role": "assistant", "content": ""}}, None, None),
+    ],
+)
+def test_a_token_without_text_is_noted_once_others_follow(
+    choice: Body, usage: Body | None, lost_at: int | None
+) -> None:
+    before = event({"text": "a"}, usage=used(2, 1)) + event(choice, usage=usage)
+    assert read_passed(before).lost_at is None
+    assert read_passed(before + event({"text": "b"}, usage=used(2, 3))).lost_at == lost_at
+    assert read_passed(before + event({"text": "\u00e9"}, usage=used(2, 3))).lost_at is None
+    assert read_passed(
+        before + event({"text": "b"}) + event({"text": ""}) + event({"text": "c"})
+    ).lost_at == (lost_at or 2)

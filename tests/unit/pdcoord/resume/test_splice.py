@@ -228,3 +228,13 @@ def test_an_event_without_end_breaks_it_off(monkeypatch: pytest.MonkeyPatch) -> 
     assert splice(b"x" * 100) == b""
     with pytest.raises(TornError):
         splice(b"x")
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_behind_an_answer_is_another_answer(name: str) -> None:
+    said = event(OTHER | {"choices": [{"index": 0, "delta": {name: "hm"}, "finish_reason": None}]})
+    with pytest.raises(DivergedError):
+        spliced(said, is_answer=True)
+    assert spliced(said)[0]["choices"][0]["delta"] == {name: "hm"}, "nothing was said before"
+    empty = event(OTHER | {"choices": [{"index": 0, "delta": {name: "", "content": "x"}}]})
+    assert spliced(empty, is_answer=True)

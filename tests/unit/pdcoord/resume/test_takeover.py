@@ -116,3 +116,28 @@ def test_tokens_of_a_character_that_was_begun_are_not_counted() -> None:
         got = find_takeover(call, read_passed(raw), from_ids=False)
         assert isinstance(got, Takeover)
         assert (got.text, got.tokens, got.is_exact) == expected
+
+
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_a_token_that_has_no_text_is_in_no_text(*, is_greedy: bool) -> None:
+    """Where it may be: amid others, or anywhere once the end of the output is ignored."""
+    fields = {"temperature": 0 if is_greedy else 1}
+    amid: list[Event] = [("a", []), ("b", []), ("", []), ("c", [])]
+    takeover = found(amid, **fields)
+    assert takeover is Unresumable.LOSSY_TEXT or split(takeover) == ("ab", "c", [], [], 2)
+    assert isinstance(takeover, Takeover) is is_greedy
+    for ignores in ({"ignore_eos": True}, {"ignore_eos": True, "skip_special_tokens": True}):
+        takeover = found([("a", []), ("b", [])], **fields, **ignores)
+        assert takeover is Unresumable.LOSSY_TEXT or split(takeover) == ("", "ab", [], [], 0)
+        assert isinstance(takeover, Takeover) is is_greedy
+
+
+def test_a_token_that_only_seems_to_have_no_text() -> None:
+    assert split(found([("a", []), ("", []), ("\u00e9", [])])) == ("a\u00e9", "", [], [], 2), (
+        "half a character"
+    )
+    assert split(found([("", []), ("a", [])])) == ("a", "", [], [], 1), "before any other"
+    shown = found([("a", []), ("b", [])], ignore_eos=True, skip_special_tokens=False)
+    assert split(shown) == ("ab", "", [], [], 2)
+    with_ids: list[Event] = [("a", [1]), ("", [2]), ("c", [3])]
+    assert split(found(with_ids, from_ids=True, ignore_eos=True)) == ("ac", "", [1, 2, 3], [], 3)

@@ -29,9 +29,11 @@ from pdcoord.runtime.control import Control
 from pdcoord.runtime.metricspec import MetricType, bound_of
 from pdcoord.runtime.observe import Metrics
 from pdcoord.runtime.prefix_state import kv_events_samples
+from pdcoord.runtime.process_metrics import task_samples
 from pdcoord.runtime.secured import Secured, SecuredSettings
 from pdcoord.runtime.settings import load_settings
 from pdcoord.runtime.sources import Sources
+from pdcoord.wire.validity import Validity
 
 PAGE = Path(__file__).parents[4] / "docs" / "metrics-gateway.md"
 
@@ -124,7 +126,10 @@ def test_the_process_has_the_metrics_of_the_table_and_no_others(
     feed = KvEventsFeed(bench.loop, bench.loop.precise_endpoints, lambda: 0.0)
     bench.metrics.read_state_from(lambda: kv_events_samples(feed))
     bench.metrics.read_state_from(Control(bench.coordinator).samples)
-    bench.metrics.read_state_from(Secured(SecuredSettings(), structlog.get_logger()).samples)
+    secured = Secured(SecuredSettings(), structlog.get_logger())
+    secured.watch("listener", lambda: Validity(1.0, 2.0))
+    bench.metrics.read_state_from(secured.samples)
+    bench.metrics.read_state_from(task_samples)
     bench.metrics.read_state_from(judged_canaries(bench).samples)
     read_access(bench.metrics)
     discover(bench.metrics, monkeypatch)

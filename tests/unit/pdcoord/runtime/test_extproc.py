@@ -6,7 +6,7 @@ import pytest
 
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.runtime.extproc import ExtprocSettings, make_pages
-from pdcoord.runtime.settings import CoordinatorSettings
+from pdcoord.runtime.settings import CoordinatorSettings, SettingsError, load
 from pdcoord.wire.asgi import Message
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -19,10 +19,28 @@ def test_every_setting_of_the_picker_is_documented() -> None:
 
 
 def test_bounds_are_those_of_the_settings() -> None:
-    settings = ExtprocSettings(policy=Path("p"), body_bytes_max=2_000, streams_max=3, secure_serving=False)
+    settings = ExtprocSettings(
+        policy=Path("p"), body_bytes_max=2_000, bodies_bytes_max=9_000, streams_max=3, secure_serving=False
+    )
     limits = settings.limits()
-    assert (limits.body_bytes_max, limits.live_max) == (2_000, 3)
-    assert settings.credentials() is None
+    assert (limits.body_bytes_max, limits.bodies_bytes_max, limits.live_max) == (2_000, 9_000, 3)
+    assert settings.certificates() is None
+
+
+def test_clients_certificates_need_tls_and_an_authority_that_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "roots"
+    path.write_text("nothing of use")
+    for is_secure, said in (
+        (False, "needs TLS on the port for Envoy"),
+        (True, "holds no certificate in PEM"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            load(
+                ExtprocSettings,
+                {"policy": "p", "grpc_client_ca_file": str(path), "secure_serving": is_secure},
+            ).certificates()
+        assert f"PDCOORD_GRPC_CLIENT_CA_FILE is '{path}'" in str(caught.value)
+        assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def told(path: Path) -> tuple[int, str]:
 
 
 def test_a_file_grows_by_appending_entries() -> None:
-    status, entry, said = made("a", tenant="team", models=["m"], requests_per_minute=5, salt_group=None)
+    status, entry, said = made("a", tenant="team", models=["m"], requests_per_minute=5, objectives=["gold"])
     _, other, _ = made("b", tenant="123", expires_at="2027-01-01T00:00:00Z")
     key = said.splitlines()[0]
     assert status == 0
@@ -45,6 +45,7 @@ def test_a_file_grows_by_appending_entries() -> None:
     assert isinstance(found, ApiKey)
     assert (found.name, found.tenant, found.models, found.requests_per_minute) == ("a", "team", {"m"}, 5)
     assert ring.keys[1].tenant == "123"
+    assert [key.objectives for key in ring.keys] == [{"gold"}, set()]
 
 
 def test_every_file_and_every_key_is_another() -> None:
@@ -72,10 +73,13 @@ def test_an_entry_that_would_not_be_taken_is_not_made(
 
 def test_check_says_what_keys_allow(tmp_path: Path) -> None:
     _, entry, said = made("a", tenant="team", models=["m", "n"], expires_at="2020-01-01T00:00:00Z")
-    _, other, _ = made("b", tenant="team", salt_group="friends", tokens_per_minute=7)
-    status, text = told(write(tmp_path, empty() + entry + other))
-    head, _, first, second = text.splitlines()
-    assert (status, head) == (0, f"{tmp_path / 'keys.yaml'}: ok, 2 keys")
+    _, other, _ = made("b", tenant="team", salt_group="friends", tokens_per_minute=7, objectives=["*"])
+    _, third, _ = made("c", tenant="team", objectives=["gold", "best"])
+    status, text = told(write(tmp_path, empty() + entry + other + third))
+    head, titles, first, second, last = text.splitlines()
+    assert (status, head) == (0, f"{tmp_path / 'keys.yaml'}: ok, 3 keys")
+    at = titles.index("objectives")
+    assert [line[at:].split("  ")[0].strip() for line in (first, second, last)] == ["-", "all", "best, gold"]
     assert "m, n" in first
     assert first.endswith("2020-01-01T00:00:00Z (expired)")
     assert ("group friends" in second, second.endswith("never")) == (True, True)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from pdcoord.core import pathview
 from pdcoord.core.events import DecodeFailed, Outcome, PathProbed, RequestEnded, ResponseBegan, StreamBroke
 from pdcoord.core.fleet import EndpointDraining, EndpointId, SampleFailed
 from pdcoord.core.plan import Plan
@@ -74,9 +75,21 @@ def test_a_stream_that_breaks_off_is_two_attempts_and_a_rung(bench: Any) -> None
     assert bench.coordinator.ledger.open_count == 0
 
 
+def test_what_a_draining_endpoint_gives_back_is_called_so(bench: Any) -> None:
+    plan = bench.arrive()
+    bench.loop.handle(ResponseBegan(plan.request_id, None))
+    bench.loop.handle(EndpointDraining(plan.decode.id))
+    assert bench.loop.blamed(plan.request_id, RungReason.DECODE_ERROR) is RungReason.DECODE_DRAINING
+    bench.loop.handle(StreamBroke(plan.request_id, RungReason.DECODE_ERROR, 7))
+    assert bench.loop.decision_view("r-1").attempts[0].failure == "decode-draining"
+    assert bench.metric('pdcoord_gateway_rungs_total{reason="decode-draining",rung="resume"}') == 1.0
+    assert 'reason="decode-error",rung=' not in bench.metrics.render().decode()
+    assert bench.loop.blamed("gone", RungReason.DECODE_ERROR) is RungReason.DECODE_ERROR
+
+
 def test_a_stream_that_cannot_go_on_is_a_refusal(bench: Any) -> None:
     plan = bench.arrive()
-    for _ in range(2):
+    for _ in range(4):
         bench.loop.handle(ResponseBegan(plan.request_id, None))
         (action,) = bench.loop.handle(StreamBroke(plan.request_id, RungReason.DECODE_ERROR, 7))
     view = bench.loop.decision_view("r-1")
@@ -162,6 +175,21 @@ def test_paths_are_shown_up_to_a_limit(bench: Any) -> None:
     assert {(p.verdict, p.breaker, p.bandwidth_gbit_per_s) for p in view.paths} == {
         ("native", "closed", 100.0)
     }
+
+
+def test_no_more_paths_are_looked_at_closely_than_are_shown(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    look = pathview._view
+
+    def counting(*of: Any) -> Any:
+        seen.append(of)
+        return look(*of)
+
+    monkeypatch.setattr(pathview, "_view", counting)
+    assert bench.loop.paths_view(limit=1).total == 4
+    assert len(seen) == 1
 
 
 def test_the_policy_is_shown_as_compiled(bench: Any) -> None:

@@ -11,7 +11,7 @@ from pdcoord.core.request import RequestId
 from pdcoord.feeds.declared import Reload, Source
 from pdcoord.front.ports import CallRecord
 from pdcoord.policy.errors import Problem
-from pdcoord.protocol.errors import RefuseReason
+from pdcoord.protocol.errors import RefuseReason, RungReason
 from pdcoord.protocol.plans import Mode, ServedHeader
 from pdcoord.runtime.observe import Telemetry
 
@@ -87,6 +87,19 @@ def test_a_refused_call_counts_its_reason_and_no_times(
     assert bench.metric(f"pdcoord_gateway_requests_total{{{labels}}}") == 1.0
     assert "ttft_seconds_sum" not in bench.metrics.render().decode()
     assert lines.entries[0]["prefill"] is None
+
+
+def test_a_line_names_what_attempts_failed_of_and_an_answer_that_was_cut_short(
+    telemetry: Telemetry, lines: LogCapture
+) -> None:
+    for failures, is_cut_short in (((RungReason.PLAN_REFUSED,), False), ((), True)):
+        telemetry.call_began()
+        record = CallRecord(RequestId("r"), "/v1/completions", 1.0, failures=failures)
+        record.is_cut_short = is_cut_short
+        telemetry.call_ended(record)
+    refused, cut = lines.entries
+    assert (refused["failures"], "cut_short" in refused) == (["plan-refused"], False)
+    assert ("failures" in cut, cut["cut_short"]) == (False, True)
 
 
 def test_a_refusal_is_counted_for_its_model_which_has_the_series_before(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pdcoord.sim.kvpool import KvPool
 from pdcoord.sim.kvstore import KvStore
 from pdcoord.sim.profiles import PROFILES
 from transfer.canonical import TokenRange
@@ -40,3 +41,13 @@ def test_one_wrong_element_shows() -> None:
     (written,) = np.nonzero(flat)
     flat[written[0]] ^= 1 << 22
     assert store.digest(TokenRange(0, 300), table) != store.expected(PROMPT, TokenRange(0, 300))
+
+
+def test_every_block_of_a_pool_of_that_size_can_be_used() -> None:
+    layout = KvLayout(16, dtype=KvDtype.FLOAT32)
+    count = -(-len(PROMPT) // 16)
+    table = KvPool(count, 16).allocate(count)
+    assert table is not None
+    store = KvStore(layout, count, 5)
+    store.write(PROMPT, table)
+    assert store.digest(TokenRange(0, 300), table) == store.expected(PROMPT, TokenRange(0, 300))

@@ -65,6 +65,9 @@ class Rig:
     def admits(self, _connection: ServerProtocol) -> bool:
         return True
 
+    def is_leaving(self) -> bool:
+        return False
+
     def lost(self, _connection: ServerProtocol) -> None:
         self.lost_count += 1
 
@@ -242,6 +245,17 @@ async def test_a_head_without_end_is_refused_once_it_is_too_long(step: int) -> N
         sent += step
         assert sent <= protocol.HEAD_BYTES_MAX + step
     assert rig.transport.written.startswith(b"HTTP/1.1 431 ")
+    await rig.end()
+
+
+@pytest.mark.parametrize(("spare_bytes", "is_served"), [(64, True), (0, False)])
+async def test_a_head_that_comes_in_one_read_is_held_to_the_bound_too(
+    spare_bytes: int, *, is_served: bool
+) -> None:
+    rig = Rig()
+    value = b"y" * (protocol.HEAD_BYTES_MAX - spare_bytes)
+    rig.protocol.data_received(b"GET / HTTP/1.1\r\nhost: x\r\nx: " + value + b"\r\n\r\n")
+    assert rig.transport.written.startswith(b"HTTP/1.1 431 ") is not is_served
     await rig.end()
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pdcoord.gateway import reading
-from pdcoord.gateway.reading import READERS_MAX, Readers
 from pdcoord.resume.continuation import Continuation, Finished, Unresumable, continue_stream
 from pdcoord.resume.tape import Shelf, Tape
+from pdcoord.wire import reading
+from pdcoord.wire.reading import READERS_MAX, Known, Readers
 
 PATH = "/v1/completions"
 
@@ -26,10 +26,10 @@ def tape(*, finish: str | None = None, **changes: object) -> Tape:
 
 async def test_a_text_that_nobody_counted_is_asked_about_until_it_was() -> None:
     made, readers = tape(), Readers()
-    found = await readers.read(PATH, made, context_tokens_max=100)
+    found = await readers.read(PATH, made, known=Known(100))
     assert isinstance(found.found, Continuation)
     assert json.loads(found.count_body or b"{}")["prompt"] == " a b"
-    assert (found.passed_bytes, found.context_tokens_max) == (len(made.passed), 100)
+    assert (found.passed_bytes, found.known) == (len(made.passed), Known(100))
     counted = await readers.read(PATH, made, counted_tokens=2)
     assert isinstance(counted.found, Continuation)
     assert json.loads(counted.found.body)["max_tokens"] == 7
