@@ -30,9 +30,12 @@ LOCAL = {
     "PDCOORD_CONTROL_PORT": "0",
     "PDCOORD_CONTROL_HOST": "127.0.0.1",
     "PDCOORD_HOST": "127.0.0.1",
+    "PDCOORD_ADMIN_HOST": "127.0.0.1",
     "PDCOORD_DRAIN_NOTICE_S": "0",
     "PDCOORD_RELOAD_INTERVAL_S": "3600",
 }
+# All certificates here are one.
+CERTIFICATES = re.compile("/etc/pdcoord/(control|front|internal)-tls")
 PLURALS = {"NetworkPolicy": "networkpolicies", "PoolPolicy": "poolpolicies"}
 
 
@@ -110,7 +113,9 @@ def coordinator_of(
     filled = {"metadata.name": "demo-0", "metadata.namespace": "llm"}
     for entry in container["env"]:
         value = entry.get("value") or filled[entry["valueFrom"]["fieldRef"]["fieldPath"]]
-        monkeypatch.setenv(entry["name"], LOCAL.get(entry["name"], value))
+        # The test asks the admin listener in clear.
+        if not entry["name"].startswith("PDCOORD_ADMIN_TLS_"):
+            monkeypatch.setenv(entry["name"], CERTIFICATES.sub(str(folder), LOCAL.get(entry["name"], value)))
     for name in ("PDCOORD_ADMIN_PORT", "PDCOORD_RELOAD_INTERVAL_S", "PDCOORD_HOST"):
         monkeypatch.setenv(name, LOCAL[name])
     for given in release.of("ConfigMap"):
@@ -123,18 +128,8 @@ def coordinator_of(
     if release.values["pd"]["enabled"]:
         monkeypatch.setenv("PDCOORD_CONTROL_KEY_FILE", str(key))
     private, chain = self_signed()
-    files = {"CERT_KEY_FILE": ("tls.key", private), "CERT_FILE": ("tls.crt", chain)}
-    if release.values["gateway"]["tls"]["secretName"]:
-        for name, (file, content) in (
-            ("KEY_FILE", files["CERT_KEY_FILE"]),
-            ("CERT_FILE", files["CERT_FILE"]),
-        ):
-            (folder / file).write_bytes(content)
-            monkeypatch.setenv(f"PDCOORD_TLS_{name}", str(folder / file))
-    if release.values["auth"]["controlTls"]["secretName"]:
-        for name, (file, content) in {**files, "CA_FILE": ("ca.crt", chain)}.items():
-            (folder / file).write_bytes(content)
-            monkeypatch.setenv(f"PDCOORD_CONTROL_{name}", str(folder / file))
+    for file, content in (("tls.key", private), ("tls.crt", chain), ("ca.crt", chain)):
+        (folder / file).write_bytes(content)
     if release.values["auth"]["planKeysSecret"]:
         (folder / "plan-keys").write_text(f"one:{'0f' * 32}\n")
         (folder / "plan-keys").chmod(0o440)
@@ -143,10 +138,11 @@ def coordinator_of(
         settings = load(GatewaySettings, {})
         return settings, GatewayFront(settings)
     environment = {entry["name"]: entry.get("value", "") for entry in container["env"]}
-    flags = read_flags(container["args"], environment)
+    arguments = [CERTIFICATES.sub(str(folder), argument) for argument in container["args"]]
+    flags = read_flags(arguments, environment)
     ports = {"grpc_port": 0, "grpc_health_port": 0, "metrics_port": 0}
     picked = load(ExtprocSettings, {**flags.settings, **ports})
-    return picked, ExtprocFront(picked, picked.credentials())
+    return picked, ExtprocFront(picked, picked.certificates())
 
 
 async def test_the_coordinator_finds_every_pool(

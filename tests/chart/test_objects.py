@@ -18,6 +18,7 @@ from sidecar.settings import parse
 from transfer.settings import settings_from_mapping
 
 LEASE_S = 30
+ENGINE_STOP_S = 10
 KEY_MODE = 0o440
 
 
@@ -94,13 +95,19 @@ def test_coordinators_take_their_settings(release: Any, monkeypatch: pytest.Monk
 
 def test_sidecars_take_their_flags_and_dial_every_coordinator(release: Any) -> None:
     is_pd = release.values["pd"]["enabled"]
+    is_tls = bool(release.values["auth"]["internalTls"]["secretName"])
     found = sidecars(release)
-    assert bool(found) == is_pd
-    for settings in found:
+    assert bool(found) == (is_pd or is_tls)
+    # Those that only end TLS hand nothing over, and have nobody to tell.
+    reporting = [settings for settings in found if settings.control]
+    assert bool(reporting) == is_pd
+    for settings in reporting:
         assert [str(target) for target in settings.control] == ["demo-pdcoord-control.llm.svc:9010"]
         assert settings.allow_from_control
         assert settings.transfer_deadline_ms < LEASE_S * 1000
+    for settings in found:
         assert settings.metrics_host == "0.0.0.0"
+        assert is_tls or settings.control
 
 
 def files_of(template: Mapping[str, Any], container: Mapping[str, Any]) -> dict[str, str]:
@@ -283,13 +290,42 @@ def test_engines_run_with_what_the_policy_says_of_them(release: Any, tmp_path: P
         )
 
 
+def drain_of(template: Mapping[str, Any]) -> float:
+    """How long the sidecar of such a pod drains; 0 without one."""
+    arguments = [
+        each["args"]
+        for each in template["spec"].get("initContainers", [])
+        if each["name"] == "pdcoord-sidecar"
+    ]
+    return parse(arguments[0], {}).drain_s if arguments else 0.0
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "sleep_s", "drain_s"),
+    [(None, 30, 30), (600, 555, 30), (60, 30, 15), (40, 21, 4), (30, 11, 4)],
+)
+def test_a_sidecar_ends_its_drain_before_its_pod_is_killed(
+    render: Any, changed: Any, grace_s: int | None, sleep_s: int, drain_s: float
+) -> None:
+    given = {} if grace_s is None else {"models.0.pools.1.terminationGracePeriodSeconds": grace_s}
+    found = [template["spec"] for _, template in render(changed(given)).templates() if drain_of(template)]
+    assert found
+    for spec in found:
+        sleep = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert (sleep, drain_of({"spec": spec})) == (sleep_s, drain_s)
+        # The engine is told behind the sleep, the sidecar once the engine has ended.
+        assert spec["terminationGracePeriodSeconds"] - sleep - drain_s >= ENGINE_STOP_S
+
+
 def test_an_engine_stays_for_as_long_as_its_kv_may_be_waited_for(release: Any) -> None:
     for _, template in release.templates():
         engine = template["spec"]["containers"][0]
         if engine["name"] != "engine" or "lifecycle" not in engine:
             continue
         grace_s = template["spec"]["terminationGracePeriodSeconds"]
-        assert grace_s > engine["lifecycle"]["preStop"]["sleep"]["seconds"] >= LEASE_S
+        sleep_s = engine["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert sleep_s >= LEASE_S
+        assert grace_s - sleep_s - drain_of(template) >= ENGINE_STOP_S
         assert engine["startupProbe"]["periodSeconds"] * engine["startupProbe"]["failureThreshold"] >= 1800
 
 
@@ -348,7 +384,9 @@ def references(node: Any) -> Iterator[tuple[str, str]]:
 def test_everything_that_is_named_is_there_or_was_named_by_the_values(release: Any) -> None:
     there = {(given["kind"], given["metadata"]["name"]) for given in release.objects}
     there |= {("Secret", release.values["auth"]["existingSecret"])}
-    there |= {("Secret", release.values["auth"]["controlTls"]["secretName"])}
+    there |= {
+        ("Secret", release.values["auth"][name]["secretName"]) for name in ("controlTls", "internalTls")
+    }
     keys = ("keysSecret", "adminKeySecret", "engineKeySecret", "planKeysSecret")
     there |= {("Secret", release.values["gateway"]["tls"]["secretName"])}
     there |= {("Secret", release.values["auth"][name]) for name in keys}

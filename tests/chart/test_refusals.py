@@ -191,7 +191,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"coordinator.env.PDCOORD_UPSTREAM_CA_FILE": "/a"},
-        'coordinator.env.PDCOORD_UPSTREAM_CA_FILE is "/a", but no volume of the pod has a certificate',
+        (
+            'coordinator.env.PDCOORD_UPSTREAM_CA_FILE is "/a", but the chart sets it: '
+            "set auth.internalTls.secretName"
+        ),
     ),
     (
         {"sidecar.args": ["--plan-keys-file=/a"]},
@@ -199,7 +202,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"sidecar.args": ["--tls-cert-file=/a"]},
-        'sidecar.args[0] is "--tls-cert-file=/a", but no volume of the pod has a certificate for that',
+        (
+            'sidecar.args[0] is "--tls-cert-file=/a", which the chart gives the process itself: '
+            "set auth.internalTls.secretName"
+        ),
+    ),
+    (
+        {"coordinator.env.PDCOORD_ADMIN_TLS_CLIENT_CA_FILE": "/a"},
+        (
+            'coordinator.env.PDCOORD_ADMIN_TLS_CLIENT_CA_FILE is "/a", but no volume of the pod has a '
+            "certificate for that"
+        ),
+    ),
+    (
+        {"gateway.mode": "envoy", "coordinator.env.PDCOORD_TLS_CERT_FILE": "/a"},
+        'PDCOORD_TLS_CERT_FILE is "/a", but the chart sets it: set auth.internalTls.secretName',
     ),
     (
         {**ATTACH, "gateway.tls.secretName": "front"},
@@ -266,8 +283,7 @@ def test_the_sidecars_flags_are_all_known(chart_folder: Path) -> None:
     (taken,) = names(chart_folder, "sidecarFlagsSet", r'"(--[a-z-]+)"')
     (free,) = names(chart_folder, "sidecarFlagsFree", r'"(--[a-z-]+)"')
     assert not taken & free
-    refused = {flag.name for flag in FLAGS if flag.name.startswith(("--tls-", "--upstream-"))}
-    assert taken | free | refused | {"--allow-any"} == {flag.name for flag in FLAGS}
+    assert taken | free | {"--allow-any"} == {flag.name for flag in FLAGS}
     assert all(flag.metavar for flag in FLAGS if flag.name in free), "no switches among them"
 
 
@@ -290,7 +306,7 @@ def test_the_coordinators_variables_are_all_known(
         found.append(always | (extproc if is_extproc else embedded))
     assert not found[0] & found[1]
     wanted = {f"PDCOORD_{name.upper()}" for name in kind.model_fields}
-    refused = ("PDCOORD_ADMIN_TLS_", "PDCOORD_TLS_CLIENT_", "PDCOORD_UPSTREAM_", "PDCOORD_CERT_PATH")
+    refused = ("PDCOORD_ADMIN_TLS_CLIENT_", "PDCOORD_TLS_CLIENT_", "PDCOORD_CERT_PATH")
     assert found[0] | found[1] == {name for name in wanted if not name.startswith(refused)}
 
 

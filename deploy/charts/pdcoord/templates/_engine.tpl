@@ -204,7 +204,7 @@ readinessProbe:
 # the engine is told to stop; the sidecar stops after it.
 lifecycle:
   preStop:
-    sleep: {seconds: {{ sub (int $pool.grace) 10 | max 1 }}}
+    sleep: {seconds: {{ int $pool.sleep }}}
 {{- end }}
 resources:
   {{- include "pdcoord.engineResources" . | nindent 2 }}
@@ -247,25 +247,39 @@ args:
   - --dialect={{ get (dict "pdcoord" "pdcoord" "sglang" "sglang") $pool.connector | default "nixlv2" }}
   - --metrics-host=0.0.0.0
   - --metrics-port=9400
+  {{- if $root.Values.auth.internalTls.secretName }}
+  - --tls-cert-file=/etc/pdcoord/internal-tls/tls.crt
+  - --tls-key-file=/etc/pdcoord/internal-tls/tls.key
+  - --tls-client-ca-file=/etc/pdcoord/internal-tls/ca.crt
+  - --upstream-ca-file=/etc/pdcoord/internal-tls/ca.crt
+  - --upstream-cert-file=/etc/pdcoord/internal-tls/tls.crt
+  - --upstream-cert-key-file=/etc/pdcoord/internal-tls/tls.key
+  - --upstream-tls-name={{ include "pdcoord.internalTlsName" $root }}
+  {{- end }}
+  {{- if $pool.hasControl }}
   - --control={{ include "pdcoord.controlName" $root }}.{{ $root.Release.Namespace }}.svc:9010
   - --control-key-file=/etc/pdcoord/keys/control
-  {{- if $root.Values.auth.controlTls.secretName }}
-  - --control-ca-file=/etc/pdcoord/control-tls/ca.crt
-  - --control-cert-file=/etc/pdcoord/control-tls/tls.crt
-  - --control-cert-key-file=/etc/pdcoord/control-tls/tls.key
+  {{- with include "pdcoord.controlTlsFolder" $root }}
+  - --control-ca-file={{ . }}/ca.crt
+  - --control-cert-file={{ . }}/tls.crt
+  - --control-cert-key-file={{ . }}/tls.key
   {{- end }}
   - --allow-from-control
+  {{- end }}
   {{- if $root.Values.auth.planKeysSecret }}
   - --plan-keys-file=/etc/pdcoord/plan-keys/plan-keys
   {{- end }}
-  {{- if eq $pool.connector "pdcoord" }}
+  {{- if and $pool.hasControl (eq $pool.connector "pdcoord") }}
   - --kv-agent=127.0.0.1:14579
   {{- if not $pool.isAdopted }}
   - --kv-key-file=/etc/pdcoord/keys/kv
   {{- end }}
   {{- end }}
+  {{- if $pool.hasControl }}
   - --transfer-deadline-ms={{ div (mul (int $root.Values.pd.leaseSeconds) 2000) 3 }}
-  - --drain-s={{ int $root.Values.sidecar.drainSeconds }}
+  {{- end }}
+  # Told after the engine has ended: no longer than what is left of the pod's time by then.
+  - --drain-s={{ int $pool.sidecarDrain }}
   - --log-level={{ $root.Values.sidecar.logLevel }}
   {{- range $root.Values.sidecar.args }}
   - {{ . | quote }}
@@ -275,15 +289,15 @@ ports:
   - {name: sidecar-metrics, containerPort: 9400}
 # Of the process alone: the engine starts when this one has succeeded.
 startupProbe:
-  httpGet: {path: /livez, port: sidecar-metrics}
+  httpGet: {path: /livez, port: sidecar-metrics, scheme: {{ include "pdcoord.serverScheme" $root | upper }}}
   periodSeconds: 1
   failureThreshold: 60
 livenessProbe:
-  httpGet: {path: /livez, port: sidecar-metrics}
+  httpGet: {path: /livez, port: sidecar-metrics, scheme: {{ include "pdcoord.serverScheme" $root | upper }}}
   periodSeconds: 10
   timeoutSeconds: 3
 readinessProbe:
-  httpGet: {path: /readyz, port: sidecar-metrics}
+  httpGet: {path: /readyz, port: sidecar-metrics, scheme: {{ include "pdcoord.serverScheme" $root | upper }}}
   periodSeconds: 3
   timeoutSeconds: 2
 resources:
@@ -297,9 +311,14 @@ securityContext:
   runAsGroup: 0
   {{- end }}
 volumeMounts:
+  {{- if $pool.hasControl }}
   - {name: {{ ternary "pdcoord-keys" "keys" $pool.isAdopted }}, mountPath: /etc/pdcoord/keys, readOnly: true}
   {{- if $root.Values.auth.controlTls.secretName }}
   - {name: pdcoord-control-tls, mountPath: /etc/pdcoord/control-tls, readOnly: true}
+  {{- end }}
+  {{- end }}
+  {{- with include "pdcoord.internalTlsMount" $root }}
+  {{- . | nindent 2 }}
   {{- end }}
   {{- if $root.Values.auth.planKeysSecret }}
   - {name: pdcoord-plan-keys, mountPath: /etc/pdcoord/plan-keys, readOnly: true}
@@ -356,13 +375,17 @@ volumes:
   - name: connector
     emptyDir: {sizeLimit: 512Mi}
   {{- end }}
-  {{- if or $hasSidecar (eq $pool.connector "pdcoord") }}
+  {{- $hasControl := and $pool.hasControl (not .isWorker) }}
+  {{- if or $hasControl (eq $pool.connector "pdcoord") }}
   - name: keys
     secret:
       secretName: {{ include "pdcoord.secretName" $root | quote }}
       defaultMode: 0440
   {{- end }}
-  {{- with and $hasSidecar (include "pdcoord.controlTlsVolume" $root) }}
+  {{- with and $hasControl (include "pdcoord.controlTlsVolume" $root) }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  {{- with and $hasSidecar (include "pdcoord.internalTlsVolume" $root) }}
   {{- . | nindent 2 }}
   {{- end }}
   {{- with and $hasSidecar (include "pdcoord.planKeysVolume" $root) }}
@@ -396,19 +419,24 @@ spec:
         {{- include "pdcoord.engineLabels" . | nindent 8 }}
       annotations:
         {{- include "pdcoord.engineAnnotations" . | nindent 8 }}
-    {{- if $root.Values.pd.enabled }}
+    {{- if or $root.Values.pd.enabled $pool.hasSidecar }}
     spec:
       terminationGracePeriodSeconds: {{ int $pool.grace }}
       {{- if $pool.hasSidecar }}
       initContainers:
         - {{- include "pdcoord.sidecarContainer" . | nindent 10 }}
       volumes:
+        {{- if $pool.hasControl }}
         - name: pdcoord-keys
           secret:
             secretName: {{ include "pdcoord.secretName" $root | quote }}
             defaultMode: 0440
             items: [{key: control, path: control}]
         {{- with include "pdcoord.controlTlsVolume" $root }}
+        {{- . | nindent 8 }}
+        {{- end }}
+        {{- end }}
+        {{- with include "pdcoord.internalTlsVolume" $root }}
         {{- . | nindent 8 }}
         {{- end }}
         {{- with include "pdcoord.planKeysVolume" $root }}

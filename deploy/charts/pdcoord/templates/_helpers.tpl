@@ -54,20 +54,9 @@ What the coordinator lets in by, and is let in by, where the values name it: a l
 {{- end }}
 {{- end -}}
 
-{{/* How the coordinator's own port is spoken to. */}}
+{{/* How clients speak to this release. */}}
 {{- define "pdcoord.frontScheme" -}}
 {{- ternary "https" "http" (and (eq .Values.gateway.mode "embedded") (ne .Values.gateway.tls.secretName "")) -}}
-{{- end -}}
-
-{{/* Certificates of the control stream, where the values name them; an entry of a pod's volumes. */}}
-{{- define "pdcoord.controlTlsVolume" -}}
-{{- with .Values.auth.controlTls.secretName -}}
-- name: pdcoord-control-tls
-  secret:
-    secretName: {{ . | quote }}
-    defaultMode: 0440
-    items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}, {key: ca.crt, path: ca.crt}]
-{{- end }}
 {{- end -}}
 
 {{- define "pdcoord.serviceAccountName" -}}

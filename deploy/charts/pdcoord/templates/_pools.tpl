@@ -64,7 +64,9 @@ what its vendor gives and it does not say itself. Everything else in this chart 
 {{- if and (eq $engine "sglang") (not (dig "repository" "" (default dict $pool.image))) -}}
   {{- $image = merge (dict "repository" "lmsysorg/sglang" "tag" "v0.5.23") $image -}}
 {{- end -}}
-{{- $hasSidecar := and $isPd (ne $role "prefill") -}}
+{{- /* Those that decode tell coordinators and hand over; with TLS between parts all pods have one, which ends it. */ -}}
+{{- $hasControl := and $isPd (ne $role "prefill") -}}
+{{- $hasSidecar := or $hasControl (ne $root.Values.auth.internalTls.secretName "") -}}
 {{- $isAdopted := hasKey $pool "existing" -}}
 {{- $existing := default dict $pool.existing -}}
 {{- $enginePort := ternary 8200 8000 $hasSidecar -}}
@@ -76,7 +78,14 @@ what its vendor gives and it does not say itself. Everything else in this chart 
 {{- /* Where a patch has something to say: a sidecar, a port that is not the default, a label for the Gateway. */ -}}
 {{- $isEntry := and (ne $role "prefill") (eq $root.Values.gateway.mode "attach") -}}
 {{- $isPatched := and $root.Values.adopt.patches $existing.deployment (or $hasSidecar $isEntry (ne $enginePort 8000)) | not | not -}}
-{{- $grace := int (default (add (max (int $root.Values.pd.leaseSeconds) (int $root.Values.sidecar.drainSeconds)) 15) $pool.terminationGracePeriodSeconds) -}}
+{{- /* A pod's end: calls end and KV is fetched, the engine stops (10 s), then a native sidecar is told, drains, and
+closes (5 s). Where the time that is given is too short for all, the sidecar's part gives way, down to 4 s. */ -}}
+{{- $wait := max (int $root.Values.pd.leaseSeconds) (int $root.Values.sidecar.drainSeconds) -}}
+{{- $drain := int (ternary $root.Values.sidecar.drainSeconds 0 $hasSidecar) -}}
+{{- $stop := ternary 15 10 $hasSidecar -}}
+{{- $grace := int (default (add $wait 15 $drain) $pool.terminationGracePeriodSeconds) -}}
+{{- $drain = min $drain (max 4 (sub (sub $grace $wait) $stop)) -}}
+{{- $sleep := max 1 (sub (sub $grace $stop) $drain) -}}
 {{- dict
     "path" .path
     "name" $pool.name
@@ -95,11 +104,14 @@ what its vendor gives and it does not say itself. Everything else in this chart 
     "speed" $speed
     "image" $image
     "hasSidecar" $hasSidecar
+    "hasControl" $hasControl
     "isAdopted" $isAdopted
     "isPatched" $isPatched
     "enginePort" $enginePort
     "sidecarPort" $sidecarPort
     "grace" $grace
+    "sleep" $sleep
+    "sidecarDrain" $drain
     "model" $model
     "pool" $pool
   | toJson -}}
@@ -168,6 +180,11 @@ pdcoord.io/pool: {{ .pool.name | quote }}
 {{- else -}}
   {{- printf "llm-d.ai/inference-serving=true,app.kubernetes.io/instance=%s" .Release.Name -}}
 {{- end -}}
+{{- end -}}
+
+{{/* "true" where some server has a sidecar. */}}
+{{- define "pdcoord.hasSidecars" -}}
+{{- if or .Values.pd.enabled .Values.auth.internalTls.secretName -}}true{{- end -}}
 {{- end -}}
 
 {{/* "true" where this chart creates servers itself. */}}

@@ -17,6 +17,13 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
     "--control-cert-file" "auth.controlTls.secretName"
     "--control-cert-key-file" "auth.controlTls.secretName"
     "--allow-from-control" ""
+    "--tls-cert-file" "auth.internalTls.secretName"
+    "--tls-key-file" "auth.internalTls.secretName"
+    "--tls-client-ca-file" "auth.internalTls.secretName"
+    "--upstream-ca-file" "auth.internalTls.secretName"
+    "--upstream-cert-file" "auth.internalTls.secretName"
+    "--upstream-cert-key-file" "auth.internalTls.secretName"
+    "--upstream-tls-name" "auth.internalTls.serverName"
     "--plan-keys-file" "auth.planKeysSecret"
     "--kv-agent" "models[].pools[].connector"
     "--transfer-deadline-ms" "pd.leaseSeconds"
@@ -67,8 +74,12 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
     "PDCOORD_CONTROL_CA_FILE" "auth.controlTls.secretName"
     "PDCOORD_KEYS_FILE" "auth.keysSecret"
     "PDCOORD_PLAN_KEYS_FILE" "auth.planKeysSecret"
-    "PDCOORD_TLS_CERT_FILE" "gateway.tls.secretName"
-    "PDCOORD_TLS_KEY_FILE" "gateway.tls.secretName"
+    "PDCOORD_ADMIN_TLS_CERT_FILE" "auth.internalTls.secretName"
+    "PDCOORD_ADMIN_TLS_KEY_FILE" "auth.internalTls.secretName"
+    "PDCOORD_UPSTREAM_CA_FILE" "auth.internalTls.secretName"
+    "PDCOORD_UPSTREAM_CERT_FILE" "auth.internalTls.secretName"
+    "PDCOORD_UPSTREAM_CERT_KEY_FILE" "auth.internalTls.secretName"
+    "PDCOORD_UPSTREAM_TLS_NAME" "auth.internalTls.serverName"
     "PDCOORD_ADMIN_KEY_FILE" "auth.adminKeySecret"
     "PDCOORD_ENGINE_KEY_FILE" "auth.engineKeySecret"
     "PDCOORD_REPLICA" ""
@@ -76,19 +87,19 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
     "PDCOORD_DRAIN_NOTICE_S" "coordinator.drainNoticeSeconds"
     "PDCOORD_DRAIN_S" "coordinator.drainSeconds" -}}
 {{- if eq (include "pdcoord.isExtproc" .) "true" -}}
-  {{- $set = merge $set (dict "PDCOORD_GRPC_PORT" "" "PDCOORD_GRPC_HEALTH_PORT" "" "PDCOORD_METRICS_PORT" "" "PDCOORD_SECURE_SERVING" "gateway.extproc.secureServing") -}}
+  {{- $set = merge $set (dict "PDCOORD_GRPC_PORT" "" "PDCOORD_GRPC_HEALTH_PORT" "" "PDCOORD_METRICS_PORT" "" "PDCOORD_SECURE_SERVING" "gateway.extproc.secureServing" "PDCOORD_GRPC_CLIENT_CA_FILE" "auth.internalTls.secretName" "PDCOORD_TLS_CERT_FILE" "auth.internalTls.secretName" "PDCOORD_TLS_KEY_FILE" "auth.internalTls.secretName") -}}
 {{- else -}}
-  {{- $set = merge $set (dict "PDCOORD_HOST" "" "PDCOORD_PORT" "gateway.service.port") -}}
+  {{- $set = merge $set (dict "PDCOORD_HOST" "" "PDCOORD_PORT" "gateway.service.port" "PDCOORD_TLS_CERT_FILE" "gateway.tls.secretName" "PDCOORD_TLS_KEY_FILE" "gateway.tls.secretName") -}}
 {{- end -}}
 {{- $set | toJson -}}
 {{- end -}}
 
 {{- define "pdcoord.variablesFree" -}}
-{{- $free := list "PDCOORD_ADMIN_HOST" "PDCOORD_ADMIN_PORT" "PDCOORD_CONNECT_TIMEOUT_S" "PDCOORD_SCRAPE_INTERVAL_S" "PDCOORD_SCRAPE_DEADLINE_S" "PDCOORD_SCRAPE_BACKOFF_S_MAX" "PDCOORD_SCRAPE_CONCURRENT_MAX" "PDCOORD_PATHS_INTERVAL_S" "PDCOORD_TOKENIZER_THREADS" "PDCOORD_TOKENIZER_CACHE_BYTES_MAX" "PDCOORD_RELOAD_INTERVAL_S" "PDCOORD_DECISIONS_MAX" "PDCOORD_BODY_BYTES_MAX" "PDCOORD_BODY_TIMEOUT_S" "PDCOORD_REQUEST_DEADLINE_S" -}}
+{{- $free := list "PDCOORD_ADMIN_HOST" "PDCOORD_ADMIN_PORT" "PDCOORD_CONNECT_TIMEOUT_S" "PDCOORD_SCRAPE_INTERVAL_S" "PDCOORD_SCRAPE_DEADLINE_S" "PDCOORD_SCRAPE_BACKOFF_S_MAX" "PDCOORD_SCRAPE_CONCURRENT_MAX" "PDCOORD_PATHS_INTERVAL_S" "PDCOORD_TOKENIZER_THREADS" "PDCOORD_TOKENIZER_CACHE_BYTES_MAX" "PDCOORD_RELOAD_INTERVAL_S" "PDCOORD_DECISIONS_MAX" "PDCOORD_BODY_BYTES_MAX" "PDCOORD_BODIES_BYTES_MAX" "PDCOORD_BODY_TIMEOUT_S" "PDCOORD_REQUEST_DEADLINE_S" -}}
 {{- if eq (include "pdcoord.isExtproc" .) "true" -}}
   {{- $free = concat $free (list "PDCOORD_HOST" "PDCOORD_FALLBACKS_MAX" "PDCOORD_CONFORMANCE" "PDCOORD_PASS_PATHS" "PDCOORD_STREAMS_MAX") -}}
 {{- else -}}
-  {{- $free = concat $free (list "PDCOORD_BODIES_BYTES_MAX" "PDCOORD_HEAD_TIMEOUT_S" "PDCOORD_ANSWER_TIMEOUT_S" "PDCOORD_STREAM_IDLE_S" "PDCOORD_RESUME_BYTES_MAX") -}}
+  {{- $free = concat $free (list "PDCOORD_HEAD_TIMEOUT_S" "PDCOORD_ANSWER_TIMEOUT_S" "PDCOORD_STREAM_IDLE_S" "PDCOORD_RESUME_BYTES_MAX") -}}
 {{- end -}}
 {{- $free | toJson -}}
 {{- end -}}
@@ -154,11 +165,6 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
     {{- fail (printf "sidecar.args[%d] is %q: coordinators name the targets (--allow-from-control), and with connector pdcoord the sidecar would not start; leave it out, or name further targets by --allow" $i $word) -}}
   {{- end -}}
 {{- end -}}
-{{- range $i, $word := $v.sidecar.args -}}
-  {{- if regexMatch "^--(tls|upstream)-" $word -}}
-    {{- fail (printf "sidecar.args[%d] is %q, but no volume of the pod has a certificate for that: leave it out, and encrypt what is between pods by the network" $i $word) -}}
-  {{- end -}}
-{{- end -}}
 {{- $free := include "pdcoord.sidecarFlagsFree" . | fromJsonArray -}}
 {{- include "pdcoord.validateFlags" (dict "at" "sidecar.args" "args" $v.sidecar.args "process" "pdcoord-sidecar" "set" $set "free" $free "switches" list) -}}
 {{- $args := $v.gateway.extproc.args -}}
@@ -167,7 +173,7 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
 {{- end -}}
 {{- range $i, $word := $args -}}
   {{- if regexMatch "^--?cert-path(=|$)" $word -}}
-    {{- fail (printf "gateway.extproc.args[%d] is %q, but no volume of the pod has a certificate: leave it out, and the process makes one" $i $word) -}}
+    {{- fail (printf "gateway.extproc.args[%d] is %q, but no volume of the pod has a certificate: leave it out, and the process makes one; with gateway.mode envoy set auth.internalTls.secretName" $i $word) -}}
   {{- end -}}
 {{- end -}}
 {{- $set = include "pdcoord.extprocFlagsSet" . | fromJson -}}
@@ -184,10 +190,10 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
     {{- fail (printf "%s, but the chart sets it: %s" $here (include "pdcoord.instead" (index $set (upper $name)))) -}}
   {{- end -}}
   {{- if eq (upper $name) "PDCOORD_CERT_PATH" -}}
-    {{- fail (printf "%s, but no volume of the pod has a certificate: leave it out, and the process makes one" $here) -}}
+    {{- fail (printf "%s, but no volume of the pod has a certificate: leave it out, and the process makes one; with gateway.mode envoy set auth.internalTls.secretName" $here) -}}
   {{- end -}}
-  {{- if regexMatch "^PDCOORD_(ADMIN_TLS|TLS_CLIENT|UPSTREAM)_" (upper $name) -}}
-    {{- fail (printf "%s, but no volume of the pod has a certificate for that: leave it out, and encrypt what is between pods by the network" $here) -}}
+  {{- if regexMatch "^PDCOORD_(ADMIN_)?TLS_CLIENT_" (upper $name) -}}
+    {{- fail (printf "%s, but no volume of the pod has a certificate for that: leave it out, and have clients known by auth.keysSecret and auth.adminKeySecret" $here) -}}
   {{- end -}}
   {{- if and (hasPrefix "PDCOORD_" (upper $name)) (not (has (upper $name) $free)) -}}
     {{- fail (printf "%s, which no setting is named like with gateway.mode %s: give some of %s, or leave it out" $here $.Values.gateway.mode ($free | sortAlpha | join ", ")) -}}
@@ -227,18 +233,8 @@ tests/chart/test_refusals.py holds the lists against the processes' own. Each re
 {{- if and $v.gateway.tls.secretName (ne $v.gateway.mode "embedded") -}}
   {{- fail (printf "gateway.tls.secretName is %q but gateway.mode is %s, where the coordinator has no front door: give the certificate to the Gateway, or leave it out" $v.gateway.tls.secretName $v.gateway.mode) -}}
 {{- end -}}
-{{- if not $v.auth.adminKeySecret -}}
-  {{- range $name, $value := $v.coordinator.env -}}
-    {{- if and (eq (upper $name) "PDCOORD_ADMIN_HOST") (not (regexMatch "^(127\\..*|::1|localhost)$" $value)) -}}
-      {{- fail (printf "coordinator.env.%s is %q, where anybody may ask the admin listener, and the process would not start: set auth.adminKeySecret" $name $value) -}}
-    {{- end -}}
-  {{- end -}}
-  {{- range $i, $word := $v.gateway.extproc.args -}}
-    {{- $value := ternary (default "" (index $v.gateway.extproc.args (min (add $i 1) (sub (len $v.gateway.extproc.args) 1)))) (last (splitList "=" $word)) (not (contains "=" $word)) -}}
-    {{- if and (regexMatch "^--?admin-host(=|$)" $word) (not (regexMatch "^(127\\..*|::1|localhost)$" $value)) -}}
-      {{- fail (printf "gateway.extproc.args[%d] gives --admin-host %q, where anybody may ask the admin listener, and the process would not start: set auth.adminKeySecret" $i $value) -}}
-    {{- end -}}
-  {{- end -}}
+{{- with and (not $v.auth.adminKeySecret) (include "pdcoord.adminOpen" .) -}}
+  {{- fail (printf "%s, where anybody may ask the admin listener, and the process would not start: set auth.adminKeySecret" .) -}}
 {{- end -}}
 {{- end -}}
 

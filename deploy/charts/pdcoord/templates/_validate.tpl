@@ -51,6 +51,7 @@ value, and what to give instead. Renders nothing.
 {{- include "pdcoord.validateTransfer" . -}}
 {{- include "pdcoord.validateReach" . -}}
 {{- include "pdcoord.validateAccess" . -}}
+{{- include "pdcoord.validateTls" . -}}
 {{- end -}}
 
 {{- define "pdcoord.validateCoordinator" -}}
@@ -201,7 +202,8 @@ value, and what to give instead. Renders nothing.
         {{- fail (printf "%s.existing is set but adopt.enabled is false: set adopt.enabled, or leave existing out to have the servers created" $at) -}}
       {{- end -}}
       {{- range $key, $value := $pool.existing.matchLabels -}}{{- $_ := set $keys $key true -}}{{- end -}}
-      {{- if and $v.pd.enabled $v.adopt.patches (ne $pool.role "prefill") (not $pool.existing.deployment) -}}
+      {{- $hasSidecar := or (and $v.pd.enabled (ne $pool.role "prefill")) $v.auth.internalTls.secretName -}}
+      {{- if and $hasSidecar $v.adopt.patches (not $pool.existing.deployment) -}}
         {{- fail (printf "%s.existing.deployment is not set: the patch that puts the sidecar in needs its name; set it, or adopt.patches: false" $at) -}}
       {{- end -}}
       {{- if eq (int (default 8000 $pool.existing.port)) (int (default 8001 $pool.existing.sidecarPort)) -}}
