@@ -23,6 +23,8 @@ ANSWER_S = 20.0
 _SPEED = {"prefill_base_ms": 3, "prefill_ms_per_token": 0.02, "step_base_ms": STEP_MS}
 _HEAD = {"apiVersion": "pdcoord.io/v1alpha1"}
 LOOPBACK = "127.0.0.1"
+_UCX = {"UCX_TLS": "tcp,self", "NIXL_LOG_LEVEL": "WARN"}
+"""Hosts that are namespaces still share memory, and UCX would find out: KV goes through their cables."""
 
 
 def hosts_of(part: str) -> str:
@@ -35,14 +37,14 @@ def lay_out(
     hosts: Mapping[str, str] | None = None,
     prefixes: Mapping[str, Sequence[str]] | None = None,
     *,
-    has_bytes: bool = False,
+    kv_backend: str | None = None,
 ) -> list[Part]:
     """Write the fleet and the policy into `folder`; every part, in the order to start them.
 
     Args:
         hosts: address of each pod; all on loopback if not given.
         prefixes: what precedes the commands of a pod.
-        has_bytes: engines keep real KV and hand it over by TCP.
+        kv_backend: what engines hand real KV over with; without one they have none.
     """
     hosts, prefixes = hosts or {}, prefixes or {}
     pods = (*PREFILLS, *DECODES)
@@ -56,7 +58,7 @@ def lay_out(
             "host": host,
             "port": port,
             "side_channel_port": side,
-            **({"kv_port": kv, "kv_always": True} if has_bytes else {}),
+            **({"kv_port": kv, "kv_always": True, "kv_backend": kv_backend} if kv_backend else {}),
             "layout": {"block_tokens": 16},
             "kv_blocks": 4_096,
             "context_tokens_max": 8_192,
@@ -71,12 +73,13 @@ def lay_out(
     fleet = {"kind": "EmulatedFleet", "seed": SEED, "model": MODEL, "engines": specs}
     (folder / "fleet.yaml").write_text(json.dumps({**_HEAD, **fleet}))
     parts = []
-    for name, (host, port, _, _) in engines.items():
+    for name, (host, port, *side_ports) in engines.items():
         address = format_host_port(host, port)
         command = ["pdcoord", "emulate", str(folder / "fleet.yaml"), "--engine", name]
         prefix = prefixes.get(name, ())
         ready = (address, "/health")
-        parts.append(Part(name, name.partition("-")[0], command, address, ready, address, prefix=prefix))
+        kind, env = name.partition("-")[0], _UCX if kv_backend == "nixl" else {}
+        parts.append(Part(name, kind, command, address, ready, address, env, prefix, tuple(side_ports)))
     parts += [_sidecar(name, engines, next(ports), next(ports), prefixes) for name in DECODES]
     served = [part.address for part in parts if part.kind in {"prefill", "sidecar"}]
     policy = _policy(served[: len(PREFILLS)], served[len(PREFILLS) :])

@@ -6,6 +6,7 @@ import re
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from benchmarks.chaos.programs import Part, Programs, Use, use_of
 
@@ -14,6 +15,7 @@ _FILES_MORE_MAX = 10
 """Connections that wait to be used again: two gateways ask each part for its metrics and its health, and
 transfer agents keep one to each peer."""
 _ROUNDS = 5
+_PAUSE_S = 0.5
 _THREADS_MORE_MAX = 2
 _GAUGES = {
     "gateway": (
@@ -43,8 +45,10 @@ async def counts_of(programs: Programs, part: Part) -> dict[str, float]:
     if status != 200:
         return {f"/emulator/state answers {status}": 1}
     state = json.loads(raw)
-    blocks = state["blocks"]
+    blocks, kv = state["blocks"], state["kv"] or {"staging_used_bytes": 0, "wrong": 0}
     return {
+        "staged bytes of KV": kv["staging_used_bytes"],
+        "arrivals of wrong KV": kv["wrong"],
         "requests": sum(state["requests"].values()),
         "leases": len(state["leases"]),
         "fetches": len(state["fetches"]),
@@ -52,6 +56,17 @@ async def counts_of(programs: Programs, part: Part) -> dict[str, float]:
         "pinned blocks": blocks["pinned"],
         "blocks taken": blocks["total"] - blocks["available"],
     }
+
+
+async def kv_of(programs: Programs) -> list[dict[str, Any]]:
+    """What each engine that answers tells of the real KV that it handed over or loaded."""
+    found = []
+    for part in programs.parts.values():
+        if part.kind in {"prefill", "decode"}:
+            status, raw = await programs.get(part.admin, "/emulator/state")
+            if status == 200 and (kv := json.loads(raw)["kv"]) is not None:
+                found.append(kv)
+    return found
 
 
 async def left_behind(programs: Programs, before: dict[str, Use]) -> list[str]:
@@ -63,11 +78,12 @@ async def left_behind(programs: Programs, before: dict[str, Use]) -> list[str]:
     rounds: deque[dict[str, str]] = deque(maxlen=_ROUNDS)
     while True:
         rounds.append(await _now(programs, before))
-        if not rounds[-1]:
+        lasting = [line for what, line in rounds[-1].items() if all(what in each for each in rounds)]
+        if not rounds[-1] or (len(rounds) == _ROUNDS and not lasting):
             return []
         if time.monotonic() > deadline_s:
-            return [line for what, line in rounds[-1].items() if all(what in each for each in rounds)]
-        await asyncio.sleep(0.5)
+            return lasting
+        await asyncio.sleep(_PAUSE_S)
 
 
 async def _now(programs: Programs, before: dict[str, Use]) -> dict[str, str]:

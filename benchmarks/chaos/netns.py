@@ -3,36 +3,71 @@
 import asyncio
 import contextlib
 import os
+import re
+import signal
 import socket
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
-_SUBNET = "10.77.0"
+from benchmarks.chaos.hop import Fate, carried, ports_of, tap
+
+_SUBNETS = 512
+"""Of 198.18.0.0/15, which RFC 2544 keeps for tests of networks; one for each run at a time."""
 _NOWHERE = "02:00:00:00:00:01"
 """A hardware address that nobody has: what is sent to it is lost without a word."""
 _RATE = "400kbit"
-_DELAY_MS = 60
 _ETH_ALL, _TCP = 0x0003, 6
 _SYN, _RST, _ACK = 0x02, 0x04, 0x10
 _FRAME_BYTES = 65_536
+_SPACES, _LINKS = Path("/run/netns"), Path("/sys/class/net")
 
 
 class NoNetworkError(Exception):
     """Namespaces cannot be had here; the message says why."""
 
 
-def _ip(*words: str) -> None:
-    """Run ip(8).
+def _ip(*words: str) -> str:
+    """Run ip(8); what it printed.
 
     Raises:
         NoNetworkError: with what it says, if it fails.
     """
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise NoNetworkError("ip(8) is not installed") from error
     if done.returncode:
         raise NoNetworkError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _try_ip(*words: str) -> None:
+    with contextlib.suppress(NoNetworkError):
+        _ip(*words)
+
+
+def remove_forgotten() -> None:
+    """Remove what runs that were killed have left: their namespaces, who lives there, and bridges."""
+    names = [each.name for folder in (_SPACES, _LINKS) if folder.exists() for each in folder.iterdir()]
+    for name in names:
+        owner = re.fullmatch(r"pdc(\d+)([nbh])\d*", name)
+        if owner is None or Path(f"/proc/{owner[1]}").exists():
+            continue
+        if owner[2] != "n":
+            _try_ip("link", "del", name)
+            continue
+        for pid in _lives_in(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        _try_ip("netns", "del", name)
+
+
+def _lives_in(space: str) -> Iterator[int]:
+    with contextlib.suppress(NoNetworkError):
+        yield from map(int, _ip("netns", "pids", space).split())
 
 
 class Hosts:
@@ -41,15 +76,15 @@ class Hosts:
     Attributes:
         addresses: IPv4 address of each pod.
         prefixes: what precedes a pod's commands.
-        has_netem: whether this kernel can delay packets.
     """
 
     def __init__(self, pods: Sequence[str]) -> None:
-        self._tag = f"pdc{os.getpid() % 100_000}"
+        self._tag = f"pdc{os.getpid()}"
         self._index = {pod: index for index, pod in enumerate(pods)}
-        self.addresses = {pod: f"{_SUBNET}.{index + 1}" for pod, index in self._index.items()}
+        high, low = divmod(os.getpid() % _SUBNETS, 256)
+        self._subnet = f"198.{18 + high}.{low}"
+        self.addresses = {pod: f"{self._subnet}.{index + 1}" for pod, index in self._index.items()}
         self.prefixes = {pod: ("ip", "netns", "exec", self._space(pod)) for pod in pods}
-        self.has_netem = False
 
     def _space(self, pod: str) -> str:
         return f"{self._tag}n{self._index[pod]}"
@@ -62,9 +97,10 @@ class Hosts:
         if os.geteuid() != 0:
             raise NoNetworkError("network namespaces need root")
         bridge = f"{self._tag}b"
+        remove_forgotten()
         try:
             _ip("link", "add", bridge, "type", "bridge")
-            _ip("addr", "add", f"{_SUBNET}.254/24", "dev", bridge)
+            _ip("addr", "add", f"{self._subnet}.254/24", "dev", bridge)
             _ip("link", "set", bridge, "up")
             for pod, address in self.addresses.items():
                 space, port = self._space(pod), self._port(pod)
@@ -74,28 +110,21 @@ class Hosts:
                 _ip("-n", space, "link", "set", "lo", "up")
                 _ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
                 _ip("-n", space, "link", "set", "eth0", "up")
-        except (NoNetworkError, FileNotFoundError) as error:
+        except BaseException:
             self.__exit__()
-            raise NoNetworkError(str(error)) from error
-        self.has_netem = self._has_netem()
+            raise
         return self
 
-    def _has_netem(self) -> bool:
-        pod = next(iter(self._index))
-        try:
-            _ip("netns", "exec", self._space(pod), "tc", "qdisc", "replace", "dev", "lo", "root", "netem")
-        except NoNetworkError:
-            return False
-        _ip("netns", "exec", self._space(pod), "tc", "qdisc", "del", "dev", "lo", "root")
-        return True
-
     def __exit__(self, *_: object) -> None:
-        for pod in self._index:
-            for words in (("netns", "del", self._space(pod)), ("link", "del", self._port(pod))):
-                with contextlib.suppress(NoNetworkError, FileNotFoundError):
-                    _ip(*words)
-        with contextlib.suppress(NoNetworkError, FileNotFoundError):
-            _ip("link", "del", f"{self._tag}b")
+        for pod, index in self._index.items():
+            _try_ip("netns", "del", self._space(pod))
+            _try_ip("link", "del", self._port(pod))
+            _try_ip("link", "del", f"{self._tag}h{index}")
+        _try_ip("link", "del", f"{self._tag}b")
+
+    def pids(self) -> list[int]:
+        """Processes that live on these hosts."""
+        return [pid for pod in self._index for pid in _lives_in(self._space(pod))]
 
     # What goes wrong. Each is undone by its counterpart.
 
@@ -114,19 +143,34 @@ class Hosts:
 
     def slow(self, pod: str, *, is_on: bool) -> None:
         """Let a pod send 400 kbit/s, which delays what waits for its turn."""
-        self._shape(pod, ("tbf", "rate", _RATE, "burst", "8kbit", "latency", "2s") if is_on else ())
+        shape = ("tbf", "rate", _RATE, "burst", "8kbit", "latency", "2s") if is_on else ()
+        where = ("tc", "qdisc", "replace" if is_on else "del", "dev", "eth0", "root")
+        _ip("netns", "exec", self._space(pod), *where, *shape)
 
-    def delay(self, pod: str, *, is_on: bool) -> None:
-        """Have what a pod sends arrive late, and not evenly so."""
-        self._shape(pod, ("netem", "delay", f"{_DELAY_MS}ms", f"{_DELAY_MS // 2}ms") if is_on else ())
+    @contextlib.asynccontextmanager
+    async def hop(self, pod: str, fate: Fate) -> AsyncIterator[None]:
+        """Lay a pod's cable through this process, which decides on each frame, both ways."""
+        index = self._index[pod]
+        near, far, middle = (f"{self._tag}{letter}{index}" for letter in "tuh")
+        port, bridge = self._port(pod), f"{self._tag}b"
+        with tap(near) as near_device, tap(far) as far_device, carried(near_device, far_device, fate):
+            try:
+                _ip("link", "add", middle, "type", "bridge")
+                _ip("link", "set", middle, "up")
+                _ip("link", "set", near, "master", middle, "up")
+                _ip("link", "set", far, "master", bridge, "up")
+                _ip("link", "set", port, "master", middle)
+                yield
+            finally:
+                _ip("link", "set", port, "master", bridge)
+                _try_ip("link", "del", middle)
 
-    def _shape(self, pod: str, discipline: Sequence[str]) -> None:
-        verb = "replace" if discipline else "del"
-        where = ("tc", "qdisc", verb, "dev", "eth0", "root", *discipline)
-        _ip("netns", "exec", self._space(pod), *where)
+    async def reset(self, pod: str, seconds: float, ports: Collection[int] = ()) -> int:
+        """Reset each connection over which a pod sends something in this time, at both ends; how many.
 
-    async def reset(self, pod: str, seconds: float) -> int:
-        """Reset each connection over which a pod sends something in this time, at both ends; how many."""
+        Args:
+            ports: only connections that have one of these at an end; all if there are none.
+        """
         loop = asyncio.get_running_loop()
         struck: set[tuple[bytes, bytes]] = set()
         pods = {socket.inet_aton(address): each for each, address in self.addresses.items()}
@@ -135,11 +179,14 @@ class Hosts:
             raw.setblocking(False)
 
             def on_frame() -> None:
-                with contextlib.suppress(BlockingIOError):
+                # Nothing waits, or a cable is out.
+                with contextlib.suppress(OSError):
                     frame, (_, _, direction, *_) = raw.recvfrom(_FRAME_BYTES)
                     if direction == socket.PACKET_OUTGOING:
                         return
                     flow = (frame[26:34], frame[34:38])
+                    if ports and not set(ports).intersection(ports_of(frame) or ()):
+                        return
                     if flow not in struck and (resets := resets_for(frame)) is not None:
                         struck.add(flow)
                         raw.send(resets[0])
@@ -161,7 +208,7 @@ def resets_for(frame: bytes) -> tuple[bytes, bytes] | None:
     that whom it reaches expects. That is what the segment acknowledges, and the number behind what it
     carries. Plain IPv4 over Ethernet without tags.
     """
-    if len(frame) < 54 or frame[12:14] != b"\x08\x00" or frame[14] != 0x45 or frame[23] != _TCP:
+    if ports_of(frame) is None:
         return None
     if not frame[47] & _ACK or frame[47] & (_RST | _SYN):
         return None
@@ -195,8 +242,3 @@ def _checksum(data: bytes) -> int:
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return 0xFFFF ^ total
-
-
-def is_allowed() -> bool:
-    """Whether there is anything to try: root, and ip(8)."""
-    return os.geteuid() == 0 and any((Path(each) / "ip").exists() for each in os.get_exec_path())

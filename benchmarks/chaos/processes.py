@@ -5,19 +5,22 @@ import json
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.chaos.clients import Clients, Verdicts
 from benchmarks.chaos.fleet import GATEWAYS, lay_out
-from benchmarks.chaos.leftovers import left_behind, strays
+from benchmarks.chaos.leftovers import kv_of, left_behind, strays
 from benchmarks.chaos.netns import Hosts
 from benchmarks.chaos.programs import ChaosError, Programs, Use, use_of
 from benchmarks.chaos.trouble import Trouble
 from pdcoord.protocol.headers import HostPort
 from pdcoord.wire.client import Client
+from transfer.errors import FailureKind
 
 FAULTS = 180
 """As many as half an hour has at one each ten seconds."""
@@ -25,6 +28,25 @@ CLIENTS = 10
 _GAP_S = 1.0
 _CALM_S = 3.0
 _PROGRESS_S = 15.0
+_NO_LINE_DOES_THIS = (
+    FailureKind.NOT_AUTHENTICATED,
+    FailureKind.VERSION_MISMATCH,
+    FailureKind.IMPOSSIBLE_LAYOUT,
+    FailureKind.WRONG_NONCE,
+    FailureKind.WRONG_PROMPT,
+    FailureKind.PACK_FAILED,
+    FailureKind.UNPACK_FAILED,
+    FailureKind.MALFORMED,
+    FailureKind.NOT_A_CONSUMER,
+)
+"""Ends of transfers that are a fault of ours wherever they are seen."""
+
+
+class Network(NamedTuple):
+    """Hosts for the pods, and what their engines hand real KV over with."""
+
+    hosts: Hosts
+    kv_backend: str
 
 
 @dataclass
@@ -49,12 +71,13 @@ class Site:
         return [*self.trouble.failures, *self.clients.verdicts.wrong, *found, *strays(self.folder)]
 
 
-async def start(stack: AsyncExitStack, folder: Path, seed: int, hosts: Hosts | None = None) -> Site:
+async def start(stack: AsyncExitStack, folder: Path, seed: int, network: Network | None = None) -> Site:
     """Start the fleet and wait until both gateways serve."""
     client = await stack.enter_async_context(Client())
-    parts = lay_out(folder)
-    if hosts is not None:
-        parts = lay_out(folder, hosts.addresses, hosts.prefixes, has_bytes=True)
+    hosts, parts = None, lay_out(folder)
+    if network is not None:
+        hosts, kv_backend = network
+        parts = lay_out(folder, hosts.addresses, hosts.prefixes, kv_backend=kv_backend)
     programs = await stack.enter_async_context(Programs(folder, parts, client))
     for kinds in ({"prefill", "decode"}, {"sidecar"}, {"gateway"}):
         names = [part.name for part in programs.parts.values() if part.kind in kinds]
@@ -129,23 +152,43 @@ def report(verdicts: Verdicts, trouble: Trouble, resumed: dict[str, float]) -> I
         yield f"  added latency of a resumed token at the client: p50 {p50:.0f} ms, p99 {p99:.0f} ms"
 
 
+async def kv_report(programs: Programs, kv_backend: str) -> tuple[str, list[str]]:
+    """A line on the real KV that engines loaded since each was started, and what is wrong with it."""
+    told = await kv_of(programs)
+    failures = sum((Counter(each["load_failures"]) for each in told), Counter())
+    loads, failed = sum(each["loads"] for each in told), failures.total()
+    line = f"  KV over {kv_backend}  {loads - failed} loaded, {failed} failed"
+    if failures:
+        line += ": " + ", ".join(f"{kind} {n}" for kind, n in failures.most_common())
+    wrong = [f"KV went over {each['transport']}" for each in told if each["transport"] != kv_backend]
+    ends = failures + sum((Counter(each["offer_failures"]) for each in told), Counter())
+    wrong += [f"{ends[kind]} transfers ended with {kind}" for kind in _NO_LINE_DOES_THIS if ends[kind]]
+    return line, wrong if loads > failed else [*wrong, f"no KV was loaded over {kv_backend}"]
+
+
 async def run_on(
-    seed: int, fault_count: int, client_count: int, folder: Path, hosts: Hosts | None = None
+    seed: int, fault_count: int, client_count: int, folder: Path, network: Network | None = None
 ) -> bool:
     """One run on a fleet of its own, printed; whether all was well."""
     async with AsyncExitStack() as stack:
         try:
-            site = await start(stack, folder, seed, hosts)
+            site = await start(stack, folder, seed, network)
         except ChaosError as error:
             print(f"FAILED {error}")
             return False
         async with asyncio.TaskGroup() as group:
             for index in range(client_count):
                 group.create_task(site.clients.run(seed * 1_000 + index))
+            keeping = group.create_task(site.trouble.keep_running())
             await run_faults(site, fault_count, seed)
             found = await site.settle()
+            keeping.cancel()
         for line in report(site.clients.verdicts, site.trouble, resumed_ids(site.programs)):
             print(line)
+        if network is not None:
+            line, wrong = await kv_report(site.programs, network.kv_backend)
+            print(line)
+            found += wrong
     for each in found[:40]:
         print(f"FAILED {each}")
     return not found

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
 
-from pdcoord.protocol.headers import HostPort
+from pdcoord.protocol.headers import HostPort, parse_host_port
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import WireError
 
@@ -33,6 +33,7 @@ class Part:
         ready: where and on which path it answers 200 once it runs.
         admin: where its metrics are, and an engine's state.
         prefix: words before the command, such as those that enter a network namespace.
+        side_ports: of an engine: its own side channel and its transfer agent's.
     """
 
     name: str
@@ -43,6 +44,13 @@ class Part:
     admin: HostPort
     env: Mapping[str, str] = field(default_factory=dict)
     prefix: Sequence[str] = ()
+    side_ports: tuple[int, ...] = ()
+
+    @property
+    def ports(self) -> frozenset[int]:
+        """All that it listens at, but for what its KV goes through."""
+        named = (self.address, self.ready[0], self.admin)
+        return frozenset([*self.side_ports, *(parse_host_port(each)[1] for each in named)])
 
 
 class Programs:

@@ -1,9 +1,10 @@
 """Steady load with a kill now and then: does anything grow. `python -m benchmarks.chaos.soak --minutes N`.
 
-Draws memory, sockets, threads, requests and leases of every process over time into a PNG. A figure is flat
-if, after a warm-up of a quarter of its life, the line through its samples rises over the rest by no more than
-twice their spread about it, or by a floor for its kind (memory: 8 MiB or 3 % of its mean). A process that was
-killed begins anew, warm-up included; one that lived too short to tell is left out.
+Prints the fleet's memory, sockets, threads, tasks, requests and leases as it goes, and draws those of every
+process over time into a PNG. A figure is flat if, after a warm-up of a quarter of its life, the line through
+its samples rises over the rest by no more than twice their spread about it, or by a floor for its kind
+(memory: 8 MiB or 3 % of its mean). A process that was killed begins anew, warm-up included; one that lived
+too short to tell is left out. Leases are those of engines, which in turn do not tell their tasks.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.chaos.leftovers import counts_of
+from benchmarks.chaos.leftovers import counts_of, gauge
 from benchmarks.chaos.processes import Site, report, resumed_ids, start
-from benchmarks.chaos.programs import use_of
+from benchmarks.chaos.programs import Part, Programs, use_of
 from benchmarks.chaos.trouble import Fault
 
 MINUTES = 15.0
@@ -32,7 +33,14 @@ _KILLS_PER_MINUTE = 1.0
 _WARM_SHARE = 0.25
 _LEVEL_S_MIN = 60.0
 _PROGRESS_S = 30.0
-_FLOORS = {"rss_bytes": 8 << 20, "sockets": 8.0, "threads": 2.0, "requests": 8.0, "leases": 8.0}
+_FLOORS = {
+    "rss_bytes": 8 << 20,
+    "sockets": 8.0,
+    "threads": 2.0,
+    "tasks": 16.0,
+    "requests": 8.0,
+    "leases": 8.0,
+}
 _RSS_SHARE = 0.03
 _STEADY = ("gateway-1", "decode-2", "decode-2-sidecar", "prefill-1")
 """Never killed, so that some of each kind live through the whole run."""
@@ -71,6 +79,20 @@ class Watch:
         self._site = site
         self._begun_s = time.monotonic()
         self.series: dict[tuple[str, int, str], Series] = {}
+        self.kills_s: list[float] = []
+
+    def killed(self) -> None:
+        """Remember when, for the plot."""
+        self.kills_s.append(time.monotonic() - self._begun_s)
+
+    def now(self) -> str:
+        """The last figures of the processes that run, each added up."""
+        programs, totals = self._site.programs, dict.fromkeys(_FLOORS, 0.0)
+        for (name, pid, figure), series in self.series.items():
+            if programs.is_running(name) and programs.pid(name) == pid:
+                totals[figure] += series.points[-1][1]
+        memory = f"RSS {totals.pop('rss_bytes') / 2**20:.0f} MiB"
+        return ", ".join([memory, *(f"{figure} {total:.0f}" for figure, total in totals.items())])
 
     async def run(self) -> None:
         while True:
@@ -89,11 +111,7 @@ class Watch:
             "sockets": use.sockets,
             "threads": use.threads,
         }
-        counts = await counts_of(programs, part)
-        if "leases" in counts:
-            values |= {"requests": counts["requests"], "leases": counts["leases"]}
-        else:
-            values["requests"] = counts.get(f"pdcoord_{part.kind}_in_flight", 0.0)
+        values |= await _told(programs, part)
         now_s = time.monotonic() - self._begun_s
         for figure, value in values.items():
             series = self.series.setdefault((name, pid, figure), Series(figure))
@@ -114,8 +132,8 @@ class Watch:
             )
             yield told, rise <= allowed
 
-    def draw(self, path: Path) -> None:
-        """One plot for each figure, one line for each process."""
+    def draw(self, path: Path, title: str) -> None:
+        """One plot for each figure, one line for each life of a process, a dotted one for each kill."""
         import matplotlib as mpl  # noqa: PLC0415  # takes a second, and only this needs it
 
         mpl.use("Agg")
@@ -136,14 +154,31 @@ class Watch:
             axis.set_ylabel("RSS, MiB" if figure == "rss_bytes" else figure)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
+            for kill_s in self.kills_s:
+                axis.axvline(kill_s / 60, color="0.4", lw=0.8, ls=":")
         axes[0].legend(fontsize=7, ncol=4, loc="lower right")
+        axes[0].set_title(title, fontsize=9)
         axes[-1].set_xlabel("minutes")
         image.tight_layout()
         image.savefig(path, dpi=110)
         plt.close(image)
 
 
-async def _kill_now_and_then(site: Site, rng: random.Random, seconds: float) -> None:
+async def _told(programs: Programs, part: Part) -> dict[str, float]:
+    """What a part says of itself; nothing where it does not answer."""
+    if part.kind not in {"gateway", "sidecar"}:
+        counts = await counts_of(programs, part)
+        return {figure: counts[figure] for figure in ("requests", "leases") if figure in counts}
+    status, page = await programs.get(part.admin, "/metrics")
+    if status != 200:
+        return {}
+    names = {"requests": "in_flight", "tasks": "tasks"}
+    values = {figure: gauge(page, f"pdcoord_{part.kind}_{name}") for figure, name in names.items()}
+    assert None not in values.values(), f"{part.name} does not tell all of {', '.join(names.values())}"
+    return {figure: value for figure, value in values.items() if value is not None}
+
+
+async def _kill_now_and_then(site: Site, watch: Watch, rng: random.Random, seconds: float) -> None:
     names = [name for name in site.programs.parts if name not in _STEADY]
     end_s = time.monotonic() + seconds
     told_s = time.monotonic()
@@ -154,12 +189,14 @@ async def _kill_now_and_then(site: Site, rng: random.Random, seconds: float) -> 
         # None near the end: what is measured last is to be calm.
         if next_s <= now_s < end_s - _PROGRESS_S:
             next_s = now_s + rng.uniform(0.6, 1.4) * 60 / _KILLS_PER_MINUTE
+            watch.killed()
             await site.trouble.strike(Fault("kill", rng.choice(names), 1.0, 0))
         if now_s - told_s > _PROGRESS_S:
             told_s = now_s
             verdicts = site.clients.verdicts
             left_s = max(0.0, end_s - now_s)
-            print(f"  {left_s:.0f} s left, {verdicts.asked} calls, {len(verdicts.wrong)} wrong", flush=True)
+            calls = f"{verdicts.asked} calls, {len(verdicts.wrong)} wrong"
+            print(f"  {left_s:5.0f} s left: {calls}; all processes: {watch.now()}", flush=True)
 
 
 async def _run(seed: int, minutes: float, folder: Path, picture: Path) -> bool:
@@ -170,15 +207,17 @@ async def _run(seed: int, minutes: float, folder: Path, picture: Path) -> bool:
             watching = group.create_task(watch.run())
             for index in range(CLIENTS):
                 group.create_task(site.clients.run(seed * 1_000 + index, _PAUSE_S))
-            await _kill_now_and_then(site, random.Random(seed), minutes * 60)
+            await _kill_now_and_then(site, watch, random.Random(seed), minutes * 60)
             watching.cancel()
             found = await site.settle()
         for line in report(site.clients.verdicts, site.trouble, resumed_ids(site.programs)):
             print(line)
     verdicts = list(watch.verdicts())
+    print("  of each process: the last value, and the rise over the last three quarters of its life")
     for told, is_flat in verdicts:
         print(f"  {'flat ' if is_flat else 'GROWS'} {told}")
-    watch.draw(picture)
+    asked, wrong = site.clients.verdicts.asked, len(site.clients.verdicts.wrong)
+    watch.draw(picture, f"{asked} calls, {wrong} wrong; dotted: a kill, after which a line begins anew")
     print(f"  plot: {picture}")
     for each in found[:40]:
         print(f"FAILED {each}")

@@ -1,6 +1,7 @@
 """What is done to the fleet: faults from a seed, spread so that it can serve, each made good again."""
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from benchmarks.chaos.fleet import DECODES, GATEWAYS
+from benchmarks.chaos.lines import HOP_KINDS, LINE_KINDS, Lines
 from benchmarks.chaos.netns import Hosts
 from benchmarks.chaos.programs import ChaosError, Programs
 from pdcoord.protocol.headers import HostPort
@@ -17,6 +18,8 @@ from pdcoord.protocol.headers import HostPort
 ENGINES = ("prefill", "decode")
 _ALL = ("prefill", "decode", "sidecar", "gateway")
 _END_S_MAX = 20.0
+_LOOK_S = 0.2
+_ENDED_BY_UCX = "Fatal: unexpected error: Endpoint timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +61,6 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "lost_ticket": ("prefill",),
     "expired_lease": ("prefill",),
 }
-LINE_KINDS: dict[str, tuple[str, ...]] = {
-    "cut": ("prefill", "decode"),
-    "lose-kv-questions": ("prefill",),
-    "lose-kv-answers": ("prefill",),
-    "lose-all-answers": ("decode",),
-    "slow-line": ("prefill", "decode"),
-    "late-line": ("prefill", "decode"),
-    "reset-line": ("prefill", "decode"),
-}
-"""What goes wrong between hosts. KV questions go from decode to prefill pods, over the side channel."""
 _WEIGHTS = {"kill": 6, "stop": 4, "terminate": 3, "reset": 2, "stall": 2, "crawl": 2}
 _LEFT_MIN = {"prefill": 1, "decode": 1, "sidecar": 1, "gateway": 1}
 
@@ -83,19 +76,17 @@ class Trouble:
     def __init__(self, programs: Programs, rng: random.Random, hosts: Hosts | None = None) -> None:
         self._programs = programs
         self._rng = rng
-        self._hosts = hosts
+        self._lines: Lines | None = None
         self._kinds = dict(_KINDS)
         self._weights = _WEIGHTS
         if hosts is not None:
-            self._kinds = {
-                kind: LINE_KINDS[kind] for kind in LINE_KINDS if hosts.has_netem or "late" not in kind
-            }
-            self._weights = dict.fromkeys(self._kinds, 2)
+            self._lines = Lines(hosts, programs.parts)
+            self._kinds = dict(self._lines.kinds)
+            self._weights = dict.fromkeys(self._kinds, 2) | {"kill": 4, "stop": 3}
             self._kinds |= {"kill": _ALL, "stop": ("prefill", "decode", "sidecar")}
         self._struck: set[str] = set()
         self._lost_s: dict[HostPort, float] = {}
         self.counts: Counter[str] = Counter()
-        self.connections_reset = 0
         self.failures: list[str] = []
 
     def draw(self) -> Fault | None:
@@ -126,6 +117,11 @@ class Trouble:
                 return False
         return True
 
+    @property
+    def connections_reset(self) -> int:
+        """How many, between hosts."""
+        return 0 if self._lines is None else self._lines.connections_reset
+
     def hold(self, name: str) -> None:
         """Take a part for struck: nothing else befalls it, and others of its kind are spared the more."""
         self._struck.add(name)
@@ -146,6 +142,15 @@ class Trouble:
         finally:
             self._struck.discard(fault.target)
 
+    async def keep_running(self) -> None:
+        """Start engines again that UCX has ended, as whoever runs pods would; see docs/transfer.md."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for name, part in self._programs.parts.items():
+                is_down = not self.is_struck(name) and not self._programs.is_running(name)
+                if is_down and part.kind in ENGINES and _ENDED_BY_UCX in self._programs.log_tail(name, 80):
+                    await self.strike(Fault("ended-by-ucx", name, 0.0, 0))
+
     def _note_lost(self, name: str) -> None:
         part = self._programs.parts[name]
         if part.kind == "gateway":
@@ -158,6 +163,16 @@ class Trouble:
             await self._programs.until_ready(fault.target)
         except ChaosError as error:
             self.failures.append(str(error))
+        if self._programs.parts[fault.target].kind == "gateway":
+            await self._until_serving(fault.target)
+
+    async def _until_serving(self, gateway: str) -> None:
+        """Wait until a Service would send somebody there; it need not come, for lack of others."""
+        address = self._programs.parts[gateway].address
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_S_MAX):
+                while (await self._programs.get(address, "/readyz"))[0] != 200:  # noqa: ASYNC110  # of a process
+                    await asyncio.sleep(_LOOK_S)
 
     async def _kill(self, fault: Fault) -> None:
         self._programs.signal(fault.target, signal.SIGKILL)
@@ -183,30 +198,8 @@ class Trouble:
         await self._revive(fault)
 
     async def _disturb(self, fault: Fault) -> None:
-        """Something between hosts; what is lost is lost between this pod and every pod of the other role."""
-        hosts, pod = self._hosts, fault.target
-        assert hosts is not None, "there are no hosts"
-        if fault.kind == "reset-line":
-            self.connections_reset += await hosts.reset(pod, fault.seconds)
-            return
-        lost = {
-            "lose-kv-questions": [(each, pod) for each in DECODES],
-            "lose-kv-answers": [(pod, each) for each in DECODES],
-            "lose-all-answers": [(pod, each) for each in GATEWAYS],
-        }.get(fault.kind, [])
-        deeds = {"cut": hosts.cut, "slow-line": hosts.slow, "late-line": hosts.delay}
-
-        def do(*, is_on: bool) -> None:
-            for source, target in lost:
-                hosts.lose(source, target, is_on=is_on)
-            if fault.kind in deeds:
-                deeds[fault.kind](pod, is_on=is_on)
-
-        do(is_on=True)
-        try:
-            await asyncio.sleep(fault.seconds)
-        finally:
-            do(is_on=False)
+        assert self._lines is not None, "there are no hosts"
+        await self._lines.disturb(fault.kind, fault.target, fault.seconds)
 
     async def _switch(self, fault: Fault) -> None:
         part = self._programs.parts[fault.target]
@@ -222,5 +215,6 @@ _DEEDS: dict[str, Callable[[Trouble, Fault], Awaitable[None]]] = {
     "kill": Trouble._kill,  # noqa: SLF001  # its own table
     "stop": Trouble._stop,  # noqa: SLF001
     "terminate": Trouble._terminate,  # noqa: SLF001
-    **dict.fromkeys(LINE_KINDS, Trouble._disturb),  # noqa: SLF001
+    "ended-by-ucx": Trouble._revive,  # noqa: SLF001
+    **dict.fromkeys(LINE_KINDS | HOP_KINDS, Trouble._disturb),  # noqa: SLF001
 }

@@ -119,11 +119,11 @@ def own(command: str) -> Path:
 
 
 @contextmanager
-def sidecar(folder: Path, prefill: str, decode: str) -> Iterator[str]:
+def sidecar(folder: Path, prefill: str, kv_port: int, decode: str) -> Iterator[str]:
     port, metrics_port = free_ports(2)
     command = [
         *(own("pdcoord-sidecar"), "--host", HOST, "--port", str(port), "--engine", decode),
-        *("--allow", prefill, "--metrics-port", str(metrics_port), "--log-level", "error"),
+        *("--allow", f"{prefill}/{kv_port}", "--metrics-port", str(metrics_port), "--log-level", "error"),
     ]
     with running("sidecar", command, folder) as started:
         wait_ready(started, f"{HOST}:{metrics_port}", "/readyz")
@@ -162,5 +162,5 @@ def emulated(folder: Path) -> Iterator[Pair]:
             command = [own("pdcoord"), "emulate", path, "--engine", name]
             started = stack.enter_context(running(name, command, folder))
             wait_ready(started, address, "/health")
-        address = stack.enter_context(sidecar(folder, prefill, decode))
+        address = stack.enter_context(sidecar(folder, prefill, prefill_side, decode))
         yield Pair(MODEL, prefill, decode, address, prefill_side, "vllm:nixl_xfer_time_seconds_sum")

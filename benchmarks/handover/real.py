@@ -63,7 +63,7 @@ def vllm(folder: Path) -> Iterator[Pair]:
             engines.append(stack.enter_context(running(name, command, folder, {**os.environ, **ENVIRONMENT})))
         for started, address in zip(engines, (prefill, decode), strict=True):
             wait_ready(started, address, "/health")
-        address = stack.enter_context(sidecar(folder, prefill, decode))
+        address = stack.enter_context(sidecar(folder, prefill, ports[2], decode))
         yield Pair(MODEL, prefill, decode, address, ports[2], "vllm:pdcoord_load_seconds_sum")
 
 

@@ -241,13 +241,16 @@ def boot_id(root: Path = Path("/")) -> str:
 def transport_text(tables: tuple[ReadTable, ...], worker: str, *, is_same_host: bool) -> str | None:
     """What carries a worker's large reads from peers of this host or of others; None if UCX has not told.
 
-    Where UCX chose differently for several peers of a kind, all lanes are named.
+    Where UCX chose differently for several peers of a kind, all lanes are named. A peer of this host that
+    shares no memory and no network interface with the worker, as one in another pod, is on another to UCX.
     """
     # UCX cuts a worker's name (UCP_ENTITY_NAME_MAX is 32); reads within a process count as of its host.
-    scopes = {"self", "intra-node"} if is_same_host else {"inter-node"}
-    fitting = [table for table in tables if worker.startswith(table.worker) and table.scope in scopes]
-    lanes = dict.fromkeys(lane for table in fitting for lane in table.lanes)
-    return " ".join(lanes) or None
+    near, far = frozenset({"self", "intra-node"}), frozenset({"inter-node"})
+    for scopes in (near, far) if is_same_host else (far,):
+        fitting = [table for table in tables if worker.startswith(table.worker) and table.scope in scopes]
+        if lanes := dict.fromkeys(lane for table in fitting for lane in table.lanes):
+            return " ".join(lanes)
+    return None
 
 
 def is_tcp(transport: str) -> bool:

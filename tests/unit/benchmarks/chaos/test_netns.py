@@ -19,7 +19,7 @@ def segment(flags: int, *, protocol: int = 6, ack: int = 7_000) -> bytes:
 
 
 def folded(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total

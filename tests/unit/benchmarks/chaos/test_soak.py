@@ -36,5 +36,10 @@ def test_leases_that_pile_up_are_found() -> None:
     assert not is_flat(series("leases", 0.05, noise=1.0))
 
 
+def test_tasks_that_nobody_ends_are_found() -> None:
+    assert is_flat(series("tasks", 0.0, noise=10.0, start=20.0))
+    assert not is_flat(series("tasks", 0.05, noise=10.0, start=20.0))
+
+
 def test_a_short_life_tells_nothing() -> None:
     assert Series("threads", [(t * 2.0, 5.0) for t in range(20)]).rise() is None

@@ -61,6 +61,10 @@ def test_the_transport_is_that_of_the_peers_kind() -> None:
     assert transport_text(tables, "R", is_same_host=True) == "cma/memory"
     assert transport_text(tables, "R", is_same_host=False) == "rc_mlx5/mlx5_0:1 rc_mlx5/mlx5_1:1"
     assert transport_text(tables, "another", is_same_host=True) is None
+    apart = tuple(table for table in tables if table.scope == "inter-node")
+    assert transport_text(apart, "R", is_same_host=True) == "rc_mlx5/mlx5_0:1 rc_mlx5/mlx5_1:1"
+    near = tuple(table for table in tables if table.scope != "inter-node")
+    assert transport_text(near, "R", is_same_host=False) is None
 
 
 @pytest.mark.parametrize(
