@@ -1,7 +1,7 @@
 """Whether two greedy answers to one prompt are one model's: equal, but for what rounding may do."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -65,21 +65,30 @@ def compare(alone: GreedyAnswer, split: GreedyAnswer, tolerance: float) -> Findi
     chosen: that is a tie where both engines give both tokens a logprob within `tolerance` (in nats) of their
     own choice. From the first differing token on the contexts differ and nothing is compared. Before it the
     logprobs of equal tokens must be as near as that. An answer without logprobs must be equal throughout.
+    The detail of one that passed says how far apart it was, so that a tolerance can be chosen by it.
     """
-    if not alone.tokens or not split.tokens:
+    # Two kinds of engines may name tokens in two ways: one by number, the other by text.
+    if not alone.tokens or not split.tokens or type(alone.tokens[0]) is not type(split.tokens[0]):
         is_same = alone.text == split.text
         return Finding(CanaryOutcome.PASSED) if is_same else Finding(CanaryOutcome.TOKENS, "the texts differ")
+    most = ""
+    largest = 0.0
     for place, (one, other) in enumerate(zip(alone.tokens, split.tokens, strict=False)):
         if one != other:
-            return _judge_difference(alone, split, place, tolerance)
+            found = _judge_difference(alone, split, place, tolerance)
+            return replace(found, detail=f"{found.detail}; {most}") if most else found
         apart = _logprobs_apart(alone, split, place)
-        if apart is not None and not apart <= tolerance:
+        if apart is None:
+            continue
+        if not apart <= tolerance:
             detail = f"logprobs of equal tokens are {apart:.3g} apart, more than {tolerance:g}"
             return Finding(CanaryOutcome.LOGPROBS, detail, place)
+        largest = max(largest, apart)
+        most = f"logprobs at most {largest:.3g} apart"
     if len(alone.tokens) != len(split.tokens):
         place = min(len(alone.tokens), len(split.tokens))
         return Finding(CanaryOutcome.TOKENS, f"{len(split.tokens)} tokens for {len(alone.tokens)}", place)
-    return Finding(CanaryOutcome.PASSED)
+    return Finding(CanaryOutcome.PASSED, most)
 
 
 def _judge_difference(alone: GreedyAnswer, split: GreedyAnswer, place: int, tolerance: float) -> Finding:

@@ -225,6 +225,8 @@ def _body(order: CanaryOrder, prompt: str) -> dict[str, object]:
         "ignore_eos": True,
         "logprobs": TOP_LOGPROBS,
         "return_token_ids": True,
+        # Else alternatives go by their text, which several tokens share where a token is part of a character.
+        "return_tokens_as_token_ids": True,
         "stream": False,
     }
 

@@ -343,11 +343,19 @@ class Launcher:
         for engine in engines:
             wait_for_start(engine, engine.process, "/health", ENGINE_START_S)
 
-    def serve(self, command: Sequence[str | Path], ready: Http, folder: Path) -> None:
+    def serve(self, command: Sequence[str | Path], ready: Http, folder: Path) -> Process:
         """Start a process of our own and wait until it is ready."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PDCOORD_")}
         process = self.processes.start(Path(command[0]).name, command, folder, environment)
         wait_for_start(ready, process, "/readyz", START_S)
+        return process
+
+    def make_model(self, folder: Path, *seed: int) -> Path:
+        """Write the tiny model to a folder that is not there yet; with a seed, one of other weights."""
+        own = [word for each in seed for word in ("--seed", str(each))]
+        command = [self.python, "-P", HERE / "tiny_model.py", folder, *own]
+        subprocess.run(command, check=True, env=self.environment, capture_output=True, timeout=ENGINE_START_S)
+        return folder
 
     def ports(self, count: int) -> list[Http]:
         return [Http(port) for port in free_ports(count)]
@@ -359,9 +367,9 @@ def launcher(engine_python: Path, processes: Processes, tmp_path_factory: pytest
     inherited = {name: value for name, value in os.environ.items() if name not in hidden}
     environment = inherited | ENGINE_ENVIRONMENT
     model = tmp_path_factory.mktemp("model") / "model"
-    make = [engine_python, "-P", HERE / "tiny_model.py", model]
-    subprocess.run(make, check=True, env=environment, capture_output=True, timeout=ENGINE_START_S)
-    return Launcher(engine_python, model, environment, processes)
+    launcher = Launcher(engine_python, model, environment, processes)
+    launcher.make_model(model)
+    return launcher
 
 
 @pytest.fixture(scope="session")

@@ -43,12 +43,15 @@ class Spec:
     dtype: str
     block_tokens: int
     ranks: int = 1
+    seed: int | None = None
+    """Of other weights than all the others have."""
 
 
 SPECS = {
     "bf16-128": Spec("bfloat16", 128),
     "bf16-128-b": Spec("bfloat16", 128),
     "bf16-32": Spec("bfloat16", 32),
+    "bf16-32-others": Spec("bfloat16", 32, seed=3),
     "fp16-128": Spec("float16", 128),
     "fp32-32": Spec("float32", 32),
     "fp32-64": Spec("float32", 64),
@@ -146,6 +149,8 @@ class Servers:
             # 16384 tokens are enough.
             *("--num-gpu-blocks-override", str(16_384 // spec.block_tokens)),
         ]
+        if spec.seed is not None:
+            flags += ["--model", str(self.launcher.make_model(self.folder / name, spec.seed))]
         return Server(self.launcher.begin(name, flags, {"PYTHONPATH": str(ROOT)}, self.folder), kv_port)
 
 

@@ -48,6 +48,10 @@ class Stream:
 
 
 Call = Callable[[OpenAI, Stream], None]
+# Shown, so that the text says all tokens, and goes on from where it is.
+ENDLESS = {"ignore_eos": True, "skip_special_tokens": False}
+# A token is a byte; of random ones most text is no character, and is generated anew.
+LETTERS = {"allowed_token_ids": [*b"abcdefghijklmnopqrstuvwxyz ."]}
 
 
 def completion(client: OpenAI, into: Stream, **more: Any) -> None:
@@ -56,7 +60,7 @@ def completion(client: OpenAI, into: Stream, **more: Any) -> None:
         prompt=into.rendered,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True} | more,
+        extra_body=ENDLESS | more,
     )
     for chunk in events:
         into.take(chunk, chunk.choices[0].text if chunk.choices else "")
@@ -73,7 +77,7 @@ def chat(client: OpenAI, into: Stream, **more: Any) -> None:
         messages=[{"role": "user", "content": said}],
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True} | more,
+        extra_body=ENDLESS | LETTERS | more,
     )
     for chunk in events:
         into.take(chunk, chunk.choices[0].delta.content if chunk.choices else "")

@@ -58,6 +58,15 @@ def test_a_token_that_the_other_engine_does_not_list_is_no_tie() -> None:
     assert compare(answer("a"), answer("b"), TOLERANCE).outcome is CanaryOutcome.TOKENS
 
 
+def test_what_passed_says_how_far_apart_it_was() -> None:
+    alone, split = answer("abc", -0.1, -0.2, -0.3), answer("abc", -0.2, -0.45, -0.4)
+    assert compare(alone, split, TOLERANCE).detail == "logprobs at most 0.25 apart"
+    alone = answer("ab", -0.1, -0.7, tops=({"a": -0.1}, {"b": -0.7, "x": -0.8}))
+    split = answer("ax", -0.3, -0.6, tops=({"a": -0.3}, {"x": -0.6, "b": -0.8}))
+    found = compare(alone, split, TOLERANCE)
+    assert found.detail == "a tie: 0.1 and 0.2 apart, within 0.5; logprobs at most 0.2 apart"
+
+
 def test_a_shorter_answer_is_another_one() -> None:
     found = compare(answer("abc"), answer("ab"), TOLERANCE)
     assert (found.outcome, found.position) == (CanaryOutcome.TOKENS, 2)
@@ -68,6 +77,12 @@ def test_without_tokens_texts_are_compared() -> None:
     assert compare(alone, GreedyAnswer(text="one"), TOLERANCE).outcome is CanaryOutcome.PASSED
     assert compare(alone, GreedyAnswer(text="two"), TOLERANCE).outcome is CanaryOutcome.TOKENS
     assert compare(alone, answer("one"), TOLERANCE).outcome is CanaryOutcome.PASSED
+
+
+def test_where_tokens_are_numbers_in_one_answer_only_texts_are_compared() -> None:
+    alone = GreedyAnswer(tokens=("o", "ne"), text="one")
+    assert compare(alone, GreedyAnswer(tokens=(7, 8), text="one"), TOLERANCE).outcome is CanaryOutcome.PASSED
+    assert compare(alone, GreedyAnswer(tokens=(7, 8), text="two"), TOLERANCE).outcome is CanaryOutcome.TOKENS
 
 
 def test_only_what_failed_is_a_failure() -> None:

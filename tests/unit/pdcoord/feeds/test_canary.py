@@ -158,6 +158,8 @@ async def test_the_reference_comes_first_and_neither_may_find_the_other_in_a_cac
     assert alone.pop("cache_salt") != split.pop("cache_salt")
     assert alone == split
     assert (alone["temperature"], alone["max_tokens"], alone["ignore_eos"]) == (0, 16, True)
+    # By their text several tokens may have one name.
+    assert (alone["return_token_ids"], alone["return_tokens_as_token_ids"]) == (True, True)
     assert decode_plan(alone_headers[b"x-pdcoord-plan"]).prefills == ()
     plan = decode_plan(split_headers[b"x-pdcoord-plan"])
     (target,) = plan.prefills
