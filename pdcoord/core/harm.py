@@ -1,7 +1,8 @@
-"""What a prefill does to others: the time that it costs them, and how many it pushes past their objectives.
+"""What a request does to others: the time that it costs them, and how many it pushes past their objectives.
 
 Without it everybody flees from a queue to where the prompt must be computed once more, which makes all queues
-longer: each request helps itself at the price of several others.
+longer, and to wherever a first token comes soonest, which fills the pools of those: each request helps itself
+at the price of several others.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ more slowly than it is written. Found in the simulator, as STREAM_WEIGHT."""
 QUEUE_WEIGHT = 3.0
 """Of those who come behind: more than stand there now, as what makes a queue does not end with it. Found in
 the simulator, too."""
+ROOM_WEIGHT = 30.0
+"""Requests that will do without the KV that this one takes of a full pool: those who come for as long as its
+prefix stays there, not those who wait now. Found in the simulator; 10 to 100 differ little."""
 TYPICAL_S_MIN = 0.001
 """No prefill takes less than its launch, so that nothing is divided by next to zero."""
 SLACK_SHARE_MIN = 0.1
@@ -49,6 +53,31 @@ def others_s(prefill_s: float, at: Surroundings, typical_prefill_s: float) -> fl
     """
     behind = QUEUE_WEIGHT * at.queue_s / max(typical_prefill_s, TYPICAL_S_MIN)
     return prefill_s * (STALL_WEIGHT * at.stream_count + behind)
+
+
+def crowding_s(kv_share: float, kv_usage: float, answer_s: float) -> float:
+    """Time that it costs others to have a prompt's KV in an endpoint's pool.
+
+    Where the pool is full, others come in as fast as its content turns over, once in an answer's time. With
+    the fourth power of its usage: a pool that is half full hardly ever lacks room.
+
+    Args:
+        kv_share: of the pool that the KV takes beside what is cached there, 0..1.
+        kv_usage: share of the pool that is taken already, 0..1.
+        answer_s: predicted time of an answer there, from its first token to its last.
+    """
+    square = kv_usage * kv_usage
+    return ROOM_WEIGHT * kv_share * square * square * answer_s
+
+
+def slowing_s(stream_count: int, added_s: float) -> float:
+    """Time that an answer costs others, since each step takes longer with one more in the batch.
+
+    Args:
+        stream_count: other answers that are generated there.
+        added_s: by which all steps of an answer's time together become longer.
+    """
+    return STALL_WEIGHT * stream_count * added_s
 
 
 def harm(

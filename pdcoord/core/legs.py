@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pdcoord.core.filters import PoolFit
 from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Pool, Sample
-from pdcoord.core.harm import Surroundings, harm, others_s
+from pdcoord.core.harm import Surroundings, crowding_s, harm, others_s, slowing_s
 from pdcoord.core.ledger import Load
 from pdcoord.core.model import Slo
 from pdcoord.core.ports import SpeedModel
@@ -30,6 +30,8 @@ class Leg:
         wait_s: the longer of the two: before that nothing of it begins here.
         pace_s: time per output token, with the prefills that are lately sent here between; likewise.
         others_s: what its prefill here costs others, as it counts beside the request's own time.
+        crowding_s: what its prompt's KV here costs others, as it counts beside the request's own time.
+        slowing_s: the same of its answer here, which makes each step longer; 0.0 on a prefill endpoint.
         harm: requests of others that its prefill here is expected to push past their objectives.
         stall_s: delay that its prefill here would cause running streams, summed over them.
         step_s: one decode step here with this request in the batch; 0.0 on a prefill endpoint.
@@ -54,6 +56,8 @@ class Leg:
     pace_s: float = 0.0
     harm: float = 0.0
     others_s: float = 0.0
+    crowding_s: float = 0.0
+    slowing_s: float = 0.0
 
 
 # Not frozen, though nobody changes it: that would double what making it costs each request.
@@ -182,6 +186,7 @@ class _PoolLegMaker:
         self._unlike = speed.unlike
         self._output_tokens = output_tokens
         self._output_price_per_s = output_tokens * self._price_per_s / pool.limits.in_flight_max
+        self._added_step_s: float | None = None
         self._now_s = conditions.now_s
         self._prefill_s: dict[int, float] = {}
 
@@ -194,7 +199,7 @@ class _PoolLegMaker:
             prefill_s = self._own_prefill_s(endpoint, uncached_tokens)
         queue_s = load.pending_prefill_s(self._now_s) if load.prefills else 0.0
         streams = load.streaming_count
-        step_s = pace_s = output_price = room_s = 0.0
+        step_s = pace_s = output_price = room_s = kv_s = slower_s = 0.0
         if self._can_decode:
             # Nothing is known of others' prompts: here each is taken to be a running stream, on a
             # prefill pod each is taken to be like this one.
@@ -207,6 +212,10 @@ class _PoolLegMaker:
                 pace_s /= 1.0 - load.prefill_share(self._now_s)
             if sample is not None and sample.kv_tokens:
                 room_s = room_wait_s(sample, load, uncached_tokens, self._output_tokens, step_s)
+                kv_share = uncached_tokens / sample.kv_tokens
+                kv_s = crowding_s(kv_share, sample.kv_usage, self._output_tokens * step_s)
+            if batch > 1:
+                slower_s = slowing_s(batch - 1, self._output_tokens * self._added_s(endpoint))
         elif others:
             queue_s += others * self._own_prefill_s(endpoint, self._prompt_tokens)
         harmed = lost_s = 0.0
@@ -231,7 +240,19 @@ class _PoolLegMaker:
             pace_s,
             harmed,
             lost_s,
+            kv_s,
+            slower_s,
         )
+
+    def _added_s(self, endpoint: Endpoint) -> float:
+        """By how much this request makes each step longer: a step is linear in what is in its batch."""
+        added_s = self._added_step_s
+        if added_s is None or (self._unlike and endpoint.id in self._unlike):
+            speed = self._speed
+            added_s = speed.step_s(endpoint, 1, self._prompt_tokens) - speed.step_s(endpoint, 0, 0)
+            if endpoint.id not in self._unlike:
+                self._added_step_s = added_s
+        return added_s
 
     def _own_prefill_s(self, endpoint: Endpoint, uncached_tokens: int) -> float:
         if endpoint.id in self._unlike:

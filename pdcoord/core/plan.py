@@ -65,7 +65,7 @@ class Figures:
         uncached_tokens: prompt tokens to compute on the endpoint that prefills.
         cached_tokens: prompt tokens expected in that endpoint's prefix cache.
         pace_s: time per output token, with the prefills between that come to the endpoint lately.
-        others_s: what the prefill costs others, as it counts beside the request's own time.
+        others_s: what prefill, KV and answer cost others, as it counts beside the request's own time.
         harm: requests of others that the prefill is expected to push past their objectives.
         room_s: wait for room in the KV pool of the endpoint that decodes.
         landing_tokens: prompt tokens to be written into that pool.

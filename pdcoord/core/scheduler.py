@@ -192,7 +192,8 @@ def best_alone(
             cost = leg.prefill_price + leg.output_price
             unfit = objective.unfit(ttft_s, pool_legs.pool) if objective.has_unfit else 0
             turn = leg.load.begun_ordinal
-            rank = objective.rank(ttft_s, leg.pace_s, leg.others_s, cost, turn, unfit=unfit, harm=leg.harm)
+            others_s = leg.others_s + leg.crowding_s + leg.slowing_s
+            rank = objective.rank(ttft_s, leg.pace_s, others_s, cost, turn, unfit=unfit, harm=leg.harm)
             if best is None or rank < best[0]:
                 best = rank, leg
     return _alone(best[1], objective, speed) if best is not None else None
@@ -214,7 +215,7 @@ def _alone(leg: Leg, objective: Objective, speed: SpeedModel) -> Candidate:
         landing_tokens=leg.uncached_tokens,
         pace_s=leg.pace_s,
         harm=leg.harm,
-        others_s=leg.others_s,
+        others_s=leg.others_s + leg.crowding_s + leg.slowing_s,
         spread_s=speed.prefill_spread_s(leg.endpoint, leg.uncached_tokens),
         unfit=objective.unfit(ttft_s, leg.endpoint.pool),
     )

@@ -10,13 +10,13 @@ TROUBLED_MAX = 16
 """Endpoints with a tripped path that are kept besides; they may be open to some only."""
 
 T = TypeVar("T")
-Five = tuple[float, float, float, float, float]
-Row = tuple[Five, float, int, int, EndpointId, T]
-"""The five figures that decide, price, turn, index (so that nothing behind it is compared), whose."""
+Six = tuple[float, float, float, float, float, float]
+Row = tuple[Six, float, int, int, EndpointId, T]
+"""The six figures that decide, price, turn, index (so that nothing behind it is compared), whose."""
 
 
 class ShortList:
-    """Keeps what fewer than `room` others match or beat in all five figures.
+    """Keeps what fewer than `room` others match or beat in all six figures.
 
     Within a pool speed, verdict and link are equal. If a pair's violation and time grow with these
     figures of its end and with nothing else of it, one that is matched so often is in no better
@@ -32,9 +32,9 @@ class ShortList:
     def kept(self, rows: list[Row[T]]) -> list[T]:
         """What is kept, least first figure first; sorts `rows`."""
         rows.sort()
-        least = tuple(min((row[0][place] for row in rows), default=0.0) for place in range(1, 5))
+        least = tuple(min((row[0][place] for row in rows), default=0.0) for place in range(1, 6))
         kept: list[T] = []
-        clear: list[Five] = []
+        clear: list[Six] = []
         perfect_left, troubled_left = self._room, TROUBLED_MAX
         for figures, _, _, _, endpoint_id, item in rows:
             if self._is_matched(clear, figures):
@@ -52,12 +52,18 @@ class ShortList:
                 break
         return kept
 
-    def _is_matched(self, clear: list[Five], figures: Five) -> bool:
+    def _is_matched(self, clear: list[Six], figures: Six) -> bool:
         matched = 0
-        _, second, third, fourth, fifth = figures
+        _, second, third, fourth, fifth, sixth = figures
         # Sorted by the first figure, which is therefore matched by whoever is here.
         for _, *others in clear:
-            if others[0] <= second and others[1] <= third and others[2] <= fourth and others[3] <= fifth:
+            if (
+                others[0] <= second
+                and others[1] <= third
+                and others[2] <= fourth
+                and others[3] <= fifth
+                and others[4] <= sixth
+            ):
                 matched += 1
                 if matched == self._room:
                     return True

@@ -140,11 +140,12 @@ async def test_a_stream_is_continued_at_listed_endpoints_only(
     streamed = body(stream=True, temperature=0)
     async with saying(broken, closes=True) as engine, serving() as other:
         plan = (b"x-pdcoord-plan", encode_plan(PlanHeader(resumes=(other.address,), resume_tries_max=1)))
-        for allowed, continued in (("10.0.0.1:8000", []), (f"{other.address}/decode", [CHAT])):
+        # Whether its template leaves a partial answer open is asked first.
+        for allowed, asked in (("10.0.0.1:8000", []), (f"{other.address}/decode", ["/tokenize"])):
             async with sidecar("--allow", allowed, before=engine) as beside:
                 with contextlib.suppress(StreamError):
                     await ask(beside.address, plan, raw=streamed)
-            assert [path for _, path, *_ in other.seen if path == CHAT] == continued
+            assert [path for _, path, *_ in other.seen][:1] == asked
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdcoord.core.harm import QUEUE_WEIGHT, STALL_WEIGHT, STREAM_WEIGHT, Surroundings, harm, others_s
+from pdcoord.core.harm import (
+    QUEUE_WEIGHT,
+    ROOM_WEIGHT,
+    STALL_WEIGHT,
+    STREAM_WEIGHT,
+    Surroundings,
+    crowding_s,
+    harm,
+    others_s,
+    slowing_s,
+)
 from pdcoord.core.model import Slo
 
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
@@ -39,6 +49,17 @@ def test_time_of_others_is_that_of_the_streams_and_of_those_behind() -> None:
     assert others_s(1.5, at, 0.3) == pytest.approx(1.5 * (STALL_WEIGHT * 5 + QUEUE_WEIGHT * 2))
     assert others_s(1.5, replace(at, queue_s=0.0), 0.0) == pytest.approx(1.5 * STALL_WEIGHT * 5)
     assert others_s(1.5, Surroundings(0.0, 0, 0.01), 0.3) == 0.0
+
+
+def test_room_is_dear_where_a_pool_is_full_and_for_as_long_as_an_answer_takes() -> None:
+    assert crowding_s(0.01, 1.0, 20.0) == pytest.approx(ROOM_WEIGHT * 0.01 * 20.0)
+    assert crowding_s(0.01, 0.5, 20.0) == pytest.approx(crowding_s(0.01, 1.0, 20.0) / 16)
+    assert crowding_s(0.01, 0.0, 20.0) == crowding_s(0.0, 1.0, 20.0) == 0.0
+
+
+def test_an_answer_slows_each_of_the_others_and_none_where_there_is_none() -> None:
+    assert slowing_s(7, 0.5) == pytest.approx(STALL_WEIGHT * 3.5)
+    assert slowing_s(0, 0.5) == 0.0
 
 
 @given(

@@ -28,7 +28,7 @@ from pdcoord.core.fleet import (
     Sample,
     SampleTaken,
 )
-from pdcoord.core.harm import Surroundings, harm, others_s
+from pdcoord.core.harm import Surroundings, crowding_s, harm, others_s, slowing_s
 from pdcoord.core.ledger import Entry, Ledger
 from pdcoord.core.model import Disaggregation, Fallback, Model, Slo, SplitMode
 from pdcoord.core.objective import Objective
@@ -187,6 +187,8 @@ class Reference:
         most = max(0, world.request.prompt_tokens - 1)
         self.objective = Objective(world.model)
         self.room_s: dict[EndpointId, float] = {}
+        self.of_prefill_s: dict[EndpointId, float] = {}
+        self.of_answer_s: dict[EndpointId, float] = {}
         self.cached = {o: min(n * world.request.block_tokens, most) for o, n in matched.items()}
         self.fit = [state for state in world.fleet.states() if self.is_fit(state)]
         self.decodes = [s for s in self.fit if s.endpoint.pool.can_decode]
@@ -225,6 +227,16 @@ class Reference:
         caused = harm(world.model.slo, prefill_s, met, typical_s, output)
         self.room_s[endpoint.id] = max(room_s, queue_s)
         excess = self.excess(max(queue_s, room_s) + prefill_s + step_s, pace_s) + caused
+        crowding = slowing = 0.0
+        if pool.can_decode:
+            if state.sample is not None and state.sample.kv_tokens:
+                share = uncached / state.sample.kv_tokens
+                crowding = crowding_s(share, state.sample.kv_usage, output * step_s)
+            alone_s = world.speed.step_s(endpoint, batch - 1, load.context_tokens)
+            slowing = slowing_s(batch - 1, output * (step_s - alone_s))
+        of_prefill = others_s(prefill_s, met, typical_s)
+        self.of_prefill_s[endpoint.id] = of_prefill + crowding
+        self.of_answer_s[endpoint.id] = crowding + slowing
         return Figures(
             queue_s=queue_s,
             prefill_s=prefill_s,
@@ -239,7 +251,7 @@ class Reference:
             landing_tokens=uncached,
             pace_s=pace_s,
             harm=caused,
-            others_s=others_s(prefill_s, met, typical_s),
+            others_s=of_prefill + crowding + slowing,
             unfit=self.objective.unfit(max(queue_s, room_s) + prefill_s + step_s, pool),
         )
 
@@ -278,6 +290,7 @@ class Reference:
             room_s=max(0.0, room_s - ready_s),
             landing_tokens=other.uncached_tokens,
             pace_s=other.pace_s,
+            others_s=self.of_prefill_s[worker.endpoint.id] + self.of_answer_s[decode.endpoint.id],
             unfit=self.objective.unfit(max(ready_s, room_s) + other.step_s, decode_pool, prefill_pool),
         )
 

@@ -7,7 +7,7 @@ from pdcoord.core.fleet import EndpointId
 from pdcoord.core.shortlist import LISTED_MAX, TROUBLED_MAX, Row, ShortList
 
 figure = st.integers(0, 6)
-Figures = tuple[int, int, int, int, int]
+Figures = tuple[int, int, int, int, int, int]
 
 
 def rows_of(figures: list[Figures]) -> list[Row[int]]:
@@ -19,7 +19,7 @@ def matches(one: Figures, two: Figures) -> bool:
 
 
 @given(
-    st.lists(st.tuples(figure, figure, figure, figure, figure), max_size=40),
+    st.lists(st.tuples(*[figure] * 6), max_size=40),
     st.integers(1, 6),
     st.sets(st.integers(0, 39), max_size=TROUBLED_MAX),
 )
@@ -35,9 +35,7 @@ def test_whoever_is_left_out_is_matched_by_as_many_as_there_is_room_for(
         assert index in kept or len(matching) >= room or len(clear) >= LISTED_MAX
 
 
-@given(
-    st.lists(st.tuples(figure, figure, figure, figure, figure), min_size=1, max_size=40), st.integers(1, 6)
-)
+@given(st.lists(st.tuples(*[figure] * 6), min_size=1, max_size=40), st.integers(1, 6))
 def test_of_equals_no_more_stay_than_there_is_room_for(figures: list[Figures], room: int) -> None:
     kept = ShortList(room, ()).kept(rows_of(figures))
     stayed = [figures[index] for index in kept]
@@ -48,7 +46,7 @@ def test_of_equals_no_more_stay_than_there_is_room_for(figures: list[Figures], r
 def test_equals_stay_by_price_and_then_by_turn() -> None:
     prices = [(2.0, 1), (1.0, 9), (1.0, 3), (2.0, 0), (1.0, 5)]
     rows: list[Row[int]] = [
-        ((0.0, 0.0, 0.0, 0.0, 0.0), price, turn, index, EndpointId(f"e{index}"), index)
+        ((0.0, 0.0, 0.0, 0.0, 0.0, 0.0), price, turn, index, EndpointId(f"e{index}"), index)
         for index, (price, turn) in enumerate(prices)
     ]
     assert ShortList(2, ()).kept(rows) == [2, 4]
@@ -56,7 +54,7 @@ def test_equals_stay_by_price_and_then_by_turn() -> None:
 
 def test_a_short_list_is_short_whatever_the_pool() -> None:
     # Each differs from every other in two figures, so that nobody is matched by anybody.
-    rows = rows_of([(index, 1_000 - index, 0, 0, 0) for index in range(1_000)])
+    rows = rows_of([(index, 1_000 - index, 0, 0, 0, 0) for index in range(1_000)])
     troubled = {EndpointId(f"e{index}") for index in range(0, 1_000, 2)}
     kept = ShortList(4, troubled).kept(rows)
     assert len(kept) == LISTED_MAX + TROUBLED_MAX
@@ -64,7 +62,7 @@ def test_a_short_list_is_short_whatever_the_pool() -> None:
 
 
 def test_those_in_trouble_put_nobody_out() -> None:
-    rows = rows_of([(0, 0, 0, 0, 0)] * 50 + [(9, 9, 9, 9, 9)])
+    rows = rows_of([(0,) * 6] * 50 + [(9,) * 6])
     troubled = {EndpointId(f"e{index}") for index in range(50)}
     assert 50 in ShortList(4, troubled).kept(rows)
 
