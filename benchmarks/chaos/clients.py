@@ -187,6 +187,11 @@ class Reader:
         return f"{len(self.text)} characters, expected {len(self._ask.text)}, alike up to {at}"
 
 
+_REFUSED = ("429 ", "503 ")
+_REFUSED_S = 1.0
+"""Whoever is refused comes back after so long, as the least Retry-After has it."""
+
+
 class Clients:
     """Calls one after another until told to stop.
 
@@ -217,11 +222,13 @@ class Clients:
             if gateway is None:
                 await asyncio.sleep(_NOBODY_S)
                 continue
-            await self._one(gateway, draw_ask(rng))
-            if pause_s:
+            outcome = await self._one(gateway, draw_ask(rng))
+            if outcome.startswith(_REFUSED):
+                await asyncio.sleep(_REFUSED_S)
+            elif pause_s:
                 await asyncio.sleep(rng.uniform(0, 2 * pause_s))
 
-    async def _one(self, gateway: HostPort, ask: Ask) -> None:
+    async def _one(self, gateway: HostPort, ask: Ask) -> str:
         verdicts, begun_s = self.verdicts, time.monotonic()
         verdicts.asked += 1
         verdicts.kinds[ask.kind] += 1
@@ -247,6 +254,7 @@ class Clients:
                 verdicts.wrong.append(f"{outcome[6:]} ({ask.kind}, {_brief(ask.body)})")
                 outcome = "wrong"
         verdicts.outcomes[outcome] += 1
+        return outcome
 
     async def _send(self, gateway: HostPort, ask: Ask) -> str:
         body = json.dumps(ask.body).encode()

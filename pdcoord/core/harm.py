@@ -18,6 +18,9 @@ more slowly than it is written. Found in the simulator, as STREAM_WEIGHT."""
 QUEUE_WEIGHT = 3.0
 """Of those who come behind: more than stand there now, as what makes a queue does not end with it. Found in
 the simulator, too."""
+SLOWING_WEIGHT = 0.05
+"""The same of steps that take longer; it keeps streams away from who is slow at them. Found in the simulator:
+with twice as much, streams are kept evenly at the price of their prefixes."""
 ROOM_WEIGHT = 30.0
 """Requests that will do without the KV that this one takes of a full pool: those who come for as long as its
 prefix stays there, not those who wait now. Found in the simulator; 10 to 100 differ little."""
@@ -77,7 +80,7 @@ def slowing_s(stream_count: int, added_s: float) -> float:
         stream_count: other answers that are generated there.
         added_s: by which all steps of an answer's time together become longer.
     """
-    return STALL_WEIGHT * stream_count * added_s
+    return SLOWING_WEIGHT * stream_count * added_s
 
 
 def harm(

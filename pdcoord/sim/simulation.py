@@ -26,7 +26,7 @@ from pdcoord.sim.virtual_engines import VirtualEngines
 from pdcoord.sim.virtual_trouble import Trouble
 
 SCRAPE_S = 0.2
-QUIET_S = 60.0
+QUIET_S = 180.0
 """After the last arrival: longer than every deadline and lease that a scenario draws."""
 
 

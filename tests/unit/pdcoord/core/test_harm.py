@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pdcoord.core.harm import (
     QUEUE_WEIGHT,
     ROOM_WEIGHT,
+    SLOWING_WEIGHT,
     STALL_WEIGHT,
     STREAM_WEIGHT,
     Surroundings,
@@ -58,7 +59,7 @@ def test_room_is_dear_where_a_pool_is_full_and_for_as_long_as_an_answer_takes() 
 
 
 def test_an_answer_slows_each_of_the_others_and_none_where_there_is_none() -> None:
-    assert slowing_s(7, 0.5) == pytest.approx(STALL_WEIGHT * 3.5)
+    assert slowing_s(7, 0.5) == pytest.approx(SLOWING_WEIGHT * 3.5)
     assert slowing_s(0, 0.5) == 0.0
 
 

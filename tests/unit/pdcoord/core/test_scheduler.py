@@ -232,8 +232,9 @@ class Reference:
             if state.sample is not None and state.sample.kv_tokens:
                 share = uncached / state.sample.kv_tokens
                 crowding = crowding_s(share, state.sample.kv_usage, output * step_s)
-            alone_s = world.speed.step_s(endpoint, batch - 1, load.context_tokens)
-            slowing = slowing_s(batch - 1, output * (step_s - alone_s))
+            added_s = world.speed.step_s(endpoint, 1, request.prompt_tokens)
+            added_s -= world.speed.step_s(endpoint, 0, 0)
+            slowing = slowing_s(batch - 1, output * added_s)
         of_prefill = others_s(prefill_s, met, typical_s)
         self.of_prefill_s[endpoint.id] = of_prefill + crowding
         self.of_answer_s[endpoint.id] = crowding + slowing
