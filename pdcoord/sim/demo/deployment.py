@@ -130,7 +130,10 @@ def lay_out(folder: Path, seed: int) -> Deployment:
                 *("--metrics-port", str(metrics_port)),
             ]
             deployment.ready_checks[f"{name}-sidecar"] = (addresses[name], "/health")
-    prefills = [addresses[name] for pool, name in names if pool.role == "prefill"]
+    # With its KV port: no unsigned plan may name another.
+    prefills = [
+        f"{addresses[name]}/{deployment.kv_ports[name]}" for pool, name in names if pool.role == "prefill"
+    ]
     for name, command in deployment.commands.items():
         if name.endswith("-sidecar"):
             command += [word for address in prefills for word in ("--allow", address)]
