@@ -102,7 +102,7 @@ def tells_failure(tail: bytes) -> bool:
         tail: the stream's last bytes, whose first event may lack its beginning.
     """
     events, rest = whole_events(tail)
-    return any(_says_failed(event) for event in (*events, rest) if _MAY_TELL.search(event) is not None)
+    return any(_ends_failed(event) for event in (*events, rest) if _MAY_TELL.search(event) is not None)
 
 
 def ends_in_error(tail: bytes) -> bool:
@@ -136,14 +136,24 @@ def was_given_up(body: bytes) -> bool:
     return _ABORTED.search(body) is not None
 
 
-def _says_failed(event: bytes) -> bool:
+def says_failed(event: bytes) -> bool:
+    """Whether an event says that its engine failed, wherever it stands, rather than generated the word.
+
+    vLLM 0.32 writes `{"error": {...}}` when its engine dies, finish_reason "abort" when it shuts down without
+    a grace period; SGLang 0.5.23 both; Anthropic's API `event: error` with `{"type": "error", ...}`.
+    """
+    said = _read(data_of(event) or b"")
+    return said is not None and _is_failure(said)
+
+
+def _ends_failed(event: bytes) -> bool:
     data = data_of(event)
     if data is None:
         return _cut_response_says_failed(event)
     said = _read(data)
     if said is None:
         return False
-    if _is_error(said) or any(choice.finish_reason in _GIVEN_UP for choice in said.choices or ()):
+    if _is_failure(said):
         return True
     try:
         if said.type == "message_delta":
@@ -164,6 +174,10 @@ def _cut_response_says_failed(event: bytes) -> bool:
 def _is_given_up(response: _Response) -> bool:
     is_without_reason = response.status == "incomplete" and bytes(response.incomplete_details) == _NULL
     return response.status in _GIVEN_UP_STATUSES or is_without_reason
+
+
+def _is_failure(event: _Event) -> bool:
+    return _is_error(event) or any(choice.finish_reason in _GIVEN_UP for choice in event.choices or ())
 
 
 def _is_error(event: _Event) -> bool:

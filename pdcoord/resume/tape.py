@@ -5,6 +5,7 @@ from collections.abc import Callable
 import msgspec
 
 from pdcoord.resume.errors import TornError
+from pdcoord.resume.failure import says_failed
 from pdcoord.resume.sse import DONE, data_of, end_of_last, whole_events
 
 __all__ = ["Shelf", "Tape", "TornError", "seems_whole"]
@@ -13,7 +14,6 @@ BLOCK_BYTES = 4_096
 """A tape takes room from its shelf in blocks of so much, so that most parts cost no bookkeeping."""
 _ERROR = b'"error"'
 _ABORT = b'"abort"'
-_FAILED_TYPES = frozenset({"error", "response.failed"})
 _LAST_TYPES = frozenset({"message_stop", "response.completed", "response.incomplete"})
 
 
@@ -201,14 +201,8 @@ def seems_whole(passed: bytes) -> bool:
         return False
 
 
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
-
-
 class _Event(msgspec.Struct):
-    error: msgspec.Raw = msgspec.Raw(b"null")
     type: str | None = None
-    choices: list[_Choice] | None = None
 
 
 _event_decoder = msgspec.json.Decoder(_Event)
@@ -218,21 +212,7 @@ def _failure(data: bytes) -> int:
     """Where the first event begins in which an engine says that it failed; -1 if there is none."""
     start = 0
     for event in whole_events(data)[0]:
-        if (_ERROR in event or _ABORT in event) and _says_failed(event):
+        if (_ERROR in event or _ABORT in event) and says_failed(event):
             return start
         start += len(event)
     return -1
-
-
-def _says_failed(event: bytes) -> bool:
-    """Whether an event that has one of the words means it, rather than generated the word.
-
-    vLLM 0.32 writes `{"error": {...}}` when its engine dies, finish_reason "abort" when it shuts down without
-    a grace period; SGLang 0.5.23 both; Anthropic's API `event: error` with `{"type": "error", ...}`.
-    """
-    try:
-        said = _event_decoder.decode(data_of(event) or b"{}")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    is_aborted = any(choice.finish_reason in {"abort", "error"} for choice in said.choices or ())
-    return is_aborted or bytes(said.error) != b"null" or said.type in _FAILED_TYPES
