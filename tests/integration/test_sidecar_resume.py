@@ -265,7 +265,10 @@ class Running:
     proxy: Proxy
     client: Client
 
-    async def call(self, body: object, plan: PlanHeader, path: str = COMPLETIONS) -> Answer:
+    async def call(
+        self, body: object, plan: PlanHeader, path: str = COMPLETIONS, began: asyncio.Event | None = None
+    ) -> Answer:
+        """The whole answer to `body`; `began` is set when its first bytes are there."""
         headers = [(b"content-type", b"application/json"), (b"x-pdcoord-plan", encode_plan(plan))]
         raw = json.dumps(body).encode()
         parts: list[bytes] = []
@@ -275,6 +278,8 @@ class Running:
             try:
                 while part := await response.read_chunk(idle_timeout_s=WAIT_S):
                     parts.append(part)
+                    if began is not None:
+                        began.set()
             except StreamError:
                 return Answer(response.status, b"".join(parts), is_whole=False)
             return Answer(response.status, b"".join(parts), is_whole=True)
@@ -571,8 +576,9 @@ async def test_whoever_resumes_above_gets_no_word_and_nothing_is_kept() -> None:
     async with pair(Engine("bad", cut=400, how="wait")) as p:
         given = PlanHeader(is_resumed_above=True, resumes=(p.there.address,), resume_tries_max=2)
         async with asyncio.TaskGroup() as group:
-            call = group.create_task(p.here.call(asked(), given))
-            await until(lambda: bool(p.bad.seen))
+            began = asyncio.Event()
+            call = group.create_task(p.here.call(asked(), given, began=began))
+            await until(began.is_set)
             assert await shelf_bytes(p.here) == 0
             p.bad.gate.set()
         check_one_stream(call.result())
@@ -613,8 +619,9 @@ async def test_a_client_that_leaves_ends_the_continuation_too() -> None:
 
 async def test_what_has_not_begun_is_refused_and_what_is_resumed_above_ends_without_a_word() -> None:
     async with pair(Engine("bad", cut=400, how="wait")) as p, asyncio.TaskGroup() as group:
-        above = group.create_task(p.here.call(asked(), PlanHeader(is_resumed_above=True)))
-        await until(lambda: len(p.bad.seen) == 1)
+        began = asyncio.Event()
+        above = group.create_task(p.here.call(asked(), PlanHeader(is_resumed_above=True), began=began))
+        await until(began.is_set)
         waiting = group.create_task(p.here.call({**asked(), "stream": False}, PlanHeader()))
         await until(lambda: len(p.bad.seen) == 2)
         p.here.proxy.begin_drain()
@@ -628,8 +635,9 @@ async def test_what_has_not_begun_is_refused_and_what_is_resumed_above_ends_with
 
 async def test_what_nobody_goes_on_with_runs_to_the_last_moment_and_ends_with_a_word() -> None:
     async with pair(Engine("bad", cut=400, how="wait")) as p, asyncio.TaskGroup() as group:
-        call = group.create_task(p.here.call(asked(), PlanHeader()))
-        await until(lambda: len(p.bad.seen) == 1)
+        began = asyncio.Event()
+        call = group.create_task(p.here.call(asked(), PlanHeader(), began=began))
+        await until(began.is_set)
         p.here.proxy.begin_drain()
         p.here.proxy.end_grace(is_over=False)
         p.here.proxy.end_grace(is_over=True)
