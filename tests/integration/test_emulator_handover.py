@@ -299,7 +299,8 @@ async def test_an_absurd_ticket_harms_nobody(changes: dict[str, Any]) -> None:
 
 async def test_a_choice_that_finds_no_place_takes_the_others_along() -> None:
     async with started({"name": "d", "running_max": 1, "queued_max": 1}) as fleet:
-        answer = await fleet.complete("d", n=8)
+        # Long, so that none has made place by the time that the last is to find one.
+        answer = await fleet.complete("d", n=8, max_tokens=3_000)
         assert answer.status == 503
         assert answer.body["error"]["type"] == "ServiceUnavailableError"
         await fleet.wait_idle("d")

@@ -25,6 +25,8 @@ KEY = "0123456789abcdef0123456789abcdef"
 SPEED = {"prefill_base_ms": 5, "prefill_ms_per_token": 0.05, "step_base_ms": 5}
 PROMPTS = 8
 RATE_PER_S = 50.0
+UNDER_WAY_MAX = 24
+"""A machine that is slower than the rate is offered less, so that nothing waits past a deadline for it."""
 EVENTS = 7
 """Of one request that is served split: it, its two legs and its output begin; it and its legs end."""
 COMMANDS = {"pdcoord": "pdcoord.cli", "pdcoord-sidecar": "sidecar.main"}
@@ -318,13 +320,22 @@ async def test_killing_either_replica_loses_no_request(tmp_path: Path, victim: i
         expected = [await fleet.ask(0, prompt_of(index), 20) for index in range(PROMPTS)]
         done: list[int] = []
         sent = 0
+        room = asyncio.Semaphore(UNDER_WAY_MAX)
+
+        async def serve(index: int) -> None:
+            try:
+                await serve_on(fleet, expected, index, done)
+            finally:
+                room.release()
+
         async with asyncio.TaskGroup() as group:
 
             async def load_until(stop: asyncio.Event) -> None:
                 nonlocal sent
                 began_s = time.monotonic()
                 while not stop.is_set():
-                    group.create_task(serve_on(fleet, expected, sent, done))
+                    await room.acquire()
+                    group.create_task(serve(sent))
                     sent += 1
                     await asyncio.sleep(max(0.0, began_s + sent / RATE_PER_S - time.monotonic()))
 
