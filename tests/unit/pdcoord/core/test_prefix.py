@@ -90,6 +90,18 @@ def test_the_front_of_a_prefix_is_forgotten_last() -> None:
     assert index.match(keys) == {0: 7}
 
 
+def test_where_chains_part_the_front_is_still_forgotten_last() -> None:
+    one, two, three, four, other = (BlockKey(i) for i in range(5))
+    index = PrefixIndex()
+    for keys in ((one, two, three), (one, two, four), (one, two, three), (other,)):
+        index.record(0, keys, 5)
+    for bound, depth in ((4, 3), (3, 2), (2, 1)):
+        index.record(0, (other,), bound)
+        index.validate()
+        assert index.match((one, two, three)) == {0: depth}
+        assert index.match((one, two, four)) == {0: min(depth, 2)}
+
+
 def test_a_prompt_longer_than_the_bound_keeps_its_front() -> None:
     keys = tuple(BlockKey(i) for i in range(10))
     index = PrefixIndex()
