@@ -14,16 +14,19 @@ TOKEN_BYTES = array("I").itemsize
 """Bytes of one packed token id."""
 
 
-def block_keys(prompt: bytes, *, model: str, cache_salt: str, block_bytes: int) -> tuple[BlockKey, ...]:
+def block_keys(
+    prompt: bytes, *, model: str, cache_salt: str = "", lora: str = "", block_bytes: int
+) -> tuple[BlockKey, ...]:
     """Keys of the full blocks of a rendered prompt, in order.
 
     Each key is XXH3-64 of the block's bytes seeded by the key before it; the first is seeded by the
-    model and the cache salt, so that neither models nor tenants share keys.
+    model, its adapter and the cache salt, so that none of them share keys.
 
     Args:
+        lora: name of the adapter, "" for none.
         block_bytes: bytes in one block, at least 1; a partial last block has no key.
     """
-    seed = xxhash.xxh3_64_intdigest(f"{model}\0{cache_salt}".encode("utf-8", "surrogatepass"))
+    seed = root_key(model, cache_salt, lora)
     end = min(len(prompt) // block_bytes, PROMPT_BLOCKS_MAX) * block_bytes
     return chain(seed, prompt[:end], block_bytes)
 
@@ -45,12 +48,12 @@ def token_keys(
         OverflowError: if a token id is out of its range.
     """
     end = min(len(token_ids) // block_tokens, PROMPT_BLOCKS_MAX) * block_tokens
-    seed = token_seed(model, cache_salt, lora)
+    seed = root_key(model, cache_salt, lora)
     return chain(seed, pack_tokens(token_ids[:end]), block_tokens * TOKEN_BYTES)
 
 
-def token_seed(model: str, cache_salt: str, lora: str) -> int:
-    """What the first key of token ids is seeded by; no two triples share one."""
+def root_key(model: str, cache_salt: str, lora: str) -> int:
+    """What the first key of a prompt is seeded by; no two triples share one."""
     parts = (model, lora, cache_salt)
     named = "\0".join(f"{len(part)}:{part}" for part in parts)
     return xxhash.xxh3_64_intdigest(named.encode("utf-8", "surrogatepass"))

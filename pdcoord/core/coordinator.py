@@ -157,7 +157,7 @@ class Coordinator:
         return []
 
     def model(self, name: str) -> Model | None:
-        """The model of this name or alias."""
+        """The model of this name, alias or adapter."""
         return self._models.get(name)
 
     def models(self) -> tuple[Model, ...]:
@@ -226,7 +226,7 @@ class Coordinator:
         assert set(self.budgets) == {m.name for m in self.models()}, "a model without a budget"
 
     def _replace_models(self, models: tuple[Model, ...]) -> None:
-        self._models = {name: m for m in models for name in (m.name, *m.aliases)}
+        self._models = {name: m for m in models for name in m.names}
         kept = self.budgets
         self.budgets = {}
         for model in models:

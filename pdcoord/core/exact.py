@@ -18,7 +18,7 @@ from enum import StrEnum
 
 import xxhash
 
-from pdcoord.core.blocks import TOKEN_BYTES, chain, pack_tokens, token_seed
+from pdcoord.core.blocks import TOKEN_BYTES, chain, pack_tokens, root_key
 from pdcoord.core.kvcache import Coverage, EngineHash, KvRemoved, KvStored, Tier
 from pdcoord.core.prefix import mark_depth
 from pdcoord.core.request import BlockKey
@@ -313,7 +313,7 @@ class ExactIndex:
     def _records(self, holder: _Holder, event: KvStored) -> Sequence[_Record] | None:
         """The blocks' records; None, and counted, where they cannot be known."""
         if event.parent is None:
-            key, pending = token_seed(self.model, event.cache_salt, event.lora), b""
+            key, pending = root_key(self.model, event.cache_salt, event.lora), b""
         else:
             parent = _find(holder, event.parent)
             if parent is None:

@@ -179,6 +179,7 @@ class Model:
 
     Attributes:
         aliases: other names that clients may use.
+        adapters: LoRA adapters that all its engines serve, under names that clients may use.
         bytes_per_token: prompt bytes per token, for prompts that arrive as text.
         prefix_block_tokens: granularity of the approximate prefix index.
         prefix_blocks_per_endpoint_max: bound on the index's memory.
@@ -191,6 +192,7 @@ class Model:
     name: ModelName
     pools: tuple[Pool, ...]
     aliases: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     disaggregation: Disaggregation = field(default_factory=Disaggregation)
     fallback: Fallback = field(default_factory=Fallback)
     slo: Slo = field(default_factory=Slo)
@@ -203,6 +205,15 @@ class Model:
     precise_blocks_max: int = 1_000_000
     tokenizing: Tokenizing = field(default_factory=Tokenizing)
     canary: CanaryRules = field(default_factory=CanaryRules)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that clients may call it, and its adapters."""
+        return (self.name, *self.aliases, *self.adapters)
+
+    def adapter_of(self, name: str) -> str:
+        """The adapter that one of its names asks for; "" for the model itself."""
+        return name if name != self.name and name in self.adapters else ""
 
     @property
     def prefix_block_bytes(self) -> int:

@@ -283,7 +283,7 @@ class PickedCall:
         model = picker.coordination.model(call.model)
         if model is None:
             raise RefusedError(model_unknown(call.model))
-        visa.check_model(model)
+        visa.check_model(model, call.model)
         asked = visa.granted(asked_of(visa.headers(head.headers)), model)
         record.model = model.name
         record.has_unknown_objective = asked.has_unknown_objective(model)

@@ -163,20 +163,24 @@ class Visa:
             added.append((FAIRNESS_ID[0], self._key.tenant.encode("ascii")))
         return added + self._gate.engine_headers()
 
-    def may_use(self, model: Model) -> bool:
-        """Whether the key is for this model, by any of its names."""
-        return self._key is None or self._key.is_for((model.name, *model.aliases))
+    def may_use(self, model: Model, name: str) -> bool:
+        """Whether the key is for what this name of the model asks for.
 
-    def check_model(self, model: Model) -> None:
-        """Refuse a model that the key is not for.
+        A key for the model, by whichever name, is for its adapters too; one for an adapter is for no other.
+        """
+        if self._key is None or self._key.is_for((model.name, *model.aliases)):
+            return True
+        return self._key.is_for((name,)) and model.adapter_of(name) == name
+
+    def check_model(self, model: Model, name: str) -> None:
+        """Refuse a name of a model that the key is not for.
 
         Raises:
             RefusedError: 403.
         """
-        if not self.may_use(model):
-            message = (
-                f"This API key is not for the model '{model.name}'; GET /v1/models lists those it is for."
-            )
+        if not self.may_use(model, name):
+            shown = model.adapter_of(name) or model.name
+            message = f"This API key is not for the model '{shown}'; GET /v1/models lists those it is for."
             raise RefusedError(Refusal(RefuseReason.MODEL_FORBIDDEN, message, "model"))
 
     def granted(self, asked: Asked, model: Model) -> Asked:
@@ -224,8 +228,9 @@ class Visa:
         """
         texts: dict[str, str] = {}
         dropped = self._dropped & call.body.keys()
-        if call.model != model.name:
-            texts["model"] = model.name
+        name = model.adapter_of(call.model) or model.name
+        if call.model != name:
+            texts["model"] = name
         if self._key is not None and call.api.path in SALTED_PATHS:
             texts[CACHE_SALT_FIELD] = call.cache_salt
         return with_fields(raw, texts, dropped) if texts or dropped else raw

@@ -84,13 +84,16 @@ def build_request(
     """
     is_exact = call.prompt_token_count is not None
     block_bytes = model.prefix_block_tokens * _TOKEN_ID_BYTES if is_exact else model.prefix_block_bytes
+    salt, adapter = call.cache_salt, model.adapter_of(call.model)
     keys: tuple[BlockKey, ...] = ()
     if call.api.is_generative:
-        keys = block_keys(call.prompt, model=model.name, cache_salt=call.cache_salt, block_bytes=block_bytes)
-    salt, grain = call.cache_salt, model.precise_block_tokens
+        keys = block_keys(
+            call.prompt, model=model.name, cache_salt=salt, lora=adapter, block_bytes=block_bytes
+        )
+    grain = model.precise_block_tokens
     exact: tuple[BlockKey, ...] = ()
     if token_ids is not None:
-        exact = token_keys(token_ids, model=model.name, cache_salt=salt, block_tokens=grain)
+        exact = token_keys(token_ids, model=model.name, cache_salt=salt, lora=adapter, block_tokens=grain)
     has_rooms = any(pool.engine is EngineKind.SGLANG for pool in model.pools)
     is_carried = call.api.path in ROOM_PATHS or not has_rooms
     return Request(

@@ -176,6 +176,7 @@ class CallRecord:
         is_cut_short: its stream ended well for HTTP, but without what such a stream ends with.
         failures: why attempts were given up before they gave the client anything, in order.
         key_name: of the API key it came with; None where none is asked for.
+        adapter: of the model, that it asked for; None for the model itself.
     """
 
     id: RequestId
@@ -199,11 +200,13 @@ class CallRecord:
     failures: tuple[RungReason, ...] = ()
     is_cut_short: bool = False
     key_name: str | None = None
+    adapter: str | None = None
 
     def note_request(self, call: Call, request: Request, model: Model) -> None:
         """What was read of the call, before anything is decided."""
         own, usual = request.slo, model.slo
         self.is_stream = call.is_stream
+        self.adapter = model.adapter_of(call.model) or None
         self.slo = Slo(
             ttft_s=usual.ttft_s if own.ttft_s is None else own.ttft_s,
             tpot_s=usual.tpot_s if own.tpot_s is None else own.tpot_s,

@@ -32,13 +32,19 @@ METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """One model as GET /v1/models lists it; `root` is the name that engines serve."""
+    """One model as GET /v1/models lists it.
+
+    Attributes:
+        root: the name that engines serve.
+        parent: the model of a LoRA adapter.
+    """
 
     id: str
     object: str = "model"
     created: int
     owned_by: str = "pdcoord"
     root: str
+    parent: str | None = None
 
 
 class ModelList(msgspec.Struct, kw_only=True):
@@ -171,15 +177,16 @@ class GatewayApp(PagesApp):
             visa = self._relay.gate.identify(request.headers.raw)
         except RefusedError as error:
             return self._refuse(error.refusal)
-        models = [model for model in self._coordination.models() if visa.may_use(model)]
-        return json_response(ModelList(data=[card for model in models for card in self._cards(model)]))
+        names = [(name, model) for model in self._coordination.models() for name in model.names]
+        cards = [self._card(name, model) for name, model in names if visa.may_use(model, name)]
+        return json_response(ModelList(data=cards))
 
     async def _show_model(self, model_id: str, request: Request) -> Response:
         model = self._coordination.model(model_id)
         try:
             visa = self._relay.gate.identify(request.headers.raw)
             if model is not None:
-                visa.check_model(model)
+                visa.check_model(model, model_id)
         except RefusedError as error:
             return self._refuse(error.refusal)
         if model is None:
@@ -200,8 +207,7 @@ class GatewayApp(PagesApp):
     async def _show_metrics(self) -> Response:
         return Response(self._metrics(), headers={"content-type": METRICS_CONTENT_TYPE})
 
-    def _cards(self, model: Model) -> list[ModelCard]:
-        return [self._card(name, model) for name in (model.name, *model.aliases)]
-
     def _card(self, name: str, model: Model) -> ModelCard:
-        return ModelCard(id=name, created=self._created_unix_s, root=model.name)
+        adapter = model.adapter_of(name)
+        parent = model.name if adapter else None
+        return ModelCard(id=name, created=self._created_unix_s, root=adapter or model.name, parent=parent)

@@ -239,7 +239,7 @@ class _Exchange:
         model = self.relay.coordination.model(call.model)
         if model is None:
             raise RefusedError(model_unknown(call.model))
-        visa.check_model(model)
+        visa.check_model(model, call.model)
         asked = visa.granted(asked_of(self.scope["headers"]), model)
         self.record.model = model.name
         self.record.has_unknown_objective = asked.has_unknown_objective(model)

@@ -127,6 +127,7 @@ MODEL: Schema = {
         "created": {"type": "integer"},
         "owned_by": {"type": "string"},
         "root": {"type": "string", "description": "The name that engines serve; differs for an alias."},
+        "parent": {"type": ["string", "null"], "description": "The model that an adapter belongs to."},
     },
 }
 MODELS: Schema = {

@@ -66,6 +66,13 @@ def _prefixes(parts: Parts) -> Iterator[Fault]:
             "model.tokenizer.render is not set; their prefixes are approximate"
         )
         yield ("model", "prefix", "mode"), message
+    nameless = sum(part.pool.engine is EngineKind.SGLANG for part in parts.pools)
+    if parts.model.adapters and nameless:
+        message = (
+            f"is precise, but KV events of SGLang name no adapter: what {nameless} of the pools have of an "
+            "adapter's prefixes counts as the model's own; set it to approximate"
+        )
+        yield ("model", "prefix", "mode"), message
     file = tokenizer.file if tokenizer is not None else None
     if file is not None and not Path(file).is_file():
         yield (

@@ -102,8 +102,9 @@ def names_of(parts: Parts) -> Iterator[Use]:
     if parts.model is not None:
         names: list[tuple[str, KeyPath]] = [(parts.model.name, ("model", "name"))]
         names += [(alias, ("model", "aliases", i)) for i, alias in enumerate(parts.model.aliases)]
+        names += [(adapter, ("model", "adapters", i)) for i, adapter in enumerate(parts.model.adapters)]
         for name, path in names:
-            yield "a model name or alias", name, parts.document, path
+            yield "a name of a model", name, parts.document, path
     for part in parts.pools:
         # An endpoint's id is pool/name, with no room for the model.
         yield "a pool name", part.spec.name, parts.document, part.path("name")

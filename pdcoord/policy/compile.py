@@ -84,6 +84,7 @@ def _compile_model(spec: PoolPolicy, pools: tuple[Pool, ...]) -> Model:
         name=ModelName(spec.model.name),
         pools=pools,
         aliases=spec.model.aliases,
+        adapters=spec.model.adapters,
         disaggregation=_compile_disaggregation(spec.disaggregation),
         fallback=_compile_fallback(spec.fallback),
         slo=_compile_slo(spec.slo),

@@ -63,6 +63,7 @@ _READ = {
 
 _LISTS: dict[_Place, dict[str, Any]] = {
     ("model", "aliases"): {"x-kubernetes-list-type": "set"},
+    ("model", "adapters"): {"x-kubernetes-list-type": "set"},
     ("fallback", "ladder"): {"x-kubernetes-list-type": "set"},
     ("pools",): {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     ("pools", "[]", "endpoints"): {

@@ -132,7 +132,8 @@ METRICS_PORT_MEANING = (
 )
 KV_EVENTS_PORT_MEANING = (
     "ZMQ port of the engine's KV events (the port of vLLM's and SGLang's --kv-events-config `endpoint`), at "
-    "the address's host; 5557 is their default. Without it the endpoint's prefixes are approximate."
+    "the address's host; 5557 is their default. Write `tcp://*:PORT` there: with another host the engine "
+    "calls that one, and is not heard. Without this port the endpoint's prefixes are approximate."
 )
 KV_EVENTS_REPLAY_PORT_MEANING = (
     "ZMQ port that sends past KV events again (`replay_endpoint`). Without it a lost event empties what is "

@@ -116,6 +116,14 @@ class ModelSpec(Spec):
     aliases: tuple[ServedName, ...] = Field(
         default=(), max_length=64, description="Other names that clients may use; unique over all documents."
     )
+    adapters: tuple[ServedName, ...] = Field(
+        default=(),
+        max_length=256,
+        description=(
+            "LoRA adapters that every engine of the model serves under these names (vLLM: --lora-modules). "
+            "Clients ask for one as `model`; the prefixes of each are kept apart. Unique like aliases."
+        ),
+    )
     bytes_per_token: float = Field(
         default=4.0,
         ge=0.25,

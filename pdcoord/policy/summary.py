@@ -28,6 +28,8 @@ def describe_policy(compiled: CompiledPolicy, matched: Sequence[MatchedEndpoint]
 def _describe_model(model: Model) -> Iterator[str]:
     aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
     yield f"model {model.name}{aliases}"
+    if model.adapters:
+        yield f"  adapters: {', '.join(model.adapters)}"
     rules = model.disaggregation
     yield (
         f"  split: {rules.mode}, from {rules.uncached_tokens_min} uncached tokens and"

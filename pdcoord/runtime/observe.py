@@ -158,14 +158,16 @@ class Metrics:
         return Histogram(spec.name, spec.meaning, spec.labels, buckets=spec.buckets, registry=self.registry)
 
 
-def _ills_of(record: CallRecord) -> dict[str, list[str] | bool]:
-    """What a call's log line tells of attempts that failed, and of an answer that was not whole."""
-    ills: dict[str, list[str] | bool] = {}
+def _rarities_of(record: CallRecord) -> dict[str, list[str] | bool | str]:
+    """What few calls' log lines tell: an adapter, attempts that failed, an answer that was not whole."""
+    rarities: dict[str, list[str] | bool | str] = {}
+    if record.adapter is not None:
+        rarities["adapter"] = record.adapter
     if record.failures:
-        ills["failures"] = [str(reason) for reason in record.failures]
+        rarities["failures"] = [str(reason) for reason in record.failures]
     if record.is_cut_short:
-        ills["cut_short"] = True
-    return ills
+        rarities["cut_short"] = True
+    return rarities
 
 
 class Telemetry:
@@ -202,7 +204,7 @@ class Telemetry:
             outcome=record.outcome,
             status=record.status,
             reason=record.reason,
-            **_ills_of(record),
+            **_rarities_of(record),
             **fields_of(record),
         )
 

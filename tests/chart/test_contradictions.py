@@ -41,6 +41,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         {"models.0.aliases": ["ibm/granite"]},
         'models[0].aliases[0] is "ibm/granite", which models[0].name is too',
     ),
+    (
+        {"models.0.adapters": ["sql", "g"]},
+        'models[0].adapters[1] is "g", which models[0].aliases[0] is too',
+    ),
     ({"gateway.mode": "attach"}, "gateway.mode is attach but gateway.attach.gateway.name is empty"),
     (
         {"gateway.attach.gateway.name": "main"},

@@ -350,9 +350,14 @@ class Launcher:
         wait_for_start(ready, process, "/readyz", START_S)
         return process
 
-    def make_model(self, folder: Path, *seed: int) -> Path:
-        """Write the tiny model to a folder that is not there yet; with a seed, one of other weights."""
+    def make_model(self, folder: Path, *seed: int, is_adapter: bool = False) -> Path:
+        """Write the tiny model to a folder that is not there yet; with a seed, one of other weights.
+
+        Args:
+            is_adapter: write a LoRA adapter of it instead.
+        """
         own = [word for each in seed for word in ("--seed", str(each))]
+        own += ["--adapter"] if is_adapter else []
         command = [self.python, "-P", HERE / "tiny_model.py", folder, *own]
         subprocess.run(command, check=True, env=self.environment, capture_output=True, timeout=ENGINE_START_S)
         return folder

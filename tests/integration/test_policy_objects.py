@@ -237,7 +237,7 @@ async def test_two_objects_with_one_model_name_are_told_of_each_other(kmock: Any
         await cluster.until_told("z", "True", "Accepted", 1)
         await cluster.create("a", model="org/shared")
         message = await cluster.until_told("a", "False", "Conflicted", 1)
-        assert message.startswith('spec.model.name: is "org/shared", a model name or alias that PoolPolicy z')
+        assert message.startswith('spec.model.name: is "org/shared", a name of a model that PoolPolicy z')
         await cluster.until_models("org/shared")
         await cluster.delete("z")
         await cluster.until_told("a", "True", "Accepted", 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from pdcoord.core.blocks import chain, pack_tokens, token_seed
+from pdcoord.core.blocks import chain, pack_tokens, root_key
 from pdcoord.core.fleet import EndpointId
 from pdcoord.core.kvcache import EngineHash, KvRemoved, KvStored
 from pdcoord.core.request import BlockKey
@@ -19,7 +19,7 @@ class KvWords:
         if key_tokens < 2:
             raise ValueError(f"key_tokens is {key_tokens}, expected at least 2")
         self._key_tokens = key_tokens
-        self._seed = token_seed(model, "", "")
+        self._seed = root_key(model, "", "")
         self._rest = (0,) * (key_tokens - 2)
         # The key before it in its chain, None at the beginning; and the coordinator's own key.
         self._known: dict[int, tuple[int | None, BlockKey]] = {}

@@ -130,7 +130,8 @@ pdcoord.io/pool: {{ .pool.name | quote }}
 {{- $given := default dict $model.policy -}}
 {{- $head := dict "name" $model.name -}}
 {{- with $model.aliases -}}{{- $_ := set $head "aliases" . -}}{{- end -}}
-{{- $head = merge $head (omit (default dict $given.model) "name" "aliases") -}}
+{{- with $model.adapters -}}{{- $_ := set $head "adapters" . -}}{{- end -}}
+{{- $head = merge $head (omit (default dict $given.model) "name" "aliases" "adapters") -}}
 {{- $pools := list -}}
 {{- range $pool := $model.pools -}}
   {{- $selector := dict "pdcoord.io/pool" $pool.name -}}

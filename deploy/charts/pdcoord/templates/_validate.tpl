@@ -21,12 +21,17 @@ value, and what to give instead. Renders nothing.
     {{- fail (printf "%s.id is %q, as of %s: set %s.id to another name" $at $slug (index $slugs $slug) $at) -}}
   {{- end -}}
   {{- $_ := set $slugs $slug $at -}}
-  {{- range $i, $name := concat (list $model.name) (default list $model.aliases) -}}
-    {{- $where := ternary (printf "%s.name" $at) (printf "%s.aliases[%d]" $at (sub $i 1)) (eq $i 0) -}}
-    {{- if hasKey $served $name -}}
-      {{- fail (printf "%s is %q, which %s is too: one name leads to one model" $where $name (index $served $name)) -}}
+  {{- $uses := list (dict "where" (printf "%s.name" $at) "name" $model.name) -}}
+  {{- range $kind := list "aliases" "adapters" -}}
+    {{- range $i, $name := default list (index $model $kind) -}}
+      {{- $uses = append $uses (dict "where" (printf "%s.%s[%d]" $at $kind $i) "name" $name) -}}
     {{- end -}}
-    {{- $_ := set $served $name $where -}}
+  {{- end -}}
+  {{- range $use := $uses -}}
+    {{- if hasKey $served $use.name -}}
+      {{- fail (printf "%s is %q, which %s is too: one name leads to one model" $use.where $use.name (index $served $use.name)) -}}
+    {{- end -}}
+    {{- $_ := set $served $use.name $use.where -}}
   {{- end -}}
   {{- range $p, $pool := $model.pools -}}
     {{- $where := printf "%s.pools[%d]" $at $p -}}

@@ -86,7 +86,7 @@ def test_an_open_gate_passes_everything_on(bench: Bench, model: Model, plan: Any
     call, raw = parse(cache_salt="own"), b"{ }"
     assert visa.salted(call) is call
     assert visa.body(raw, call, model) is raw
-    visa.check_model(model)
+    visa.check_model(model, "org/model")
     visa.take_prompt(request_of(model))
     visa.sent(plan("r"))
     visa.settle(ended(10**9))
@@ -149,18 +149,40 @@ def test_an_open_gate_sends_engines_their_own_key_and_not_the_clients(bench: Ben
 
 
 @pytest.mark.parametrize(
-    ("models", "may"), [(None, True), ({"alias"}, True), ({"org/model"}, True), ({"x"}, False)]
+    ("models", "allowed"),
+    [
+        (None, {"org/model", "alias", "sql", "law"}),
+        ({"alias"}, {"org/model", "alias", "sql", "law"}),
+        ({"org/model"}, {"org/model", "alias", "sql", "law"}),
+        ({"sql", "x"}, {"sql"}),
+        ({"x"}, set()),
+    ],
 )
-def test_a_key_is_for_its_models(bench: Bench, model: Model, models: set[str] | None, may: bool) -> None:
+def test_a_key_is_for_its_models(
+    bench: Bench, model: Model, models: set[str] | None, allowed: set[str]
+) -> None:
+    model = replace(model, adapters=("sql", "law"))
     bench.use(api_key("a", models=None if models is None else frozenset(models)))
     visa = bench.admit("a")
-    assert visa.may_use(model) is may
-    if may:
-        visa.check_model(model)
-        return
-    with pytest.raises(RefusedError) as refused:
-        visa.check_model(model)
-    assert (refused.value.refusal.status, refused.value.refusal.reason) == (403, RefuseReason.MODEL_FORBIDDEN)
+    assert {name for name in model.names if visa.may_use(model, name)} == allowed
+    for name in model.names:
+        if name in allowed:
+            visa.check_model(model, name)
+            continue
+        with pytest.raises(RefusedError) as refused:
+            visa.check_model(model, name)
+        refusal = refused.value.refusal
+        assert (refusal.status, refusal.reason) == (403, RefuseReason.MODEL_FORBIDDEN)
+        assert f"'{'org/model' if name == 'alias' else name}'" in refusal.message
+
+
+def test_an_adapter_keeps_its_name_upstream(bench: Bench, model: Model) -> None:
+    model = replace(model, adapters=("sql",))
+    visa = bench.enter([])
+    for name, sent in (("sql", "sql"), ("alias", "org/model"), ("org/model", "org/model")):
+        raw = json.dumps({"model": name, "prompt": "x"}).encode()
+        body = visa.body(raw, parse(model=name), model)
+        assert json.loads(body)["model"] == sent
 
 
 def salts(bench: Bench, *names: str, **body: Any) -> list[str]:

@@ -62,6 +62,23 @@ def test_an_alias_shares_the_models_keys(model: Model) -> None:
     assert one == other
 
 
+def test_an_adapter_shares_nobodys_keys(model: Model) -> None:
+    model = replace(model, adapters=("sql", "law"))
+    found = {}
+    for name in ("org/model", "alias", "sql", "law"):
+        call = parse_call(
+            APIS["/v1/completions"], b'{"model":"%b","prompt":"%b"}' % (name.encode(), b"x" * 600)
+        )
+        found[name] = build_request(ID, call, model, array("I", range(64)))
+    assert {request.model for request in found.values()} == {"org/model"}
+    assert found["alias"] == found["org/model"]
+    apart = [found[name] for name in ("org/model", "sql", "law")]
+    for keys in ([each.block_keys for each in apart], [each.token_keys for each in apart]):
+        assert len({key for each in keys for key in each}) == 3 * len(keys[0]) > 0
+    expected = token_keys(range(64), model="org/model", lora="sql", block_tokens=model.precise_block_tokens)
+    assert found["sql"].token_keys == expected  # As an engine tells of a block with this lora_name.
+
+
 def test_a_call_without_a_decode_phase_leaves_no_prefix(model: Model) -> None:
     request = build_request(ID, parse("/v1/embeddings", input="x" * 600), model)
     assert (request.is_generative, request.block_keys) == (False, ())

@@ -76,7 +76,7 @@ class ScriptedCoordination:
         self.expected.pop(RequestId(request_id))(action)
 
     def model(self, name: str) -> Model | None:
-        return self.served if name in {self.served.name, *self.served.aliases} else None
+        return self.served if name in self.served.names else None
 
     def models(self) -> tuple[Model, ...]:
         return (self.served,)

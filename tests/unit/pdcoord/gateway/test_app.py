@@ -42,6 +42,25 @@ async def test_models_and_aliases_are_listed(stage: Any) -> None:
     assert answer.header("x-request-id") == "made-1"
 
 
+async def test_an_adapter_is_listed_under_its_model_and_asked_by_its_name(stage: Any) -> None:
+    stage.coordination.served = replace(stage.coordination.served, adapters=("sql",))
+    cards = json.loads((await stage.call("/v1/models", b"", method="GET")).body)["data"]
+    assert [(card["id"], card["root"], card["parent"]) for card in cards] == [
+        ("org/model", "org/model", None),
+        ("alias", "org/model", None),
+        ("sql", "sql", "org/model"),
+    ]
+    await stage.call(body=b'{"model":"sql","prompt":"hi"}')
+    ask_for_keys(stage, models=frozenset({"sql"}))
+    answer = await stage.call("/v1/models", b"", method="GET", headers=[BEARER])
+    assert [card["id"] for card in json.loads(answer.body)["data"]] == ["sql"]
+    await stage.call(body=b'{"model":"sql","prompt":"hi"}', headers=[BEARER])
+    refused = await stage.call(body=b'{"model":"alias","prompt":"hi"}', headers=[BEARER])
+    assert (refused.status, error_of(refused)["code"]) == (403, "model-forbidden")
+    assert [json.loads(asked["body"])["model"] for asked in stage.upstream.asked] == ["sql", "sql"]
+    assert [record.adapter for record in stage.observer.records] == ["sql", "sql", None]
+
+
 @pytest.mark.parametrize("name", ["org/model", "alias"])
 async def test_a_model_is_found_by_name_and_alias_slashes_included(stage: Any, name: str) -> None:
     answer = await stage.call(f"/v1/models/{name}", b"", method="GET")

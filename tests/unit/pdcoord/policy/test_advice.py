@@ -154,3 +154,13 @@ def test_chats_that_nobody_can_tokenize_are_warned_of(good: str) -> None:
     )
     assert warning in warnings_of(text)
     assert warning not in warnings_of(text.replace(PRECISE, PRECISE + "\n  tokenizer: {render: 'r:1'}"))
+
+
+def test_adapters_whose_engine_does_not_name_them_are_warned_of(good: str) -> None:
+    text = precise(good, "\n  adapters: [sql]")
+    assert not any("adapter" in warning for warning in warnings_of(text))
+    text = text.replace("engine: vllm", "engine: sglang").replace("connector: pdcoord", "connector: none")
+    text = text.replace("role: prefill", "role: both").replace("role: decode", "role: both")
+    text = text.replace("per_token: 0.2}", "per_token: 0.2, step_base_ms: 5}")
+    (found,) = [warning for warning in warnings_of(text) if "adapter" in warning]
+    assert found.startswith("p:6: model.prefix.mode: is precise, but KV events of SGLang name no adapter: ")

@@ -45,13 +45,14 @@ WIDE_CONNECTOR = "engine: vllm\n    connector: pdcoord\n    layout: {block_token
         ),
         (
             "aliases: [llama]",
-            "aliases: [a, meta/llama, a]",
+            "aliases: [a, meta/llama, a]\n  adapters: [sql, a]",
             [
                 (
-                    'p:6: model.aliases[1]: is "meta/llama", a model name or alias that line 5 already has; '
+                    'p:6: model.aliases[1]: is "meta/llama", a name of a model that line 5 already has; '
                     "change one"
                 ),
-                'p:6: model.aliases[2]: is "a", a model name or alias that line 6 already has; change one',
+                'p:6: model.aliases[2]: is "a", a name of a model that line 6 already has; change one',
+                'p:7: model.adapters[1]: is "a", a name of a model that line 6 already has; change one',
             ],
         ),
         (
@@ -160,8 +161,8 @@ def test_names_are_unique_over_all_documents(good: str) -> None:
     )
     assert problems_of(f"{good}---\n{other}") == [
         'p:36: metadata.name: is "llama", a document name that line 3 already has; change one',
-        'p:38: model.name: is "llama", a model name or alias that line 6 already has; change one',
-        'p:39: model.aliases[0]: is "meta/llama", a model name or alias that line 5 already has; change one',
+        'p:38: model.name: is "llama", a name of a model that line 6 already has; change one',
+        'p:39: model.aliases[0]: is "meta/llama", a name of a model that line 5 already has; change one',
         'p:41: pools[0].name: is "fast", a pool name that line 8 already has; change one',
         'p:53: pools[1].name: is "wide", a pool name that line 20 already has; change one',
     ]

@@ -46,10 +46,12 @@ def test_a_policy_becomes_a_model_in_the_cores_units(good: str) -> None:
     text = text.replace("{ttft_ms: 2000}", "{ttft_ms: 2000, tpot_ms: 50}")
     text = text.replace(
         "aliases: [llama]",
-        "aliases: [llama]\n  bytes_per_token: 2.5\n  prefix: {block_tokens: 32, blocks_per_endpoint_max: 9}",
+        "aliases: [llama]\n  adapters: [sql]\n  bytes_per_token: 2.5\n"
+        "  prefix: {block_tokens: 32, blocks_per_endpoint_max: 9}",
     )
     (model,) = compiled(text).models
     assert (model.name, model.aliases, model.bytes_per_token) == ("meta/llama", ("llama",), 2.5)
+    assert model.names == ("meta/llama", "llama", "sql")
     assert (model.prefix_block_tokens, model.prefix_blocks_per_endpoint_max) == (32, 9)
     assert model.disaggregation == Disaggregation(SplitMode.NEVER, 7, 0.002, 3.0, 4.0, 2e9)
     assert model.fallback == Fallback((RungKind.COLOCATED, RungKind.OTHER_DECODE), 3, 0, 0.25, 0.5, 10)
@@ -107,6 +109,7 @@ class Writer:
                 "name": "org/Model",
                 **self._some(
                     aliases=self._rng.sample(["a", "b", "c"], self._rng.randint(0, 3)),
+                    adapters=self._rng.sample(["d", "e", "f"], self._rng.randint(0, 3)),
                     bytes_per_token=self._rng.uniform(0.25, 64),
                     prefix=self._some(
                         block_tokens=self._rng.randint(1, 8192),

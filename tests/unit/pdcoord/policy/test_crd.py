@@ -43,6 +43,7 @@ spec:
   model:
     name: meta/llama
     aliases: [llama, small]
+    adapters: [sql]
     bytes_per_token: 4.0
     prefix:
       {mode: approximate, block_tokens: 64, blocks_per_endpoint_max: 1000, precise_block_tokens: 16,

@@ -149,7 +149,7 @@ def test_of_two_new_objects_with_one_name_the_older_keeps_it(server: Server) -> 
     judged = server.look()
     assert reasons(judged) == {"a": "Conflicted", "z": "Accepted"}
     assert judged.verdicts["a"].message == (
-        'spec.model.name: is "org/shared", a model name or alias that PoolPolicy z already has; change one'
+        'spec.model.name: is "org/shared", a name of a model that PoolPolicy z already has; change one'
     )
     assert str(judged.verdicts["a"].problems[0]).startswith("PoolPolicy a: spec.model.name: ")
 

@@ -89,6 +89,15 @@ def test_a_refused_call_counts_its_reason_and_no_times(
     assert lines.entries[0]["prefill"] is None
 
 
+def test_a_line_names_the_adapter_that_was_asked_for(telemetry: Telemetry, lines: LogCapture) -> None:
+    for adapter in ("sql", None):
+        telemetry.call_began()
+        telemetry.call_ended(CallRecord(RequestId("r"), "/v1/completions", 1.0, model="m", adapter=adapter))
+    named, plain = lines.entries
+    assert (named["model"], named["adapter"]) == ("m", "sql")
+    assert "adapter" not in plain
+
+
 def test_a_line_names_what_attempts_failed_of_and_an_answer_that_was_cut_short(
     telemetry: Telemetry, lines: LogCapture
 ) -> None:
