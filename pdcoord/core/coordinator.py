@@ -67,7 +67,7 @@ from pdcoord.core.served import PathEvidence, target_of
 from pdcoord.core.silent import SilentFailures
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
-from pdcoord.protocol.plans import Mode, RungKind, ServedHeader
+from pdcoord.protocol.plans import Mode, RungKind
 
 LIVE_REQUESTS_MAX = 65_536
 """Requests in all that one coordinator keeps account of; past it the next is refused."""
@@ -133,8 +133,8 @@ class Coordinator:
         match event:
             case RequestArrived(request):
                 return self._arrive(request, now_s)
-            case ResponseBegan(request_id, served):
-                self._begin_response(self._live[request_id], served, now_s)
+            case ResponseBegan():
+                self._begin_response(self._live[event.id], event, now_s)
             case DecodeFailed():
                 return [self._fail_decode(event, now_s)]
             case StreamBroke():
@@ -326,7 +326,8 @@ class Coordinator:
         self._bookings.open(live, model, now_s)
         return Dispatch(live.plan)
 
-    def _begin_response(self, live: Live, served: ServedHeader | None, now_s: float) -> None:
+    def _begin_response(self, live: Live, began: ResponseBegan, now_s: float) -> None:
+        served = began.served
         assert not live.has_begun, f"response {live.request.id} began twice"
         live.has_begun = True
         if live.begun_s is None:
@@ -335,7 +336,7 @@ class Coordinator:
             self.canaries.heard(live.plan.decode.id)
         model = self._models.get(live.request.model)
         bandwidth_min = model.disaggregation.bandwidth_bytes_per_s_min if model is not None else 0.0
-        self.lessons.began(live.request.id, served, bandwidth_min, now_s)
+        self.lessons.began(began, bandwidth_min, now_s)
         self.progress.began(live.request.id, served, now_s)
         self.ledger.finish_prefill(live.request.id, now_s)
         self._evidence.take(live.plan, served, now_s)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
-from pdcoord.core.events import Outcome
+from pdcoord.core.events import Outcome, ResponseBegan
 from pdcoord.core.fleet import Endpoint, Fleet, ModelName
 from pdcoord.core.ledger import Ledger
 from pdcoord.core.observations import (
@@ -38,6 +38,8 @@ OWN_SHARE_MIN = 0.2
 """Of the time to the first token, what is left of it at least when the first step is taken off."""
 TTFTS_MAX = 1_024
 """First tokens kept for whoever asks how good the predictions are; of more, the oldest are forgotten."""
+_ALONE = ServedHeader(mode=Mode.COLOCATED)
+"""What an engine without a sidecar did with a request that was sent to it whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +118,22 @@ class Lessons:
             tokens_before=tokens_before,
         )
 
-    def began(
-        self, request_id: RequestId, served: ServedHeader | None, bandwidth_min: float, now_s: float
-    ) -> None:
+    def began(self, began: ResponseBegan, bandwidth_min: float, now_s: float) -> None:
         """Its first byte came; told while the ledger still has its prefill.
 
         Args:
-            served: without it the head of the response may have come long before the first token.
+            began: with neither a sidecar's word nor output its head may be long before the first token.
             bandwidth_min: bytes a second; a path with less is not used.
         """
+        request_id, served = began.id, began.served
         watch = self._watches.get(request_id)
-        if watch is None or served is None:
+        if watch is None or (served is None and not began.has_output):
             return
         plan = watch.plan
+        if served is None:
+            if plan.prefill is not None:
+                return  # Whether it was split, and how long that took, only a sidecar of ours tells.
+            served = _ALONE
         if self._is_there(plan.decode) and watch.request.is_streamed:
             load = self._ledger.summed_load(plan.decode.id, now_s)
             watch.begun_s = now_s

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pdcoord.core.plan import Plan
 from pdcoord.front.account import Account
 from pdcoord.front.tracing import AttemptTrace
+from pdcoord.gateway.first import is_event_stream
 from pdcoord.gateway.held import Held
 from pdcoord.protocol.errors import RefusedError, RungReason
 from pdcoord.protocol.plans import ServedHeader
@@ -44,6 +45,11 @@ class Opened:
     held: Held | None = None
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     trace: AttemptTrace | None = None
+
+    @property
+    def has_output(self) -> bool:
+        """Whether `first` is the first output: the head of an engine's stream comes before there is any."""
+        return self.held is None and is_event_stream(self.response)
 
     async def close(self) -> None:
         """Nobody wants it."""

@@ -319,7 +319,8 @@ class _Exchange:
         if isinstance(opened, Failure):
             return opened
         async with opened.stack:
-            self.relay.coordination.handle(ResponseBegan(self.record.id, opened.served))
+            began = ResponseBegan(self.record.id, opened.served, has_output=opened.has_output)
+            self.relay.coordination.handle(began)
             decision = wires.decision_header(opened.plan, opened.served)
             self.record.served = opened.served
             if opened.held is not None:

@@ -274,7 +274,8 @@ class Resumer:
             first = await read_first(response, timeout_s=means.limits.head_timeout_s)
         except StreamError:
             return RungReason.DECODE_ERROR
-        means.coordination.handle(ResponseBegan(record.id, wires.served_of(response.header(names.SERVED))))
+        served = wires.served_of(response.header(names.SERVED))
+        means.coordination.handle(ResponseBegan(record.id, served, has_output=True))
         broke.outcome = BreakOutcome.CONTINUED
         broke.gap_s = means.clock() - broke.noticed_s
         self._read_last = None  # Its splice has joined one stream, of which the client may have seen nothing.

@@ -54,6 +54,7 @@ from pdcoord.core.paths import BreakerState
 from pdcoord.core.plan import DropReason, Plan, Why
 from pdcoord.core.probes import Probe
 from pdcoord.core.request import Request, RequestId
+from pdcoord.core.resumes import RESUMES_MAX
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import DialectName, Mode, RungKind, RungTaken, ServedHeader
@@ -754,10 +755,13 @@ class CoordinatorMachine(RuleBasedStateMachine):
         self.plans: dict[RequestId, Plan] = {}
         self.requests: dict[RequestId, Request] = {}
         self.failed: dict[RequestId, set[EndpointId]] = {}
+        self.last_broken: dict[RequestId, EndpointId] = {}
         self.attempts: Counter[RequestId] = Counter()
         self.begun: set[RequestId] = set()
         self.first_byte_s: dict[RequestId, float] = {}
         self.resumes: Counter[RequestId] = Counter()
+        self.moves: Counter[RequestId] = Counter()
+        self.is_given_back = False
         self.waiting: set[RequestId] = set()
         self.hedges: dict[RequestId, Plan] = {}
 
@@ -790,6 +794,11 @@ class CoordinatorMachine(RuleBasedStateMachine):
         paths = self.coordinator.paths
         return paths.state(*path, self.now_s), paths.lets_pass(*path, self.now_s)
 
+    def left_out(self, name: RequestId) -> set[EndpointId]:
+        """Who failed a request; of a stream that broke, who was last, since it may go back to the others."""
+        last = self.last_broken.get(name)
+        return {last} if last is not None else self.failed.get(name, set())
+
     def check_plan(
         self, plan: Plan, before: dict[tuple[EndpointId, EndpointId], tuple[BreakerState, bool]]
     ) -> None:
@@ -799,7 +808,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         for name in plan.endpoint_ids():
             assert name in self.addresses, "an endpoint that is gone"
             assert name not in self.unfit, "an endpoint that is draining, unreachable or unknown"
-            assert name not in self.failed.get(plan.request_id, set()), "an endpoint that failed it before"
+            assert name not in self.left_out(plan.request_id), "an endpoint that failed it before"
         sent_to = [
             plan.decode,
             *(e for e in (plan.prefill, *(r.prefill for r in plan.rungs)) if e is not None),
@@ -834,11 +843,15 @@ class CoordinatorMachine(RuleBasedStateMachine):
         assert {rung.kind for rung in plan.rungs} <= set(model.fallback.rungs)
         assert plan.attempt == self.attempts[plan.request_id]
         if plan.request_id in self.first_byte_s:
-            self.resumes[plan.request_id] += 1
             assert RungKind.RESUME in model.fallback.rungs
-            assert self.resumes[plan.request_id] <= model.fallback.resume_tries_max
-            age_s = self.now_s - self.first_byte_s[plan.request_id]
-            assert age_s <= model.fallback.resume_age_s_max
+            if self.is_given_back:
+                self.moves[plan.request_id] += 1
+            else:
+                self.resumes[plan.request_id] += 1
+                assert self.resumes[plan.request_id] <= model.fallback.resume_tries_max
+                age_s = self.now_s - self.first_byte_s[plan.request_id]
+                assert age_s <= model.fallback.resume_age_s_max
+            assert self.resumes[plan.request_id] + self.moves[plan.request_id] <= RESUMES_MAX
         else:
             assert plan.attempt <= model.fallback.other_decode_max
 
@@ -948,6 +961,12 @@ class CoordinatorMachine(RuleBasedStateMachine):
         taken = [replace_target(rung, data.draw(mine | addresses)) for rung in rungs]
         return ServedHeader(mode=mode, prefill=data.draw(st.none() | mine | addresses), rungs=tuple(taken))
 
+    def note_drain(self, failed: EndpointId, reason: RungReason) -> None:
+        """Whether the next plan is of a stream that was given back, which no bound of the policy holds up."""
+        state = self.coordinator.fleet.get(failed)
+        is_leaving = state is not None and state.is_leaving
+        self.is_given_back = is_leaving or reason is RungReason.DECODE_DRAINING
+
     @precondition(lambda self: len(self.plans) > len(self.begun))
     @rule(
         data=st.data(),
@@ -962,8 +981,11 @@ class CoordinatorMachine(RuleBasedStateMachine):
         self.leave_hedge(name)
         failed = self.plans[name].decode.id
         self.failed.setdefault(name, set()).add(failed)
+        if name in self.last_broken:
+            self.last_broken[name] = failed
         self.attempts[name] += 1
         served = None if is_plain else self.served(data, name, rungs, Mode.COLOCATED)
+        self.note_drain(failed, reason)
         if reason is RungReason.DECODE_UNREACHABLE:
             self.unfit |= {failed} & set(self.addresses)
         self.keep(name, self.tell(DecodeFailed(name, reason, served), name))
@@ -972,10 +994,11 @@ class CoordinatorMachine(RuleBasedStateMachine):
     @rule(data=st.data(), reason=st.sampled_from(RungReason), tokens=st.integers(0, 9_000))
     def break_stream(self, data: st.DataObject, *, reason: RungReason, tokens: int) -> None:
         name = data.draw(st.sampled_from(sorted(self.begun)))
-        failed = self.plans[name].decode.id
+        failed = self.last_broken[name] = self.plans[name].decode.id
         self.failed.setdefault(name, set()).add(failed)
         self.attempts[name] += 1
         self.begun.discard(name)
+        self.note_drain(failed, reason)
         if reason is RungReason.DECODE_UNREACHABLE:
             self.unfit |= {failed} & set(self.addresses)
         self.coordinator.silence_s_max(name, self.now_s)

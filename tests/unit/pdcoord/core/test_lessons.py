@@ -94,8 +94,10 @@ class Story:
         assert isinstance(action, Dispatch)
         return action.plan
 
-    def begin(self, at_s: float, name: str = "r", served: ServedHeader | None = None) -> None:
-        assert self.tell(ResponseBegan(RequestId(name), served), at_s) == []
+    def begin(
+        self, at_s: float, name: str = "r", served: ServedHeader | None = None, *, has_output: bool = False
+    ) -> None:
+        assert self.tell(ResponseBegan(RequestId(name), served, has_output), at_s) == []
 
     def end(
         self, at_s: float, name: str = "r", tokens: int | None = 11, outcome: Outcome = Outcome.OK
@@ -220,6 +222,28 @@ def test_without_a_sidecars_word_only_the_length_of_the_answer_is_certain() -> N
     story = Story()
     story.ask()
     story.begin(100.5)
+    story.end(101.5)
+    assert story.speed.seen == [OutputSeen(M, "t", 11)]
+
+
+def test_an_engine_without_a_sidecar_teaches_by_its_first_output() -> None:
+    seen = []
+    for told in ({"served": TOGETHER}, {"has_output": True}, {}):
+        story = Story(SplitMode.NEVER)
+        story.ask()
+        story.begin(104.0, **told)  # type: ignore[arg-type]
+        story.end(106.0)
+        seen.append(story.speed.seen)
+    behind, alone, head_only = seen
+    assert [type(each) for each in behind] == [PrefillSeen, OutputSeen, StepsSeen]
+    assert alone == behind
+    assert [type(each) for each in head_only] == [OutputSeen]
+
+
+def test_an_engine_without_a_sidecar_does_not_tell_what_a_split_took() -> None:
+    story = Story()
+    assert story.ask().prefill is not None
+    story.begin(100.5, has_output=True)
     story.end(101.5)
     assert story.speed.seen == [OutputSeen(M, "t", 11)]
 
