@@ -57,7 +57,10 @@ class _Held:
         if left:
             self._runs[number] = left
         else:
-            del self._runs[number], self._begins[run[0]]
+            del self._runs[number]
+            # Of keys that are no chain another run may begin alike.
+            if self._begins.get(run[0]) == number:
+                del self._begins[run[0]]
         self.block_count -= len(taken)
         return taken
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -68,6 +68,21 @@ def test_every_ordinal_of_a_mask_is_marked(marked: set[int], depth: int) -> None
     found: dict[int, int] = {}
     mark_depth(found, sum(1 << ordinal for ordinal in marked), depth)
     assert found == dict.fromkeys(marked, depth)
+
+
+@example([([1, 2], 5), ([5], 5), ([1, 5], 5), ([], 0)])
+@given(st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=6), st.integers(0, 5)), max_size=40))
+def test_keys_that_are_no_chain_do_no_harm(prompts_given: list[tuple[list[int], int]]) -> None:
+    """Nobody makes such keys; a hash that two blocks share would."""
+    index = PrefixIndex()
+    for numbers, blocks_max in prompts_given:
+        keys = tuple(BlockKey(number) for number in numbers)
+        index.record(0, keys, blocks_max)
+        assert index.depth(0, keys) <= len(keys)
+        assert all(0 < depth <= len(keys) for depth in index.match(keys).values())
+        assert index.block_count <= blocks_max
+    index.forget(0)
+    assert index.block_count == 0
 
 
 TestPrefixMachine = PrefixMachine.TestCase
