@@ -103,6 +103,7 @@ docs: $(VENV)/.installed ## Regenerate what is generated in docs/ and deploy/
 	$(BIN)/python -m pdcoord.runtime.catalog > docs/metrics-gateway.md
 	$(BIN)/python -m sidecar.describe docs/sidecar.md
 	$(BIN)/python -m sidecar.describe docs/metrics-sidecar.md
+	$(BIN)/python -m benchmarks.policies.page
 	$(BIN)/python -m pdcoord.sim.engine_metrics > docs/metrics-engine.md
 	$(BIN)/python deploy/monitoring/dashboards.py
 

@@ -21,7 +21,7 @@ def draw_policies(results: dict[str, Any], folder: Path) -> Iterator[Path]:
     if rows := results.get("seed_table"):
         yield _draw_seed_table(rows, folder / "policies-seed.png")
     for workload, own in results.get("suite", {}).items():
-        rivals = results["settings"]["rivals"]
+        rivals = results["settings"]["suite"]["rivals"]
         yield _draw_workload(workload, own, rivals, folder / f"policies-{workload}.png")
     if adversity := results.get("adversity"):
         yield _draw_adversity(adversity, folder / "policies-adversity.png")

@@ -135,9 +135,13 @@ def section(name: str) -> str:
     return "\n".join(SECTIONS[name]()) + "\n"
 
 
-def redraw(text: str) -> str:
-    """A Markdown text with its sections, from `<!-- drawn: NAME -->` to `<!-- end -->`, drawn anew."""
-    return _MARKED.sub(lambda match: f"{match[1]}{section(match[2])}{match[3]}", text)
+def redraw(text: str, draw: Callable[[str], str] = section) -> str:
+    """A Markdown text with its sections, from `<!-- drawn: NAME -->` to `<!-- end -->`, drawn anew.
+
+    Args:
+        draw: the lines of the section of that name.
+    """
+    return _MARKED.sub(lambda match: f"{match[1]}{draw(match[2])}{match[3]}", text)
 
 
 if __name__ == "__main__":

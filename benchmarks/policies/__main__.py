@@ -17,7 +17,11 @@ from benchmarks.policies.workloads import SUITE, TRACES
 from pdcoord.sim.study.results import OURS
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "policies.json"
-PARTS = ("seed", "suite", "adversity")
+KEYS = {"seed": "seed_table", "suite": "suite", "adversity": "adversity"}
+"""Parts by their names in the file."""
+PARTS = tuple(KEYS)
+TABLE_SEEDS_QUICK = 10
+"""Near saturation times to the first token of one seed and another differ by two, and a run takes seconds."""
 QUICK_RIVALS = (
     "round-robin",
     "least-request",
@@ -36,11 +40,18 @@ QUICK_RIVALS = (
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.policies", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="3 seeds, shorter runs, the rivals that matter most"
+        "--quick", action="store_true", help="3 seeds (table: 10), shorter runs, the rivals that matter most"
     )
-    parser.add_argument("--seeds", type=int, help="seeds of finalists (default 20, with --quick 3)")
+    parser.add_argument(
+        "--seeds", type=int, help="seeds of finalists and of the table (default 20; --quick: 3, 10)"
+    )
     parser.add_argument("--seconds", type=float, help="arrivals of each run (default 60, with --quick 20)")
-    parser.add_argument("--only", choices=PARTS, action="append", help="run this part only; may be repeated")
+    parser.add_argument(
+        "--only",
+        choices=PARTS,
+        action="append",
+        help="run this part only, and keep what the file has of the others; may be repeated",
+    )
     parser.add_argument("--workload", choices=SUITE, action="append", help="of the suite; may be repeated")
     parser.add_argument(
         "--traces", type=Path, metavar="FOLDER", help=f"where {' and '.join(TRACES.values())} lie"
@@ -76,26 +87,38 @@ def workloads_of(options: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def kept(options: argparse.Namespace) -> dict[str, Any]:
+    """What the file has of parts that are not run."""
+    if options.only is None or not options.json.exists():
+        return {}
+    found: dict[str, Any] = json.loads(options.json.read_text(encoding="utf-8"))
+    run_anew = {KEYS[part] for part in options.only} - ({"suite"} if options.workload else set())
+    return {key: value for key, value in found.items() if key not in run_anew}
+
+
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Everything asked for; the order of parts is fixed, since trouble strikes who was best before."""
     plan, parts = plan_of(options), options.only or PARTS
-    results: dict[str, Any] = {
-        "settings": {
-            "is_quick": options.quick,
-            "seeds": plan.seeds,
-            "seconds": plan.seconds,
-            "rivals": list(plan.rivals),
-        }
+    results: dict[str, Any] = kept(options)
+    settings = {
+        "is_quick": options.quick,
+        "seeds": plan.seeds,
+        "table_seeds": options.seeds or (TABLE_SEEDS_QUICK if options.quick else plan.seeds),
+        "seconds": plan.seconds,
+        "rivals": list(plan.rivals),
     }
+    results["settings"] = results.get("settings", {}) | {KEYS[part]: settings for part in parts}
     pool = Pool(options.workers)
     try:
         with progress(console) as told:
             if "seed" in parts:
-                seeds, seconds = (1, 120.0) if options.quick else (3, 240.0)
+                seconds = 120.0 if options.quick else 240.0
+                seeds = int(settings["table_seeds"])
                 results["seed_table"] = seedtable.study(pool, seeds, seconds, told("seed table"))
             if "suite" in parts or "adversity" in parts:
                 chosen = workloads_of(options) if "suite" in parts else ["mix"]
-                results["suite"] = suite.study(pool, plan, chosen, told("suite"))
+                found = suite.study(pool, plan, chosen, told("suite"))
+                results["suite"] = results.get("suite", {}) | found
             if "adversity" in parts and "mix" in results["suite"]:
                 finals = results["suite"]["mix"]["finals"]
                 rivals = [final["peak"] for label, final in finals.items() if label != OURS]

@@ -50,12 +50,23 @@ def _seed_bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
             "TTFT p50": _ratio(theirs["ttft_p50_s"], ours["ttft_p50_s"]),
             "TTFT p99": _ratio(theirs["ttft_p99_s"], ours["ttft_p99_s"]),
         }
-        short = [f"{name} {ratio:.3f}" for name, ratio in checks.items() if ratio < 1 - ROW_TOLERANCE]
+        spreads = dict(
+            zip(("throughput", "TTFT p50", "TTFT p99"), row.get("by_seed", {}).values(), strict=False)
+        )
+        short = [
+            f"{name} {ratio:.3f}{_spread(spreads.get(name, []))}"
+            for name, ratio in checks.items()
+            if ratio < 1 - ROW_TOLERANCE
+        ]
         yield Bar(
             f"{row['name']}: pdcoord at or above llm-d",
             not short,
             f"below: {', '.join(short)}" if short else "throughput, TTFT p50 and p99",
         )
+
+
+def _spread(by_seed: list[float]) -> str:
+    return f" ({min(by_seed):.2f} to {max(by_seed):.2f} by seed)" if len(by_seed) > 1 else ""
 
 
 def _ratio(part: float, whole: float) -> float:

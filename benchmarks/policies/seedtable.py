@@ -17,6 +17,8 @@ START_RATE_PER_POD = {"granite": 0.3, "sarvam": 1.5}
 """Where climbs begin: not far below what round robin can do."""
 PEAK_SHARE = 0.97
 """From this share of its best throughput on, llm-d is near its best."""
+COMPARED = {"tokens_per_s": False, "ttft_p50_s": True, "ttft_p99_s": True}
+"""Figures at the rate of comparison; whether less is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,7 @@ def _row(row: Row, own: dict[str, Climb], runs: Sequence[Done]) -> dict[str, Any
         "name": row.name,
         "rate_per_s": _rate(row, own),
         "figures": figures,
+        "by_seed": {figure: _by_seed(row, runs, figure) for figure in COMPARED},
         "curves": {
             router: [[each.job.rate, tokens_per_s(each)] for each in climbed.done]
             for router, climbed in own.items()
@@ -148,6 +151,22 @@ def _row(row: Row, own: dict[str, Climb], runs: Sequence[Done]) -> dict[str, Any
             OURS: _factors(ours, base),
         },
     }
+
+
+_OF_SUMMARY: dict[str, Callable[[dict[str, Any]], float]] = {
+    "tokens_per_s": lambda summary: float(summary["steady_tokens_per_s"]),
+    "ttft_p50_s": lambda summary: float(summary["ttft"]["p50"]),
+    "ttft_p99_s": lambda summary: float(summary["ttft"]["p99"]),
+}
+
+
+def _by_seed(row: Row, runs: Sequence[Done], figure: str) -> list[float]:
+    """Ours over llm-d's in the row's own setting, seed by seed; more is better."""
+    read = _OF_SUMMARY[figure]
+    found = {(done.job.router, done.job.seed): read(done.summary) for done in runs}
+    seeds = sorted({seed for _, seed in found})
+    pairs = [(found[OURS, seed], found[row.llmd, seed]) for seed in seeds]
+    return [_ratio(theirs, ours) if COMPARED[figure] else _ratio(ours, theirs) for ours, theirs in pairs]
 
 
 def _factors(own: dict[str, float], base: dict[str, float]) -> dict[str, float]:
