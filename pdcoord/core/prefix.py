@@ -1,7 +1,7 @@
 """Approximate prefix index: which endpoint was sent which blocks, bounded by an LRU per endpoint."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 
 from pdcoord.core.request import BlockKey
@@ -13,11 +13,11 @@ _Run = tuple[BlockKey, ...]
 
 
 class _Held:
-    """The blocks of one endpoint in runs that were used together, longest unused first.
+    """The blocks of one endpoint in runs of a chain, longest unused first.
 
-    A run is part of a chain, of which an endpoint holds the front: of a prompt the last run is the oldest,
-    and of a run the last block is forgotten first. Runs end where chains part. To keep an order of single
-    blocks took a quarter of a decision.
+    Of a prompt the last block is forgotten first, so that of each chain the front is held. Each use makes one
+    run of the whole chain, and leaves the rest of those that it took from as old as they were: to keep an
+    order of single blocks took a quarter of a decision.
 
     Attributes:
         block_count: in all runs.
@@ -37,17 +37,16 @@ class _Held:
 
     def use(self, keys: _Run) -> _Run:
         """Make a chain the youngest, its front last; what was not held of it is returned."""
-        fronts: list[int] = []
         depth = 0
         for number, shared in self._along(keys):
-            fronts.append(self._front(number, shared))
+            self._take_front(number, shared)
             depth += shared
+        if keys:
+            number = next(self._numbers)
+            self._runs[number] = keys
+            self._begins[keys[0]] = number
         new = keys[depth:]
-        if new:
-            self._add(new)
-            self.block_count += len(new)
-        for number in reversed(fronts):
-            self._runs.move_to_end(number)
+        self.block_count += len(new)
         return new
 
     def take_oldest(self, most: int) -> _Run:
@@ -57,46 +56,42 @@ class _Held:
         if left:
             self._runs[number] = left
         else:
-            del self._runs[number]
-            # Of keys that are no chain another run may begin alike.
-            if self._begins.get(run[0]) == number:
-                del self._begins[run[0]]
+            self._take_front(number, len(run))
         self.block_count -= len(taken)
         return taken
 
     def runs(self) -> Iterable[_Run]:
         return self._runs.values()
 
-    def _along(self, keys: _Run) -> Iterator[tuple[int, int]]:
-        """The runs that keys go along, from their front, with how much of each; only of the last not all."""
+    def _along(self, keys: _Run) -> list[tuple[int, int]]:
+        """The runs that keys go along, each once, from their front, with how much of each."""
+        found: dict[int, int] = {}
         depth = 0
         while depth < len(keys):
             number = self._begins.get(keys[depth])
-            if number is None:
-                return
+            if number is None or number in found:
+                break
             run = self._runs[number]
-            end = depth + len(run)
-            if keys[depth:end] != run:
-                pairs = enumerate(zip(keys[depth:end], run, strict=False))
-                yield number, next((at for at, (a, b) in pairs if a != b), len(keys) - depth)
-                return
-            yield number, len(run)
-            depth = end
+            part = keys[depth : depth + len(run)]
+            shared = len(run)
+            if part != run:
+                pairs = enumerate(zip(part, run, strict=False))
+                shared = next((at for at, (a, b) in pairs if a != b), len(part))
+            found[number] = shared
+            depth += shared
+        return list(found.items())
 
-    def _front(self, number: int, length: int) -> int:
-        """The first blocks of a run as a run of their own; the rest stays as old as it is."""
+    def _take_front(self, number: int, length: int) -> None:
+        """Take the first blocks out of a run, perhaps all; the rest stays as old as it is."""
         run = self._runs[number]
+        # Of keys that are no chain another run may begin alike.
+        if self._begins.get(run[0]) == number:
+            del self._begins[run[0]]
         if length == len(run):
-            return number
-        self._runs[number] = run[length:]
-        self._begins[run[length]] = number
-        return self._add(run[:length])
-
-    def _add(self, run: _Run) -> int:
-        number = next(self._numbers)
-        self._runs[number] = run
-        self._begins[run[0]] = number
-        return number
+            del self._runs[number]
+        else:
+            self._runs[number] = run[length:]
+            self._begins[run[length]] = number
 
 
 class PrefixIndex:
