@@ -92,19 +92,20 @@ class Coordinator:
         self._evidence = PathEvidence(self.fleet, self.paths, self._silent)
         self._speed = speed if speed is not None else LearnedSpeed()
         self.lessons = Lessons(self.fleet, self.ledger, self.paths, self._speed)
-        self.progress = Progress(self.fleet, self.model)
+        self.progress = Progress(self.fleet, self._served)
         self._replica = replica
         accounts = Accounts(
             self.fleet, self.ledger, self.paths, self._silent, self.lessons, self._speed, self.progress
         )
         self._accounts = accounts
-        self.remote = RemoteLoad(accounts, self.model)
+        self.remote = RemoteLoad(accounts, self._served)
         self.canaries = Canaries(
             self.fleet, self.ledger, self.paths, replica=replica, has_runner=has_canaries
         )
-        self._intake = Intake(accounts, self.prefixes, self.remote, self.model, canaries=self.canaries)
+        self._intake = Intake(accounts, self.prefixes, self.remote, self._served, canaries=self.canaries)
         self._bookings = Bookings(accounts, self.prefixes, self._evidence)
         self._models: dict[str, Model] = {}
+        self._named: dict[str, Model] = {}
         self.budgets: dict[str, FallbackBudget] = {}
         self.hedges = Hedges()
         self._live: dict[RequestId, Live] = {}
@@ -158,11 +159,15 @@ class Coordinator:
 
     def model(self, name: str) -> Model | None:
         """The model of this name, alias or adapter."""
+        return self._named.get(name)
+
+    def _served(self, name: str) -> Model | None:
+        """The model of a request under way: of its own name, since an alias may lead to another by now."""
         return self._models.get(name)
 
     def models(self) -> tuple[Model, ...]:
         """Every model once, in the policy's order."""
-        return tuple({model.name: model for model in self._models.values()}.values())
+        return tuple(self._models.values())
 
     @property
     def live_count(self) -> int:
@@ -226,7 +231,8 @@ class Coordinator:
         assert set(self.budgets) == {m.name for m in self.models()}, "a model without a budget"
 
     def _replace_models(self, models: tuple[Model, ...]) -> None:
-        self._models = {name: m for m in models for name in m.names}
+        self._models = {model.name: model for model in models}
+        self._named = {name: model for model in models for name in model.names}
         kept = self.budgets
         self.budgets = {}
         for model in models:

@@ -445,6 +445,22 @@ def test_a_removed_model_is_refused_and_its_live_requests_end_well() -> None:
     assert story.coordinator.live_count == 0
 
 
+def test_a_name_that_another_model_has_by_now_takes_no_live_request_there() -> None:
+    story = Story()
+    story.plan("a")
+    story.plan("b")
+    story.begin("b")
+    pools = tuple(pool(f"{each.name}n", each.role, each.side, model=N, speed=SLOW) for each in (P, D))
+    story.tell(ModelsReplaced((Model(N, pools, adapters=(M,), disaggregation=MODEL.disaggregation),)))
+    for each in pools:
+        story.ready(endpoint(each, 0))
+    assert story.coordinator.model(M) is story.coordinator.model(N)
+    assert isinstance(story.fail("a"), Refusal)
+    (refused,) = story.tell(StreamBroke(RequestId("b"), RungReason.DECODE_ERROR, 3))
+    assert isinstance(refused, Refuse)
+    assert refused.refusal.reason is RefuseReason.STREAM_LOST
+
+
 def outage(share_max: float, window: int = 40, rungs: tuple[RungKind, ...] = Fallback().rungs) -> Story:
     """A story in which every prefill pod has just gone."""
     fallback = Fallback(colocated_share_max=share_max, window=window, rungs=rungs)
