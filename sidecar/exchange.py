@@ -10,6 +10,7 @@ from pdcoord.protocol.tickets import decode_prefill_answer
 from pdcoord.resume.continuation import Continuation, Finished
 from pdcoord.resume.errors import DivergedError, TornError
 from pdcoord.resume.failure import was_given_up
+from pdcoord.resume.opening import OPENING_BYTES_MAX, Opening, Seen
 from pdcoord.resume.tape import Tape
 from pdcoord.wire.asgi import Receive, Scope, Send, watch_disconnect
 from pdcoord.wire.client import Response
@@ -17,7 +18,6 @@ from pdcoord.wire.errors import WireError
 from sidecar.bodies import Bodies
 from sidecar.guard import Headers
 from sidecar.handoff import Handoff
-from sidecar.opening import OPENING_BYTES_MAX, Opening, Seen
 from sidecar.outgoing import ANSWER_BYTES_MAX, Answer, Outgoing, Piece, is_event_stream
 from sidecar.passing import shows_output
 from sidecar.reports import RequestReport

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
+from pdcoord.resume.opening import EVENT_STREAM, Opening, Seen
 from pdcoord.resume.tape import Tape, seems_whole
-from sidecar.opening import EVENT_STREAM, Opening, Seen
 
 Change = Callable[[bytes], bytes]
 

@@ -3,11 +3,11 @@
 import asyncio
 
 from pdcoord.resume.failure import was_given_up
+from pdcoord.resume.opening import EVENT_STREAM, shows_first_token
 from pdcoord.resume.sse import end_of_last, whole_events
 from pdcoord.wire.errors import StreamError
 from pdcoord.wire.response import Response
 
-EVENT_STREAM = b"text/event-stream"
 SIGNS_OF_LIFE = (b":", b"event: ping")
 """How events begin that are no output: comments (vLLM's --sse-keep-alive-interval) and Anthropic's pings."""
 UNFINISHED_BYTES_MAX = 64 << 10
@@ -23,6 +23,14 @@ def is_event_stream(response: Response) -> bool:
 def is_plain_stream(response: Response) -> bool:
     """Whether a body is an event stream whose bytes can be read as they are."""
     return is_event_stream(response) and response.header(b"content-encoding") is None
+
+
+def has_first_token(response: Response, first: bytes) -> bool:
+    """Whether what `read_first` gave says that the engine has made a token; False where it cannot be read.
+
+    An answer in one piece is not asked: it says nothing of when its first token was there.
+    """
+    return is_plain_stream(response) and shows_first_token(first)
 
 
 async def read_first(response: Response, *, timeout_s: float, is_generated: bool = False) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pdcoord.core.plan import Plan
 from pdcoord.front.account import Account
 from pdcoord.front.tracing import AttemptTrace
-from pdcoord.gateway.first import is_event_stream
+from pdcoord.gateway.first import has_first_token
 from pdcoord.gateway.held import Held
 from pdcoord.protocol.errors import RefusedError, RungReason
 from pdcoord.protocol.plans import ServedHeader
@@ -36,6 +36,8 @@ class Opened:
         held: an error of the engine's about the call itself, whole, in place of all that.
         stack: what must be left when the answer is over, its connection among it.
         trace: the attempt's span; None where nothing is traced.
+        has_output: `first` has the first output, as of `ResponseBegan`: the head of an engine's stream, and
+            events of some APIs, come before there is any.
     """
 
     plan: Plan
@@ -45,11 +47,10 @@ class Opened:
     held: Held | None = None
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     trace: AttemptTrace | None = None
+    has_output: bool = field(init=False)
 
-    @property
-    def has_output(self) -> bool:
-        """Whether `first` is the first output: the head of an engine's stream comes before there is any."""
-        return self.held is None and is_event_stream(self.response)
+    def __post_init__(self) -> None:
+        self.has_output = self.held is None and has_first_token(self.response, self.first)
 
     async def close(self) -> None:
         """Nobody wants it."""

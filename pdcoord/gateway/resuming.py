@@ -13,7 +13,7 @@ from pdcoord.front import upstream as wires
 from pdcoord.front.account import Account
 from pdcoord.front.ports import Break, BreakOutcome, CallRecord, Limits, Relaying
 from pdcoord.front.tracing import CallTrace
-from pdcoord.gateway.first import is_plain_stream, read_first
+from pdcoord.gateway.first import has_first_token, is_plain_stream, read_first
 from pdcoord.gateway.streams import Answer, Fate, StreamWatch
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import Refusal, RefusedError, RungReason
@@ -275,7 +275,8 @@ class Resumer:
         except StreamError:
             return RungReason.DECODE_ERROR
         served = wires.served_of(response.header(names.SERVED))
-        means.coordination.handle(ResponseBegan(record.id, served, has_output=True))
+        has_output = has_first_token(response, first)
+        means.coordination.handle(ResponseBegan(record.id, served, has_output=has_output))
         broke.outcome = BreakOutcome.CONTINUED
         broke.gap_s = means.clock() - broke.noticed_s
         self._read_last = None  # Its splice has joined one stream, of which the client may have seen nothing.

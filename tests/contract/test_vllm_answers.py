@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pdcoord.protocol.tickets import decode_prefill_answer
-from sidecar.opening import Opening, Seen
+from pdcoord.resume.opening import Opening, Seen
 from sidecar.usage import UsageRewriter
 
 FOLDER = Path(__file__).parent / "vllm-0.32.0"

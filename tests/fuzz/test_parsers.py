@@ -30,11 +30,11 @@ from pdcoord.protocol.tickets import decode_pairing, decode_prefill_answer
 from pdcoord.protocol.trace import read_trace
 from pdcoord.resume.continuation import Continuation, continue_stream, count_request
 from pdcoord.resume.errors import TornError, UnreadableError
+from pdcoord.resume.opening import Opening
 from pdcoord.resume.passed import read_passed
 from pdcoord.resume.tape import Shelf, Tape
 from pdcoord.sim.faults import FaultsBodyError, parse_faults
 from pdcoord.wire.heads import request_fault
-from sidecar.opening import Opening
 from transfer.errors import FrameError
 from transfer.session.frames import FrameReader
 from transfer.session.frames import decode as decode_message

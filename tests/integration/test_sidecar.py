@@ -21,6 +21,7 @@ from pdcoord.protocol.plans import (
     encode_plan,
 )
 from pdcoord.protocol.tickets import PREFILL_TICKET
+from pdcoord.resume.opening import OPENING_BYTES_MAX
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import StreamError
 from pdcoord.wire.server import Listener, serve
@@ -29,7 +30,6 @@ from sidecar.guard import Allowlist
 from sidecar.handoff import Handoff
 from sidecar.health import Health
 from sidecar.observe import Metrics
-from sidecar.opening import OPENING_BYTES_MAX
 from sidecar.process import make_proxy
 from sidecar.proxy import Backstage, Proxy
 from sidecar.settings import parse

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from pdcoord.core.events import Outcome, RequestEnded
+from pdcoord.core.events import Outcome, RequestEnded, ResponseBegan
 from pdcoord.core.model import Fallback
 from pdcoord.gateway.first import UNFINISHED_BYTES_MAX, WHOLE_BYTES_MAX, has_no_event, read_first
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
@@ -21,6 +21,7 @@ STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 FIRST, SECOND = "10.0.0.2:8000", "10.0.0.4:8000"
 DONE = b"data: [DONE]\n\n"
 MESSAGES, RESPONSES, CHAT = "/v1/messages", "/v1/responses", "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 ENGINES_ERROR = b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"x"}}\n\n'
 
 
@@ -118,7 +119,8 @@ def event(name: str | None = None, **fields: object) -> bytes:
 
 
 def body(path: str, **changes: object) -> bytes:
-    turns = {"input": "x"} if path == RESPONSES else {"messages": [{"role": "user", "content": "x"}]}
+    prompts: dict[str, dict[str, object]] = {RESPONSES: {"input": "x"}, COMPLETIONS: {"prompt": "x"}}
+    turns = prompts.get(path, {"messages": [{"role": "user", "content": "x"}]})
     return json.dumps({"model": "org/model", "max_tokens": 6, **turns, **changes}).encode()
 
 
@@ -246,3 +248,55 @@ async def test_a_refusal_of_a_message_is_in_anthropics_form(stage: Any, reply: A
     stage.upstream.script = [reply(status=404, chunks=[b'{"detail":"Not Found"}'])]
     said = json.loads((await stage.call(MESSAGES, body(MESSAGES))).body)
     assert (said["type"], said["error"]["code"]) == ("error", "not-served")
+
+
+TOKEN = b'data: {"choices":[{"index":0,"text":"a","finish_reason":null}]}\n\n'
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+CREATED = b'event: response.created\ndata: {"sequence_number":0,"type":"response.created"}\n\n'
+STARTED = b'event: message_start\ndata: {"type":"message_start"}\n\n'
+FAILED = b'data: {"error":{"message":"x","code":500}}\n\n'
+GZIPPED = [*STREAM, (b"content-encoding", b"gzip")]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "chunks", "has_output"),
+    [
+        (COMPLETIONS, STREAM, [TOKEN, DONE], True),
+        (COMPLETIONS, STREAM, [ALIVE, TOKEN, DONE], True),
+        (COMPLETIONS, STREAM, [FAILED, DONE], False),
+        (COMPLETIONS, GZIPPED, [TOKEN, DONE], False),
+        (CHAT, STREAM, [ROLE, DONE], True),
+        (RESPONSES, STREAM, [CREATED, SAID], False),
+        (RESPONSES, STREAM, [CREATED + SAID], True),
+        (MESSAGES, STREAM, [STARTED, DELTA], False),
+        (MESSAGES, STREAM, [STARTED + DELTA], True),
+        (MESSAGES, STREAM, [ENGINES_ERROR], False),
+    ],
+)
+async def test_the_core_hears_of_output_where_the_first_of_a_stream_shows_some(
+    stage: Any,
+    reply: Any,
+    path: str,
+    headers: list[tuple[bytes, bytes]],
+    chunks: list[bytes],
+    *,
+    has_output: bool,
+) -> None:
+    stage.upstream.script = [reply(headers=headers, chunks=chunks)]
+    await stage.call(path, body(path, stream=True))
+    assert stage.coordination.events[1] == ResponseBegan("made-1", None, has_output=has_output)
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_an_answer_in_one_piece_tells_the_core_of_no_output(
+    stage: Any, reply: Any, status: int
+) -> None:
+    stage.upstream.script = [reply(status=status)]
+    assert (await stage.call()).status == status
+    assert stage.coordination.events[1] == ResponseBegan("made-1", None, has_output=False)
+
+
+async def test_an_error_answer_to_a_stream_tells_the_core_of_no_output(stage: Any, reply: Any) -> None:
+    stage.upstream.script = [reply(status=400, headers=STREAM, chunks=[TOKEN])]
+    assert (await stage.call(body=body(COMPLETIONS, stream=True))).status == 400
+    assert stage.coordination.events[1] == ResponseBegan("made-1", None, has_output=False)

@@ -13,8 +13,21 @@ from pdcoord.front.account import Account
 from pdcoord.gateway.hedging import Failure, Opened, Race
 from pdcoord.gateway.held import Held
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason, RungReason
+from pdcoord.wire.response import Response
 
 ANSWER = Held(500, [], b"own words")
+
+
+class Head:
+    """An upstream's answer, of which only headers are read."""
+
+    def __init__(self, **headers: bytes) -> None:
+        self._headers = {b"content-type": b"text/event-stream; charset=utf-8"} | {
+            name.replace("_", "-").encode(): value for name, value in headers.items()
+        }
+
+    def header(self, name: bytes) -> bytes | None:
+        return self._headers.get(name)
 
 
 class Told:
@@ -77,7 +90,9 @@ class Stage:
         self.attempts = Attempts()
 
     def opened(self, name: str) -> Opened:
-        return Opened(replace(self.plan, request_id=RequestId(name)), cast("Any", None), None, b"first")
+        return Opened(
+            replace(self.plan, request_id=RequestId(name)), cast("Response", Head()), None, b"data: 1\n\n"
+        )
 
     async def run(self, direct: Callable[["Stage"], Any]) -> Opened | Failure:
         """The race's end, with `direct` running beside it."""
@@ -92,6 +107,25 @@ class Stage:
 @pytest.fixture
 def first(plan: Callable[..., Plan]) -> Plan:
     return plan(RequestId("one"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "first_part", "held", "has_output"),
+    [
+        ({}, b"data: 1\n\n", None, True),
+        ({}, b"", None, False),
+        ({}, b"data: 1\n\n", ANSWER, False),
+        ({}, b"event: response.created\ndata: {}\n\n", None, False),
+        ({"content_encoding": b"gzip"}, b"data: 1\n\n", None, False),
+        ({"content_type": b"application/json"}, b'{"choices":[]}', None, False),
+        ({"content_type": b"application/json"}, b"data: 1\n\n", None, False),
+    ],
+)
+def test_only_a_plain_stream_that_shows_a_token_has_output(
+    first: Plan, headers: dict[str, bytes], first_part: bytes, held: Held | None, *, has_output: bool
+) -> None:
+    opened = Opened(first, cast("Response", Head(**headers)), None, first_part, held)
+    assert opened.has_output is has_output
 
 
 async def test_who_answers_in_time_has_no_second(first: Plan) -> None:

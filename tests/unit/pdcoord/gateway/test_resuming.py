@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pdcoord.core.events import DecodeFailed, Outcome, RequestEnded, StreamBroke
+from pdcoord.core.events import DecodeFailed, Outcome, RequestEnded, ResponseBegan, StreamBroke
 from pdcoord.core.fleet import EngineKind
 from pdcoord.core.model import Fallback
 from pdcoord.front.ports import BreakOutcome
@@ -92,6 +92,25 @@ async def test_a_stream_that_breaks_off_goes_on_and_the_client_sees_one(two: Any
     assert broke.gap_s is not None
     assert record.outcome is Outcome.OK
     assert record.output_tokens == 4
+
+
+@pytest.mark.parametrize("has_output", [True, False])
+async def test_the_core_hears_of_output_where_what_goes_on_shows_some(
+    two: Any, reply: Any, *, has_output: bool
+) -> None:
+    failed = b'data: {"error":{"message":"x","code":500}}\n\n'
+    first = event([11], stream="b", finish="stop") if has_output else failed
+    two.coordination.script = [FIRST, SECOND, LOST]
+    two.upstream.script = [
+        reply(headers=SSE, chunks=[event([10]), GONE]),
+        reply(headers=SSE, chunks=[first, DONE]),
+    ]
+    assert (await two.call(body=body())).is_complete is has_output
+    began = [told for told in two.coordination.events if isinstance(told, ResponseBegan)]
+    assert began == [
+        ResponseBegan("made-1", None, has_output=True),
+        ResponseBegan("made-1", None, has_output=has_output),
+    ]
 
 
 async def test_what_a_draining_endpoint_gives_back_is_called_so(two: Any, reply: Any) -> None:

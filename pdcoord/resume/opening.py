@@ -1,7 +1,9 @@
-"""Tells from the first bytes of a decode leg's answer whether the engine has begun to generate."""
+"""Tells from the first bytes of an answer whether its engine has begun to generate."""
 
 import re
 from enum import StrEnum
+
+from pdcoord.resume.failure import tells_failure
 
 # The longest stretch that is held back before any output. /v1/responses echoes instructions and tools in
 # each of the events that come before it.
@@ -9,7 +11,8 @@ OPENING_BYTES_MAX = 1 << 20
 
 EVENT_STREAM = b"text/event-stream"
 
-_EVENT_END = re.compile(rb"\r?\n\r?\n")
+# Of an event whose lines end in CRLF the last CR is left to it, which is faster than to look for one.
+_EVENT_END = re.compile(rb"\n\r?\n")
 # Sent before it is known whether there will be a token: by Anthropic's API, and by vLLM 0.32, whose
 # first result opens the stream even where it is a failed pull (tests/contract/vllm-0.32.0/*.failed.sse).
 _PREAMBLE = frozenset(
@@ -22,6 +25,8 @@ _ROLE_ONLY = re.compile(
 _CHOSEN = re.compile(rb'"delta"\s*:')
 _ERRORS = frozenset({b"error", b"response.failed"})
 _ERROR_DATA = re.compile(rb'\{\s*"(?:error"\s*:(?!\s*null)|(?:type|object)"\s*:\s*"error")')
+# Without any of these no event says that its engine failed or gave up; in text the quotes are escaped.
+_FAILURE_WORDS = (b'"error"', b'"abort"', b'"response.failed"')
 _TYPE = re.compile(rb'\{\s*"type"\s*:\s*"([a-z_.]{1,64})"')
 
 
@@ -61,7 +66,28 @@ class Opening:
         return _read_event(bytes(self.held[self._scanned_bytes :]))
 
 
-def _read_event(block: bytes) -> Seen:
+def shows_first_token(beginning: bytes) -> bool:
+    """Whether whole events at the beginning of an event stream say that its engine has made a token.
+
+    Here a chat chunk that names only the role says so, which to an `Opening` is nothing: vLLM 0.32 and SGLang
+    0.5.23 send it with the result of their first step, so that it tells when the prompt was computed. What
+    it does not tell is that the answer goes on: a failed pull, of which an `Opening` must learn, comes behind
+    it. An error, or the end of an answer that its engine gave up, in any of the events is none.
+    """
+    start = 0
+    for end in _EVENT_END.finditer(beginning):
+        seen = _read_event(beginning[start : end.start()], is_role_output=True)
+        if seen is not Seen.NOTHING:
+            return seen is Seen.OUTPUT and not _tells_failure(beginning)
+        start = end.end()
+    return False
+
+
+def _tells_failure(beginning: bytes) -> bool:
+    return any(word in beginning for word in _FAILURE_WORDS) and tells_failure(beginning)
+
+
+def _read_event(block: bytes, *, is_role_output: bool = False) -> Seen:
     """What one server-sent event shows (WHATWG HTML, 9.2.6); an empty or comment-only one shows nothing."""
     name = data = b""
     for line in block.splitlines():
@@ -74,7 +100,7 @@ def _read_event(block: bytes) -> Seen:
         name = typed[1]
     if name in _ERRORS or _ERROR_DATA.match(data) is not None:
         return Seen.ERROR
-    if name in _PREAMBLE or not data or _is_role_only(data):
+    if name in _PREAMBLE or not data or (not is_role_output and _is_role_only(data)):
         return Seen.NOTHING
     return Seen.OUTPUT
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sidecar.opening import OPENING_BYTES_MAX, Opening, Seen
+from pdcoord.resume.opening import OPENING_BYTES_MAX, Opening, Seen, shows_first_token
 
 SSE = b"text/event-stream; charset=utf-8"
 
@@ -76,3 +76,43 @@ def test_what_is_held_is_bounded() -> None:
     opening = Opening(SSE)
     assert opening.feed(b":" * OPENING_BYTES_MAX) is Seen.NOTHING
     assert opening.feed(b":") is Seen.OUTPUT
+
+
+ROLE = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
+TOKEN = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
+STARTED = b'event: message_start\ndata: {"type":"message_start"}\n\n'
+ERROR = b'data: {"error":{"message":"x"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("beginning", "has_token"),
+    [
+        (TOKEN, True),
+        (ROLE, True),
+        (ROLE + TOKEN, True),
+        (b": keep-alive\n\n" + ROLE, True),
+        (STARTED + b"event: content_block_start\ndata: {}\n\n", True),
+        (b"", False),
+        (TOKEN[:-1], False),
+        (b": keep-alive\n\n", False),
+        (STARTED, False),
+        (b"event: message_start\r\ndata: {}\r\n\r\n", False),
+        (b"event: message_start\r\ndata: {}\r\n\r\ndata: {}\r\n\r\n", True),
+        (b"event: response.created\ndata: {}\n\n" * 3, False),
+        (b"event: response.created\ndata: {}\n\n" + b"event: response.failed\ndata: {}\n\n", False),
+        (ERROR, False),
+        (ERROR + TOKEN, False),
+        (ROLE + ERROR, False),
+        (b'data: {"choices":[{"index":0,"text":"","finish_reason":"abort"}]}\n\n', False),
+    ],
+)
+def test_a_first_token_is_shown_by_a_role_and_by_no_preamble_or_error(
+    beginning: bytes, *, has_token: bool
+) -> None:
+    assert shows_first_token(beginning) is has_token
+
+
+def test_preambles_of_any_length_show_no_token() -> None:
+    long = b"event: response.created\ndata: " + b"x" * OPENING_BYTES_MAX + b"\n\n"
+    assert not shows_first_token(long)
+    assert not shows_first_token(b"data: " + b"x" * OPENING_BYTES_MAX)
