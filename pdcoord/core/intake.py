@@ -36,7 +36,7 @@ class Intake:
     """Holds no state of its own but which endpoints' samples are doubted.
 
     Args:
-        model: the model of a name or alias.
+        model: the model of a name, alias or adapter.
 
     Attributes:
         doubts: those.

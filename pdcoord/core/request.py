@@ -23,6 +23,7 @@ class Request:
 
     Attributes:
         model: the policy's name of the model, aliases resolved.
+        adapter: LoRA adapter of the model that was asked for; "" for the model itself.
         prompt_tokens: counted, or estimated from bytes.
         is_prompt_counted: whether prompt_tokens is exact; an estimate never refuses a request.
         block_keys: keys of the prompt's full blocks in order; a partial last block has none.
@@ -59,6 +60,7 @@ class Request:
     token_block_tokens: int = 16
     allowed: frozenset[str] | None = None
     is_resumed: bool = False
+    adapter: str = ""
 
     def allows(self, address: HostPort) -> bool:
         """Whether a leg may go there."""

@@ -94,7 +94,8 @@ class KeySpec(Spec):
         description="Keys of one group share prefix caches, whatever their tenants; else a tenant's keys do.",
     )
     models: Annotated[tuple[ServedName, ...], Field(min_length=1, max_length=256)] | None = Field(
-        default=None, description="Models that may be asked, by name or alias; all if not set."
+        default=None,
+        description="Models that may be asked, by name or alias, or adapters alone; all if not set.",
     )
     objectives: Annotated[tuple[ObjectiveName, ...], Field(min_length=1, max_length=64)] | None = Field(
         default=None,

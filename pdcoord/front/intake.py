@@ -113,6 +113,7 @@ def build_request(
         slo=asked.slo,
         token_keys=exact,
         token_block_tokens=grain,
+        adapter=adapter,
     )
 
 

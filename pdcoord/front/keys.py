@@ -51,7 +51,7 @@ class ApiKey:
         name: in logs and metrics; unique.
         digest: SHA-256 of the key.
         salt_group: keys of one group share prefix caches.
-        models: names or aliases of the models it is for; None for all.
+        models: names or aliases of the models it is for, or names of adapters; None for all.
         requests_per_minute, tokens_per_minute: None for no limit.
         expires_unix_s: None for never.
         objectives: names of those above priority 0 that may be asked for; ANY_OBJECTIVE for all.

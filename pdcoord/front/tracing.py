@@ -160,12 +160,14 @@ def _of_break(broke: Break) -> dict[str, str | int | float | None]:
 
 def _of_record(record: CallRecord) -> dict[str, str | int | None]:
     return {
-        "gen_ai.request.model": record.model,
+        # The exact name of what answers: of a model that was tuned, not that of its base.
+        "gen_ai.request.model": record.adapter or record.model,
         "gen_ai.usage.input_tokens": record.prompt_tokens,
         "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
         "gen_ai.usage.output_tokens": record.output_tokens,
         "http.response.status_code": record.status,
         "pdcoord.mode": None if record.mode is None else str(record.mode),
+        "pdcoord.base_model": None if record.adapter is None else record.model,
         "pdcoord.outcome": str(record.outcome),
         "pdcoord.reason": None if record.reason is None else str(record.reason),
         "pdcoord.served_by_prefill": record.prefill,

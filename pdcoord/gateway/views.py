@@ -244,6 +244,7 @@ class DecisionView(msgspec.Struct, frozen=True, kw_only=True):
     """GET /decisions/{request_id}.
 
     Attributes:
+        adapter: of the model, that was asked for; None for the model itself.
         outcome: None while the request is being served.
         refusal: what pdcoord answered itself, if it did.
         decision_ms: the core's own time for the first plan.
@@ -254,6 +255,7 @@ class DecisionView(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     model: str
+    adapter: str | None = None
     age_ms: float
     prompt_tokens: int
     output_tokens_max: int | None

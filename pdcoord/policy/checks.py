@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from pdcoord.core.fleet import Pool, Role
+from pdcoord.core.fleet import EngineKind, Pool, Role
 from pdcoord.core.model import PrefixMode, SplitMode
 from pdcoord.policy.errors import KeyPath, Problem, quote
 from pdcoord.policy.fallbackschema import FallbackSpec
@@ -71,7 +71,8 @@ def problems_of(all_parts: Iterable[Parts]) -> Iterator[Problem]:
     all_parts = list(all_parts)
     yield from _repeats(use for parts in all_parts for use in names_of(parts))
     for parts in all_parts:
-        faults = [*_selector_faults(parts), *_speed_faults(parts), *_replay_faults(parts)]
+        faults = [*_adapter_faults(parts), *_selector_faults(parts), *_speed_faults(parts)]
+        faults += _replay_faults(parts)
         if parts.is_complete:
             faults += [*_serving_faults(parts), *_always_faults(parts), *_precise_faults(parts)]
         yield from (parts.document.problem(path, message) for path, message in faults)
@@ -108,6 +109,26 @@ def names_of(parts: Parts) -> Iterator[Use]:
     for part in parts.pools:
         # An endpoint's id is pool/name, with no room for the model.
         yield "a pool name", part.spec.name, parts.document, part.path("name")
+
+
+def _adapter_faults(parts: Parts) -> Iterator[Fault]:
+    """Adapters under names by which SGLang does not choose one.
+
+    SGLang's OpenAI server (serving_base.py, `_parse_model_parameter`: read, not run) takes an adapter from
+    `model` only as what follows a colon; by a name without one its base model answers, and nothing tells.
+    """
+    pool = next((part.spec.name for part in parts.pools if part.pool.engine is EngineKind.SGLANG), None)
+    if parts.model is None or pool is None:
+        return
+    start = f"{parts.model.name}:"
+    for i, adapter in enumerate(parts.model.adapters):
+        if not adapter.startswith(start) or adapter == start:
+            message = (
+                f'is {quote(adapter)}; name it "{start}<name>": so SGLang (pool {pool}) knows an adapter, '
+                "and without the colon answers as its base model; vLLM takes such a name as well "
+                "in --lora-modules"
+            )
+            yield ("model", "adapters", i), message
 
 
 def _endpoint_uses(parts: Parts) -> Iterator[Use]:

@@ -91,9 +91,9 @@ class _Known:
 class ObjectJudge:
     """Judges objects one by one and beside each other, and keeps the last good content of each.
 
-    Of two objects that are sound by themselves but have a name in common (of a model, an alias or a pool)
-    the one keeps it that was accepted before; if that is true of both or neither, one that has not changed
-    since, then the older. What was accepted before is read from the objects' own status, so that all
+    Of two objects that are sound by themselves but have a name in common (of a model, an alias, an adapter
+    or a pool) the one keeps it that was accepted before; if that is true of both or neither, one that has not
+    changed since, then the older. What was accepted before is read from the objects' own status, so that all
     processes, and one that starts anew, judge alike; what is remembered counts where there is no status.
     """
 

@@ -121,7 +121,9 @@ class ModelSpec(Spec):
         max_length=256,
         description=(
             "LoRA adapters that every engine of the model serves under these names (vLLM: --lora-modules). "
-            "Clients ask for one as `model`; the prefixes of each are kept apart. Unique like aliases."
+            "Clients ask for one as `model`; the prefixes of each are kept apart. Unique like aliases. "
+            "With a pool of SGLang each is NAME:ADAPTER, NAME that of the model and ADAPTER as in SGLang's "
+            "--lora-paths: by a name without the colon its base model would answer."
         ),
     )
     bytes_per_token: float = Field(

@@ -47,6 +47,7 @@ class _Decision:
 
     id: RequestId
     model: str
+    adapter: str
     prompt_tokens: int
     output_tokens_max: int | None
     choice_count: int
@@ -79,6 +80,7 @@ class DecisionLog:
         decision = _Decision(
             id=request.id,
             model=request.model,
+            adapter=request.adapter,
             prompt_tokens=request.prompt_tokens,
             output_tokens_max=request.output_tokens_max,
             choice_count=request.choice_count,
@@ -207,6 +209,7 @@ def _view(decision: _Decision, now_s: float) -> DecisionView:
     return DecisionView(
         id=decision.id,
         model=decision.model,
+        adapter=decision.adapter or None,
         age_ms=(now_s - decision.arrived_s) * 1e3,
         prompt_tokens=decision.prompt_tokens,
         output_tokens_max=decision.output_tokens_max,

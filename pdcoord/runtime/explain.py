@@ -92,8 +92,10 @@ def render(decision: DecisionView) -> RenderableType:
 def _facts(decision: DecisionView) -> Text:
     output = "no limit" if decision.output_tokens_max is None else f"at most {decision.output_tokens_max:,}"
     choices = f", {decision.choice_count} choices" if decision.choice_count > 1 else ""
+    adapter = "" if decision.adapter is None else f", adapter {decision.adapter}"
     text = Text(
-        f"model {decision.model}, prompt {decision.prompt_tokens:,} tokens, output {output}{choices}\n"
+        f"model {decision.model}{adapter}, prompt {decision.prompt_tokens:,} tokens, "
+        f"output {output}{choices}\n"
     )
     text.append(
         f"outcome {decision.outcome or 'still being served'}, first byte {_ms(decision.first_byte_ms)}, "

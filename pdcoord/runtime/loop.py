@@ -213,7 +213,7 @@ class CoordinatorLoop:
         return well or [state.endpoint for state in states]
 
     def model(self, name: str) -> Model | None:
-        """The model of this name or alias."""
+        """The model of this name, alias or adapter."""
         return self._coordinator.model(name)
 
     def models(self) -> tuple[Model, ...]:

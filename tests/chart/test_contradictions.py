@@ -45,6 +45,17 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         {"models.0.adapters": ["sql", "g"]},
         'models[0].adapters[1] is "g", which models[0].aliases[0] is too',
     ),
+    (
+        {
+            "models.0.adapters": ["ibm/granite:sql", "law"],
+            "models.0.pools.0.engine": "sglang",
+            "models.0.pools.0.connector": "sglang",
+        },
+        (
+            'models[0].adapters[1] is "law"; name it "ibm/granite:<name>": '
+            "so SGLang (models[0].pools[0]) knows an adapter"
+        ),
+    ),
     ({"gateway.mode": "attach"}, "gateway.mode is attach but gateway.attach.gateway.name is empty"),
     (
         {"gateway.attach.gateway.name": "main"},
@@ -189,6 +200,8 @@ NOT_OF_THE_SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"models.0.pools.0.role": "encode"}, "/models/0/pools/0/role"),
     ({"models.0.pools.0.layout": {"odrer": "HND"}}, "/models/0/pools/0/layout"),
     ({"models.0.policy": {"slo": {"ttft": 1}}}, "/models/0/policy/slo"),
+    ({"models.0.policy": {"model": {"aliases": ["a"]}}}, "/models/0/policy/model"),
+    ({"models.0.policy": {"model": {"adapters": ["a"]}}}, "/models/0/policy/model"),
     ({"models.0.kvBytesPerToken": "many"}, "/models/0/kvBytesPerToken"),
     ({"gateway.mode": "nginx"}, "/gateway/mode"),
     ({"pd.leaseSeconds": 0}, "/pd/leaseSeconds"),

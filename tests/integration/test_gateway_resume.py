@@ -39,11 +39,13 @@ class Script:
         is_deaf: the chat template ends the answer that it is to continue.
         how: reset; end (the body ends well); hang; breathe (comments and nothing else); error (an event).
         seen: requests by their id, in order: path and body.
+        questions: bodies of what /tokenize was asked, in order.
     """
 
     cut: int | None = None
     how: str = "reset"
     seen: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=dict)
+    questions: list[dict[str, Any]] = field(default_factory=list)
     open_streams: int = 0
     is_deaf: bool = False
 
@@ -87,6 +89,7 @@ class Engine:
         if target == "/metrics":
             _answer(writer, METRICS, "text/plain")
         elif target == "/tokenize":
+            self.script.questions.append(json.loads(body))
             _answer(writer, tokenized(json.loads(body), is_deaf=self.script.is_deaf))
         else:
             seen = self.script.seen.setdefault(headers["x-request-id"], [])
@@ -310,7 +313,7 @@ def policy_of(engines: list[Engine], fallback: str) -> str:
 apiVersion: pdcoord.io/v1alpha1
 kind: PoolPolicy
 metadata: {{name: m}}
-model: {{name: org/model}}
+model: {{name: org/model, aliases: [alias], adapters: [sql]}}
 pools:
   - name: both
     role: both
@@ -412,6 +415,24 @@ async def test_wherever_a_stream_is_cut_the_client_reads_one(
         outputs = {e.output_tokens for e in made.events if type(e).__name__ == "RequestEnded"}  # type: ignore[union-attr]
         assert outputs == {len(WORDS)}
     assert script.open_streams == 0
+
+
+@pytest.mark.parametrize("kind", [TEXT, TURNS], ids=["text", "chat"])
+@pytest.mark.parametrize(("name", "sent"), [("sql", "sql"), ("alias", "org/model")])
+async def test_a_continued_stream_is_asked_of_the_same_adapter(
+    tmp_path: Path, kind: tuple[str, dict[str, Any]], name: str, sent: str
+) -> None:
+    """And so is what its tokens are: a chat template or added tokens may be the adapter's own."""
+    path, asked = asked_of(kind, model=name)
+    script = Script(cut=len(b"".join(events_of("a", path, asked)[:5])))
+    async with gateway(tmp_path, script) as made:
+        answer = await made.call(path, asked)
+        assert answer.text == "".join(WORDS)
+        await made.settle()
+    bodies = [body for _, body in script.seen["r"]]
+    assert [body["model"] for body in bodies] == [sent, sent]
+    assert bodies[0] != bodies[1]
+    assert {question["model"] for question in script.questions} == {sent}
 
 
 async def test_a_clean_end_in_the_middle_is_told_of_where_nobody_can_go_on(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -300,6 +301,32 @@ async def test_models_and_rates_are_the_keys() -> None:
         assert 50 <= int(answer["retry-after"]) <= 60
         await stage.until(lambda: len(stage.observer.records) == 2)
         assert [record.key_name for record in stage.observer.records] == ["b", "b"]
+
+
+async def test_a_key_may_be_for_one_adapter_alone() -> None:
+    async with staged() as stage:
+        (model,) = stage.loop.models()
+        stage.loop.handle(ModelsReplaced((replace(model, adapters=("sql", "law")),)))
+        stage.use(a={"models": frozenset({"sql"})}, b={"models": frozenset({"alias"})})
+        sent: dict[tuple[str, str], str] = {}
+        for key, name in itertools.product("ab", (M, "alias", "sql", "law")):
+            envoy = stage.open()
+            await envoy.head(CHAT | bearer(key))
+            await envoy.body(BODY.replace(M.encode(), name.encode()))
+            if key == "a" and name != "sql":
+                assert (await envoy.refused())[:2] == (403, "model-forbidden")
+                continue
+            _, _, body = await envoy.routed()
+            sent[key, name] = body["model"]
+        assert sent == {
+            ("a", "sql"): "sql",
+            ("b", M): M,
+            ("b", "alias"): M,
+            ("b", "sql"): "sql",
+            ("b", "law"): "law",
+        }
+        assert [request.adapter for request in stage.requests] == ["sql", "", "", "sql", "law"]
+        assert {request.model for request in stage.requests} == {M}
 
 
 async def test_what_a_key_may_not_use_is_dropped_or_refused() -> None:

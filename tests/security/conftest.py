@@ -282,7 +282,8 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
             pool |= {"kv_bytes_per_token": 1_024, "speed": policy_speed(profile)}
             pool |= {"endpoints": [{"name": "a", "address": str(endpoint)}]}
             policy = {"apiVersion": "pdcoord.io/v1alpha1", "kind": "PoolPolicy", "metadata": {"name": "m"}}
-            policy |= {"model": {"name": MODEL}, "pools": [pool]}
+            model = {"name": MODEL, "adapters": [f"{MODEL}:sql", f"{MODEL}:law"]}
+            policy |= {"model": model, "pools": [pool]}
             policy |= {"admission": {"objectives": {"critical": 9, "batch": -1}}}
             (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy, sort_keys=False))
             command = ["pdcoord", "serve", "--policy", str(tmp_path / "policy.yaml"), "--port", str(port)]

@@ -24,12 +24,13 @@ MODEL = "security/model"
 ADMIN_KEY = "a" * 40
 KEYS = {
     name: make_key(name[:1].encode() * KEY_RANDOM_BYTES)
-    for name in ("one", "two", "expired", "few", "limited", "urgent", "metered")
+    for name in ("one", "two", "expired", "few", "limited", "urgent", "metered", "adapter")
 }
 LIMITS: dict[str, dict[str, Any]] = {
     "expired": {"expires_at": "2020-01-01T00:00:00Z"},
     "few": {"requests_per_minute": 1},
     "limited": {"models": ["another/model"]},
+    "adapter": {"models": [f"{MODEL}:sql"]},
     "urgent": {"objectives": ["critical"]},
     "metered": {"tokens_per_minute": 60},
 }
@@ -132,6 +133,14 @@ async def test_a_key_is_for_its_models_and_its_rate(door: Door) -> None:
     assert (await door.ask(KEYS["few"]))[0] == 200
     assert await door.ask(KEYS["few"]) == (429, "rate-limited")
     assert len(door.reached) == 1
+
+
+async def test_a_key_for_an_adapter_is_for_neither_its_model_nor_another_adapter(door: Door) -> None:
+    for model in (MODEL, f"{MODEL}:law"):
+        assert await door.ask(KEYS["adapter"], model=model) == (403, "model-forbidden")
+    assert await door.ask(KEYS["adapter"], model=f"{MODEL}:SQL") == (404, "model-unknown")
+    assert (await door.ask(KEYS["adapter"], model=f"{MODEL}:sql"))[0] == 200
+    assert [body["model"] for _, body in door.reached] == [f"{MODEL}:sql"]
 
 
 async def test_a_tenant_cannot_pass_for_another_or_share_its_cache(door: Door) -> None:

@@ -152,9 +152,9 @@ def make_scene(endpoints: Sequence[Endpoint], settings: Sequence[EngineSettings]
 def _model_of(policy_file: str, compiled: CompiledPolicy, fleet: LoadedFleet) -> Model:
     served = fleet.fleet.model
     for model in compiled.models:
-        if served == model.name or served in model.aliases:
+        if served in model.names:
             return model
-    names = ", ".join(name for model in compiled.models for name in (model.name, *model.aliases))
+    names = ", ".join(name for model in compiled.models for name in model.names)
     message = f"is {quote(served)}, which {policy_file} has no policy for; it has {names}"
     raise PolicyError([Problem(fleet.file, None, ("model",), message)])
 

@@ -161,6 +161,7 @@ class _RequestDone(msgspec.Struct):
     duration_ms: float
     prompt_tokens: int
     model: str | None = None
+    adapter: str | None = None
     prefill: str | None = None
     why: str | None = None
     ttft_ms: float | None = None
@@ -180,7 +181,8 @@ def _of_line(line: _RequestDone) -> Recorded:
         output_tokens=_output_tokens(line),
         tenant=line.tenant or "",
         priority=line.priority,
-        kind=line.model or "",
+        # An adapter's prompts share nothing with its model's; no other model has its name.
+        kind=line.adapter or line.model or "",
     )
     return Recorded(
         line.id,

@@ -41,6 +41,13 @@ value, and what to give instead. Renders nothing.
     {{- $_ := set $names $pool.name $where -}}
     {{- include "pdcoord.validatePoolName" (dict "pool" $pool "at" $where) -}}
     {{- include "pdcoord.validatePool" (dict "root" $ "model" $model "pool" $pool "at" $where) -}}
+    {{- if eq (default "vllm" $pool.engine) "sglang" -}}
+      {{- range $i, $name := default list $model.adapters -}}
+        {{- if or (not (hasPrefix (printf "%s:" $model.name) $name)) (hasSuffix ":" $name) -}}
+          {{- fail (printf "%s.adapters[%d] is %q; name it \"%s:<name>\": so SGLang (%s) knows an adapter, and without the colon answers as its base model; vLLM takes such a name as well" $at $i $name $model.name $where) -}}
+        {{- end -}}
+      {{- end -}}
+    {{- end -}}
   {{- end -}}
   {{- $splits = append $splits (include "pdcoord.validateRoles" (dict "root" $ "model" $model "at" $at "slug" $slug)) -}}
 {{- end -}}

@@ -71,6 +71,7 @@ def test_an_adapter_shares_nobodys_keys(model: Model) -> None:
         )
         found[name] = build_request(ID, call, model, array("I", range(64)))
     assert {request.model for request in found.values()} == {"org/model"}
+    assert [request.adapter for request in found.values()] == ["", "", "sql", "law"]
     assert found["alias"] == found["org/model"]
     apart = [found[name] for name in ("org/model", "sql", "law")]
     for keys in ([each.block_keys for each in apart], [each.token_keys for each in apart]):

@@ -182,6 +182,15 @@ def test_a_call_s_spans_hang_together() -> None:
     assert attempts[0].attributes["server.port"] == 8000
 
 
+def test_an_adapter_is_the_model_that_is_asked_and_its_base_is_named() -> None:
+    recorder, record, trace = begin([])
+    record.model, record.adapter = "org/model", "sql"
+    trace.end()
+    attributes = recorder.spans[0].attributes
+    assert attributes["gen_ai.request.model"] == "sql"
+    assert attributes["pdcoord.base_model"] == "org/model"
+
+
 def test_whoever_relays_in_our_place_is_told_of_the_call_itself() -> None:
     recorder, _, trace = begin(PARENT.headers())
     assert read_trace(trace.headers()) == recorder.spans[0].context

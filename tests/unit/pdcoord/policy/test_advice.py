@@ -157,7 +157,7 @@ def test_chats_that_nobody_can_tokenize_are_warned_of(good: str) -> None:
 
 
 def test_adapters_whose_engine_does_not_name_them_are_warned_of(good: str) -> None:
-    text = precise(good, "\n  adapters: [sql]")
+    text = precise(good, "\n  adapters: ['meta/llama:sql']")
     assert not any("adapter" in warning for warning in warnings_of(text))
     text = text.replace("engine: vllm", "engine: sglang").replace("connector: pdcoord", "connector: none")
     text = text.replace("role: prefill", "role: both").replace("role: decode", "role: both")

@@ -168,6 +168,38 @@ def test_names_are_unique_over_all_documents(good: str) -> None:
     ]
 
 
+def test_an_adapter_is_no_name_of_another_document(good: str) -> None:
+    other = good.replace("name: llama}", "name: other}").replace("meta/llama", "other")
+    other = other.replace("aliases: [llama]", "aliases: [o]\n  adapters: [sql, llama]")
+    other = other.replace("name: fast", "name: fast-2").replace("name: wide", "name: wide-2")
+    assert problems_of(f"{good}---\n{other}") == [
+        'p:40: model.adapters[1]: is "llama", a name of a model that line 6 already has; change one'
+    ]
+
+
+def test_sglang_takes_an_adapter_only_behind_the_models_name(good: str) -> None:
+    text = good.replace(
+        "aliases: [llama]",
+        "aliases: [llama]\n  adapters: [sql, 'llama:sql', 'meta/llama:sql', 'meta/llama:']",
+    )
+    assert parse_policies(text.encode(), "p")
+    wide = text.index("name: wide")
+    text = text[:wide] + text[wide:].replace("engine: vllm", "engine: sglang")
+    text = text.replace("connector: pdcoord", "connector: none").replace("role: decode", "role: both")
+    message = (
+        'p:7: model.adapters[{}]: is "{}"; name it "meta/llama:<name>": so SGLang (pool wide) knows an '
+        "adapter, and without the colon answers as its base model; vLLM takes such a name as well "
+        "in --lora-modules"
+    )
+    assert problems_of(text) == [
+        message.format(0, "sql"),
+        message.format(1, "llama:sql"),
+        message.format(3, "meta/llama:"),
+    ]
+    good = text.replace("[sql, 'llama:sql', 'meta/llama:sql', 'meta/llama:']", "['meta/llama:sql']")
+    assert parse_policies(good.encode(), "p")
+
+
 def test_what_is_wrong_between_parts_is_said_although_a_part_is_wrong(good: str) -> None:
     """A problem in one pool hides neither those of the other documents nor those between sound pools."""
     third = """\

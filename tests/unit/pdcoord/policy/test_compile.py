@@ -109,7 +109,7 @@ class Writer:
                 "name": "org/Model",
                 **self._some(
                     aliases=self._rng.sample(["a", "b", "c"], self._rng.randint(0, 3)),
-                    adapters=self._rng.sample(["d", "e", "f"], self._rng.randint(0, 3)),
+                    adapters=self._rng.sample(["d", "org/Model:e", "f"], self._rng.randint(0, 3)),
                     bytes_per_token=self._rng.uniform(0.25, 64),
                     prefix=self._some(
                         block_tokens=self._rng.randint(1, 8192),
@@ -242,6 +242,7 @@ BETWEEN_PARTS = (
     "can serve a request alone",
     "is always, but",
     "expected less than lease_ms",
+    "knows an adapter",
 )
 
 

@@ -27,15 +27,16 @@ class Server:
         self.judge = ObjectJudge()
         self._uid = 0
 
-    def put(self, name: str, /, *, model: str | None = None, **pool: Any) -> None:
-        """Create or change an object: `pool` overwrites values of its second pool."""
+    def put(self, name: str, /, *, model: str | None = None, **values: Any) -> None:
+        """Create or change an object: other names of its model; the other values are its second pool's."""
+        names = {kind: values.pop(kind) for kind in ("aliases", "adapters") if kind in values}
         spec = copy.deepcopy(self._spec)
-        spec["model"] = {"name": model or f"org/{name}"}
+        spec["model"] = {"name": model or f"org/{name}", **names}
         for index, each in enumerate(spec["pools"]):
             each["name"] = f"{name}-{index}"
             for endpoint in each["endpoints"]:
                 endpoint["address"] = endpoint["address"].replace("10.0", f"10.{sum(name.encode()) % 250}")
-        spec["pools"][1].update(pool)
+        spec["pools"][1].update(values)
         if name not in self.objects:
             self._uid += 1
             metadata = {"name": name, "uid": str(self._uid), "generation": 0}
@@ -152,6 +153,22 @@ def test_of_two_new_objects_with_one_name_the_older_keeps_it(server: Server) -> 
         'spec.model.name: is "org/shared", a name of a model that PoolPolicy z already has; change one'
     )
     assert str(judged.verdicts["a"].problems[0]).startswith("PoolPolicy a: spec.model.name: ")
+
+
+def test_an_adapter_is_no_name_of_another_object(server: Server) -> None:
+    server.put("a", adapters=["sql"])
+    server.put("b", adapters=["law", "sql"])
+    server.put("c", aliases=["sql"])
+    server.put("d", adapters=["org/a"])
+    server.put("e", adapters=["code"])
+    judged = server.look()
+    held = "a name of a model that PoolPolicy a already has; change one"
+    assert {name: verdict.message for name, verdict in judged.verdicts.items() if name in "bcd"} == {
+        "b": f'spec.model.adapters[1]: is "sql", {held}',
+        "c": f'spec.model.aliases[0]: is "sql", {held}',
+        "d": f'spec.model.adapters[0]: is "org/a", {held}',
+    }
+    assert [model.names for model in judged.compiled.models] == [("org/a", "sql"), ("org/e", "code")]
 
 
 @pytest.mark.parametrize("has_status", [True, False])

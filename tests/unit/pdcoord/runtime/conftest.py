@@ -90,11 +90,13 @@ class Bench:
             self.loop.handle(SampleTaken(EndpointId(endpoint_id), sample))
 
     def arrive(
-        self, request_id: str = "r-1", tokens: int = 4_000, priority: int = 0
+        self, request_id: str = "r-1", tokens: int = 4_000, priority: int = 0, adapter: str = ""
     ) -> Plan | Refusal | None:
         """What the core says; None for a wait, whose end comes into `decided`."""
         name = RequestId(request_id)
-        request = Request(name, ModelName("m"), tokens, output_tokens_max=64, priority=priority)
+        request = Request(
+            name, ModelName("m"), tokens, output_tokens_max=64, priority=priority, adapter=adapter
+        )
         (action,) = self.loop.handle(RequestArrived(request))
         match action:
             case Wait():

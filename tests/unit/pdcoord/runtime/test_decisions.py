@@ -43,3 +43,10 @@ def test_a_live_request_has_neither_outcome_nor_duration(bench: Any) -> None:
     view = bench.loop.decision_view("r-1")
     assert (view.outcome, view.duration_ms, view.first_byte_ms) == (None, None, 0.0)
     assert view.attempts[0].served is None
+
+
+def test_an_adapter_is_named_where_one_was_asked_for(bench: Any) -> None:
+    bench.arrive("plain")
+    bench.arrive("tuned", adapter="sql")
+    assert bench.loop.decision_view("plain").adapter is None
+    assert bench.loop.decision_view("tuned").adapter == "sql"

@@ -45,6 +45,13 @@ def test_a_split_request_is_shown_beside_its_alternative_with_the_margin(bench: 
     assert "Ladder: other-prefill" in text
 
 
+def test_an_adapter_is_named_where_one_was_asked_for(bench: Any) -> None:
+    bench.arrive("plain")
+    bench.arrive("tuned", adapter="sql")
+    assert "model m, prompt" in draw(bench.loop.decision_view("plain"))
+    assert "model m, adapter sql, prompt" in draw(bench.loop.decision_view("tuned"))
+
+
 def test_a_stream_that_went_on_elsewhere_says_where_it_broke_off_and_why(bench: Any) -> None:
     plan = bench.arrive()
     bench.loop.handle(ResponseBegan(plan.request_id, None))

@@ -42,6 +42,15 @@ def test_what_does_not_match_is_named(files: Any, old: str, new: str, named: str
         load_stage(files.policy, files.fleet)
 
 
+def test_a_fleet_may_serve_a_model_by_any_of_its_names(files: Any) -> None:
+    text = files.policy.read_text()
+    files.policy.write_text(text.replace("aliases: [tiny]", "adapters: [tiny]"))
+    assert load_stage(files.policy, files.fleet).model.adapters == ("tiny",)
+    files.policy.write_text(text.replace("aliases: [tiny]", "aliases: [other], adapters: [sql]"))
+    with pytest.raises(PolicyError, match=r"it has .*other, sql"):
+        load_stage(files.policy, files.fleet)
+
+
 def test_reaches(files: Any) -> None:
     places = load_stage(files.policy, files.fleet).scene.places
     pairs = {

@@ -117,6 +117,24 @@ def test_what_was_cached_is_shared_again_and_the_first_call_brings_it_in() -> No
     assert not set(first) & set(other)
 
 
+def test_calls_of_different_adapters_share_nothing() -> None:
+    asked = [None, "sql", "law", "sql", None]
+    raw = b"".join(
+        done(
+            id=str(number),
+            cached_tokens=640,
+            timestamp=f"2026-11-21T10:00:1{number}Z",
+            **({} if adapter is None else {"adapter": adapter}),
+        )
+        for number, adapter in enumerate(asked)
+    )
+    calls = [each.call for each in read_traffic(raw).recorded]
+    assert [call.kind for call in calls] == ["m", "sql", "law", "sql", "m"]
+    for one, adapter in zip(calls, asked, strict=True):
+        for other, another in zip(calls, asked, strict=True):
+            assert bool(set(one.keys) & set(other.keys)) is (adapter == another)
+
+
 @given(st.lists(st.tuples(st.integers(1, 5_000), st.integers(0, 6_000)), max_size=20))
 def test_keys_never_say_more_than_the_prompt_holds(sizes: list[tuple[int, int]]) -> None:
     raw = b"".join(done(prompt_tokens=size, cached_tokens=cached) for size, cached in sizes)
