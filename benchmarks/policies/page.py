@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.policies import adversity, bars
+from benchmarks.policies.report import factor_cells
 from pdcoord.sim.study.results import OURS
 from sidecar.describe import redraw
 
@@ -35,17 +36,7 @@ def _published(results: dict[str, Any]) -> Iterator[str]:
 
     def rows() -> Iterator[Sequence[str]]:
         for row in results["seed_table"]:
-            theirs, ours = row["factors"]["llm-d"], row["factors"][OURS]
-            yield (
-                row["name"],
-                str(row["pods"]),
-                _range(row["throughput"]),
-                f"{theirs['throughput']:.2f}",
-                f"{ours['throughput']:.2f}",
-                _range(row["ttft"]),
-                f"{theirs['ttft_p50']:.1f}",
-                f"{ours['ttft_p50']:.1f}",
-            )
+            yield row["name"], str(row["pods"]), *factor_cells(row)
 
     head = ("row", "pods", "throughput, published", "llm-d", "pdcoord", "TTFT, published", "llm-d", "pdcoord")
     yield from _table(head, rows())
@@ -124,11 +115,6 @@ def _bars(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     for bar in missed:
         yield f"- {bar['name']}: {bar['why']}"
-
-
-def _range(pair: Sequence[float]) -> str:
-    low, high = pair
-    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
