@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.policies import adversity, bars, report, seedtable, suite
 from benchmarks.policies.jobs import Done, Pool
+from benchmarks.policies.page import RESULTS
 from benchmarks.policies.workloads import SUITE, TRACES
 from pdcoord.sim.study.results import OURS
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "policies.json"
 KEYS = {"seed": "seed_table", "suite": "suite", "adversity": "adversity"}
 """Parts by their names in the file."""
 PARTS = tuple(KEYS)

@@ -8,6 +8,8 @@ from pdcoord.sim.study.results import OURS
 
 MIXED_RATIO_MIN = 1.3
 SUITE_RATIO_MIN = 0.98
+FIGURES = {"throughput": "tokens_per_s", "TTFT p50": "ttft_p50_s", "TTFT p99": "ttft_p99_s"}
+"""What a row's checks at the rate of comparison are called, and its figures."""
 ROW_TOLERANCE = 0.01
 """Below llm-d by less than this share is no loss: one call more or less in the run's last batch."""
 
@@ -50,11 +52,8 @@ def _seed_bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
             "TTFT p50": _ratio(theirs["ttft_p50_s"], ours["ttft_p50_s"]),
             "TTFT p99": _ratio(theirs["ttft_p99_s"], ours["ttft_p99_s"]),
         }
-        spreads = dict(
-            zip(("throughput", "TTFT p50", "TTFT p99"), row.get("by_seed", {}).values(), strict=False)
-        )
         short = [
-            f"{name} {ratio:.3f}{_spread(spreads.get(name, []))}"
+            f"{name} {ratio:.3f}{_spread(row.get('by_seed', {}).get(FIGURES.get(name), []))}"
             for name, ratio in checks.items()
             if ratio < 1 - ROW_TOLERANCE
         ]

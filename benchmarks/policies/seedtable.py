@@ -17,8 +17,12 @@ START_RATE_PER_POD = {"granite": 0.3, "sarvam": 1.5}
 """Where climbs begin: not far below what round robin can do."""
 PEAK_SHARE = 0.97
 """From this share of its best throughput on, llm-d is near its best."""
-COMPARED = {"tokens_per_s": False, "ttft_p50_s": True, "ttft_p99_s": True}
-"""Figures at the rate of comparison; whether less is better."""
+COMPARED: dict[str, Callable[[dict[str, Any]], float]] = {
+    "tokens_per_s": lambda summary: float(summary["steady_tokens_per_s"]),
+    "ttft_p50_s": lambda summary: float(summary["ttft"]["p50"]),
+    "ttft_p99_s": lambda summary: float(summary["ttft"]["p99"]),
+}
+"""Figures at the rate of comparison, and where a run's summary has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +132,7 @@ def _row(row: Row, own: dict[str, Climb], runs: Sequence[Done]) -> dict[str, Any
         at_rate = [done.summary for done in runs if done.job.router == router]
         figures[router] = {
             "peak_tokens_per_s": tokens_per_s(climbed.best(tokens_per_s)),
-            "tokens_per_s": statistics.fmean(s["steady_tokens_per_s"] for s in at_rate),
-            "ttft_p50_s": statistics.fmean(s["ttft"]["p50"] for s in at_rate),
-            "ttft_p99_s": statistics.fmean(s["ttft"]["p99"] for s in at_rate),
+            **{figure: statistics.fmean(map(read, at_rate)) for figure, read in COMPARED.items()},
             "cached_share": statistics.fmean(s["cached_share"] for s in at_rate),
             "served": sum(s["ok"] for s in at_rate),
             "calls": sum(s["calls"] for s in at_rate),
@@ -153,20 +155,14 @@ def _row(row: Row, own: dict[str, Climb], runs: Sequence[Done]) -> dict[str, Any
     }
 
 
-_OF_SUMMARY: dict[str, Callable[[dict[str, Any]], float]] = {
-    "tokens_per_s": lambda summary: float(summary["steady_tokens_per_s"]),
-    "ttft_p50_s": lambda summary: float(summary["ttft"]["p50"]),
-    "ttft_p99_s": lambda summary: float(summary["ttft"]["p99"]),
-}
-
-
 def _by_seed(row: Row, runs: Sequence[Done], figure: str) -> list[float]:
     """Ours over llm-d's in the row's own setting, seed by seed; more is better."""
-    read = _OF_SUMMARY[figure]
+    read = COMPARED[figure]
     found = {(done.job.router, done.job.seed): read(done.summary) for done in runs}
     seeds = sorted({seed for _, seed in found})
     pairs = [(found[OURS, seed], found[row.llmd, seed]) for seed in seeds]
-    return [_ratio(theirs, ours) if COMPARED[figure] else _ratio(ours, theirs) for ours, theirs in pairs]
+    is_less_better = figure.startswith("ttft")
+    return [_ratio(theirs, ours) if is_less_better else _ratio(ours, theirs) for ours, theirs in pairs]
 
 
 def _factors(own: dict[str, float], base: dict[str, float]) -> dict[str, float]:
