@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pdcoord.protocol.errors import Refusal
 from pdcoord.resume.errors import TornError
 from pdcoord.resume.failure import Tail, ends_in_error, next_sequence_number, tells_failure
+from pdcoord.resume.opening import EVENT_STREAM
 from pdcoord.resume.splice import Splice
 from pdcoord.resume.tape import Tape
 from pdcoord.wire.asgi import Message, Scope, Send, send_head, send_json
@@ -202,4 +203,4 @@ class Outgoing:
 
 
 def is_event_stream(response: Response) -> bool:
-    return (response.header(b"content-type") or b"").lower().startswith(b"text/event-stream")
+    return (response.header(b"content-type") or b"").lower().startswith(EVENT_STREAM)

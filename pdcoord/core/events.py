@@ -55,8 +55,8 @@ class ResponseBegan:
 
     Attributes:
         served: what the sidecar says it did; None from an endpoint that has no sidecar of ours.
-        has_output: the first output is there, too. A sidecar of ours holds the head back until it is; an
-            engine of its own does not.
+        has_output: the first output is there, too. Not told beside `served`: a sidecar of ours holds the
+            head back until it is; an engine of its own does not.
     """
 
     id: RequestId

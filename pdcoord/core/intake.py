@@ -36,7 +36,7 @@ class Intake:
     """Holds no state of its own but which endpoints' samples are doubted.
 
     Args:
-        model: the model of a name, alias or adapter.
+        model: the model of its own name, whichever aliases and adapters lead to it.
 
     Attributes:
         doubts: those.

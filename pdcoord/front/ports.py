@@ -206,7 +206,7 @@ class CallRecord:
         """What was read of the call, before anything is decided."""
         own, usual = request.slo, model.slo
         self.is_stream = call.is_stream
-        self.adapter = model.adapter_of(call.model) or None
+        self.adapter = request.adapter or None
         self.slo = Slo(
             ttft_s=usual.ttft_s if own.ttft_s is None else own.ttft_s,
             tpot_s=usual.tpot_s if own.tpot_s is None else own.tpot_s,

@@ -37,7 +37,7 @@ class Opened:
         stack: what must be left when the answer is over, its connection among it.
         trace: the attempt's span; None where nothing is traced.
         has_output: `first` has the first output, as of `ResponseBegan`: the head of an engine's stream, and
-            events of some APIs, come before there is any.
+            events of some APIs, come before there is any. Not looked at where a sidecar says what it did.
     """
 
     plan: Plan
@@ -50,7 +50,8 @@ class Opened:
     has_output: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.has_output = self.held is None and has_first_token(self.response, self.first)
+        is_untold = self.served is None and self.held is None
+        self.has_output = is_untold and has_first_token(self.response, self.first)
 
     async def close(self) -> None:
         """Nobody wants it."""

@@ -275,7 +275,7 @@ class Resumer:
         except StreamError:
             return RungReason.DECODE_ERROR
         served = wires.served_of(response.header(names.SERVED))
-        has_output = has_first_token(response, first)
+        has_output = served is None and has_first_token(response, first)
         means.coordination.handle(ResponseBegan(record.id, served, has_output=has_output))
         broke.outcome = BreakOutcome.CONTINUED
         broke.gap_s = means.clock() - broke.noticed_s

@@ -4,6 +4,7 @@ import re
 from enum import StrEnum
 
 from pdcoord.resume.failure import tells_failure
+from pdcoord.resume.sse import EVENT_END
 
 # The longest stretch that is held back before any output. /v1/responses echoes instructions and tools in
 # each of the events that come before it.
@@ -11,8 +12,6 @@ OPENING_BYTES_MAX = 1 << 20
 
 EVENT_STREAM = b"text/event-stream"
 
-# Of an event whose lines end in CRLF the last CR is left to it, which is faster than to look for one.
-_EVENT_END = re.compile(rb"\n\r?\n")
 # Sent before it is known whether there will be a token: by Anthropic's API, and by vLLM 0.32, whose
 # first result opens the stream even where it is a failed pull (tests/contract/vllm-0.32.0/*.failed.sse).
 _PREAMBLE = frozenset(
@@ -54,7 +53,7 @@ class Opening:
         self.held += chunk
         if not self._is_event_stream:
             return Seen.OUTPUT
-        while (end := _EVENT_END.search(self.held, self._scanned_bytes)) is not None:
+        while (end := EVENT_END.search(self.held, self._scanned_bytes)) is not None:
             seen = _read_event(bytes(self.held[self._scanned_bytes : end.start()]))
             self._scanned_bytes = end.end()
             if seen is not Seen.NOTHING:
@@ -75,7 +74,7 @@ def shows_first_token(beginning: bytes) -> bool:
     it. An error, or the end of an answer that its engine gave up, in any of the events is none.
     """
     start = 0
-    for end in _EVENT_END.finditer(beginning):
+    for end in EVENT_END.finditer(beginning):
         seen = _read_event(beginning[start : end.start()], is_role_output=True)
         if seen is not Seen.NOTHING:
             return seen is Seen.OUTPUT and not _tells_failure(beginning)

@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterator
 
 DONE = b"[DONE]"
-_EVENT_END = re.compile(rb"\r?\n\r?\n")
+EVENT_END = re.compile(rb"\n\r?\n")
+"""Of an event whose lines end in CRLF the last CR is left to it, which is faster than to look for one."""
 
 
 def whole_events(data: bytes) -> tuple[list[bytes], bytes]:
     """Cut into whole events, each with the blank line that ends it, and the unfinished rest."""
     events = []
     start = 0
-    for match in _EVENT_END.finditer(data):
+    for match in EVENT_END.finditer(data):
         events.append(data[start : match.end()])
         start = match.end()
     return events, data[start:]
