@@ -134,7 +134,8 @@ class Lessons:
             if plan.prefill is not None:
                 return  # Whether it was split, and how long that took, only a sidecar of ours tells.
             served = _ALONE
-        if self._is_there(plan.decode) and watch.request.is_streamed:
+        # Without a sidecar's word an engine that crawls for a while would look slow long after.
+        elif self._is_there(plan.decode) and watch.request.is_streamed:
             load = self._ledger.summed_load(plan.decode.id, now_s)
             watch.begun_s = now_s
             watch.batch_s, watch.context_token_s = load.batch_s, load.context_token_s
