@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.sim.demo.processes import free_ports
+from pdcoord.sim.ports import free_ports
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import WireError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.chaos.programs import Part
 from pdcoord.protocol.headers import HostPort, format_host_port
-from pdcoord.sim.demo.processes import free_ports
+from pdcoord.sim.ports import free_ports
 
 MODEL = "org/model"
 SEED = 5

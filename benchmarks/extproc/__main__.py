@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benchmarks.relay import machine
 from benchmarks.relay.contenders import Launch
-from benchmarks.relay.processes import StartError, free_port, started
+from benchmarks.relay.processes import StartError, started
+from pdcoord.sim.ports import free_ports
 
 BAR = 0.5
 """Least rate of a core, as a share of the empty server's."""
@@ -95,8 +96,7 @@ def write_files(folder: Path, endpoint_count: int) -> None:
             preset=pool.preset,
             prefill_ms=pool.prefill_ms,
         )
-        for index in range(count):
-            port = free_port()
+        for index, port in enumerate(free_ports(count)):
             name = f"{pool.name}-{index}"
             fleet.append(f"  - {{name: {name}, profile: {pool.profile}, role: {pool.role}, port: {port}}}")
             policy += f'      - {{name: {name}, address: "127.0.0.1:{port}"}}\n'
@@ -106,11 +106,11 @@ def write_files(folder: Path, endpoint_count: int) -> None:
 
 def picker(folder: Path) -> tuple[Launch, int]:
     """How it is started, and the port where Envoy would ask."""
-    grpc_port, metrics_port = free_port(), free_port()
-    command = ["/usr/bin/env", f"PDCOORD_ADMIN_PORT={free_port()}", "PDCOORD_HOST=127.0.0.1"]
+    grpc_port, health_port, metrics_port, admin_port = free_ports(4)
+    command = ["/usr/bin/env", f"PDCOORD_ADMIN_PORT={admin_port}", "PDCOORD_HOST=127.0.0.1"]
     command += ["PDCOORD_DRAIN_NOTICE_S=0", str(_BINARIES / "pdcoord"), "extproc", "--no-secure-serving"]
     command += [f"--policy={folder / 'policy.yaml'}", f"--grpc-port={grpc_port}"]
-    command += [f"--grpc-health-port={free_port()}", f"--metrics-port={metrics_port}"]
+    command += [f"--grpc-health-port={health_port}", f"--metrics-port={metrics_port}"]
     return Launch(command, metrics_port, "/readyz"), grpc_port
 
 

@@ -12,11 +12,11 @@ from benchmarks.handover.fleets import (
     VLLM_PYTHON,
     Pair,
     StartError,
-    free_ports,
     running,
     sidecar,
     wait_ready,
 )
+from pdcoord.sim.ports import free_ports
 
 MODEL = "tiny"
 PREFILL_BLOCK_TOKENS = 32

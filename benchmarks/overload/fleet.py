@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.sim.demo.processes import Process, Processes, free_ports
+from pdcoord.sim.demo.processes import Process, Processes
+from pdcoord.sim.ports import free_ports
 from pdcoord.wire.client import Client
 
 MODEL = "org/model"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.relay import machine, peers, report
 from benchmarks.relay.contenders import OURS, PEER_ENVIRONMENT, PEERS, SPLICE, Contender, Site
-from benchmarks.relay.processes import StartError, free_port, python_module, started
+from benchmarks.relay.processes import StartError, python_module, started
 
 _LOAD_S_MAX = 60.0
 
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace, contenders: list[Contender], folder: Path) 
         engine = python_module("upstream", "--interval-ms", str(options.interval_ms))
         _, engine_port = stack.enter_context(started(engine, folder / "engine.log"))
         _, prefill_port = stack.enter_context(started(engine, folder / "prefill.log"))
-        site = Site(engine_port, prefill_port, folder, free_port)
+        site = Site(engine_port, prefill_port, folder)
         running = {}
         for contender in (SPLICE, *contenders):
             if contender.process not in running:

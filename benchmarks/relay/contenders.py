@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdcoord.sim.ports import free_ports
+
 BINARIES = Path(sys.executable).parent
 PEER_ENVIRONMENT = Path(".venv-bench")
 
@@ -47,13 +49,11 @@ class Site:
         engine_port: of the fake engine that streams.
         prefill_port: of a second one, for what insists on two.
         folder: for files that a contender is to be given.
-        free_port: a port that nobody listens on.
     """
 
     engine_port: int
     prefill_port: int
     folder: Path
-    free_port: Callable[[], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _module(name: str) -> Callable[[Site], Launch]:
 
 
 def _sidecar(site: Site) -> Launch:
-    port = site.free_port()
+    port, metrics_port = free_ports(2)
     engine, prefill = f"127.0.0.1:{site.engine_port}", f"127.0.0.1:{site.prefill_port}"
     command = [
         str(BINARIES / "pdcoord-sidecar"),
@@ -111,28 +111,28 @@ def _sidecar(site: Site) -> Launch:
         "--engine",
         engine,
     ]
-    command += ["--allow", prefill, "--metrics-port", str(site.free_port())]
+    command += ["--allow", prefill, "--metrics-port", str(metrics_port)]
     return Launch(command, port, "/health")
 
 
 def _gateway(site: Site) -> Launch:
     policy = site.folder / "policy.yaml"
     policy.write_text(_POLICY.format(port=site.engine_port), encoding="utf-8")
-    port = site.free_port()
+    port, admin_port = free_ports(2)
     command = [str(BINARIES / "pdcoord"), "serve", "--policy", str(policy), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--admin-port", str(site.free_port())]
+    command += ["--port", str(port), "--admin-port", str(admin_port)]
     return Launch(command, port, "/readyz")
 
 
 def _router(name: str, *arguments: str) -> Callable[[Site], Launch]:
     def launch(site: Site) -> Launch:
-        port = site.free_port()
+        port, metrics_port = free_ports(2)
         urls = {
             "ENGINE": f"http://127.0.0.1:{site.engine_port}",
             "PREFILL": f"http://127.0.0.1:{site.prefill_port}",
         }
         command = [str(PEER_ENVIRONMENT / "bin" / name), *(urls.get(each, each) for each in arguments)]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(site.free_port())]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port)]
         return Launch([*command, "--policy", "round_robin", "--log-level", "error"], port, "/health")
 
     return launch

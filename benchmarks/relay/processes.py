@@ -1,7 +1,6 @@
 """Start what a run needs, wait until it serves, and see that none of it stays behind."""
 
 import http.client
-import socket
 import subprocess
 import sys
 import time
@@ -19,14 +18,6 @@ _LOG_TAIL_BYTES = 2_000
 
 class StartError(Exception):
     """A process did not serve in time; carries the end of what it wrote."""
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

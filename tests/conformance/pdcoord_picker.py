@@ -8,7 +8,6 @@ Runs until its standard input ends. Logs and files are left in FOLDER.
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from pdcoord.sim.ports import free_ports
 
 WAIT_S = 60.0
 STOP_S = 10.0
@@ -164,18 +165,6 @@ def await_health(address: str, service: str, picker: subprocess.Popen[bytes], fo
                     return
             time.sleep(0.05)
     raise SystemExit(f"not ready, status {picker.poll()}:\n{(folder / 'extproc.log').read_text()}")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody holds now, below those that Linux gives to outgoing connections."""
-    found: list[int] = []
-    for port in range(20_000 + os.getpid() % 8_000, 32_000):
-        with suppress(OSError), socket.socket() as trial:
-            trial.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise SystemExit(f"{count} free ports were not found below 32000")
 
 
 if __name__ == "__main__":

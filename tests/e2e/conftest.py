@@ -10,14 +10,13 @@ import os
 import random
 import re
 import signal
-import socket
 import string
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+
+from pdcoord.sim.ports import free_ports
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -180,14 +181,6 @@ def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> No
     while not condition():
         assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}"
         time.sleep(0.05)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 # What the tests talk to.

@@ -16,9 +16,9 @@ from pdcoord.protocol.headers import HostPort
 from pdcoord.runtime.process import Process
 from pdcoord.runtime.serve import GatewayFront
 from pdcoord.runtime.settings import load_settings
-from pdcoord.sim.demo.processes import free_ports
 from pdcoord.sim.emulator import running
 from pdcoord.sim.fleetfile import EmulatedFleet
+from pdcoord.sim.ports import free_ports
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import WireError
 

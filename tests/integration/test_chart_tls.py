@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from helm_python import Chart
 
-from pdcoord.sim.demo.processes import free_ports
+from pdcoord.sim.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVOY = Path(sys.executable).with_name("envoy")

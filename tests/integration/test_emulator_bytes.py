@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pdcoord.protocol.headers import HostPort, format_host_port
-from pdcoord.sim.demo.processes import Processes, free_ports
+from pdcoord.sim.demo.processes import Processes
+from pdcoord.sim.ports import free_ports
 from pdcoord.wire.client import Client
 
 HOST = "127.0.0.1"

@@ -18,7 +18,7 @@ import yaml
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from pdcoord.sim.demo.processes import free_ports
+from pdcoord.sim.ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGURATION = ROOT / "deploy" / "envoy" / "envoy.yaml"

@@ -18,7 +18,8 @@ from pdcoord.protocol.headers import HostPort
 from pdcoord.runtime.process import Process
 from pdcoord.runtime.serve import GatewayFront
 from pdcoord.runtime.settings import load_settings
-from pdcoord.sim.demo.processes import Processes, free_ports
+from pdcoord.sim.demo.processes import Processes
+from pdcoord.sim.ports import free_ports
 from pdcoord.wire.client import Client
 
 WAIT_S = 20.0

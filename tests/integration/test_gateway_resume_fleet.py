@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.sim.demo.processes import Processes, free_ports
+from pdcoord.sim.demo.processes import Processes
+from pdcoord.sim.ports import free_ports
 from pdcoord.sim.profiles import PROFILES, policy_layout, policy_speed
 from pdcoord.wire.client import Client
 

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from pdcoord.front.keys import KEY_RANDOM_BYTES, make_key
-from pdcoord.sim.demo.processes import free_ports
+from pdcoord.sim.ports import free_ports
 
 CONFIGURATION = Path(__file__).resolve().parents[2] / "deploy" / "envoy" / "envoy.yaml"
 ENVOY = Path(sys.executable).with_name("envoy")

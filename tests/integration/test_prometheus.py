@@ -25,7 +25,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from pdcoord.protocol.headers import HostPort
 from pdcoord.runtime.metricspec import bound_of
 from pdcoord.sim.demo.deployment import Deployment, lay_out
-from pdcoord.sim.demo.processes import Processes, free_ports
+from pdcoord.sim.demo.processes import Processes
+from pdcoord.sim.ports import free_ports
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import WireError
 

@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.sim.demo.processes import Processes, free_ports
+from pdcoord.sim.demo.processes import Processes
+from pdcoord.sim.ports import free_ports
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import WireError
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.sim.demo.processes import free_ports
+from pdcoord.sim.ports import free_ports
 from pdcoord.wire.client import Client
 from pdcoord.wire.errors import WireError
 

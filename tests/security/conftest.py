@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.sim.demo.processes import Processes, free_ports
+from pdcoord.sim.demo.processes import Processes
+from pdcoord.sim.ports import free_ports
 from pdcoord.sim.profiles import PROFILES, policy_layout, policy_speed
 from pdcoord.wire.asgi import App, Receive, Scope, Send, read_body, send_json
 from pdcoord.wire.client import Client

@@ -9,7 +9,7 @@ import yaml
 from rich.table import Table
 
 from pdcoord.protocol.headers import HostPort
-from pdcoord.sim.demo.processes import free_ports
+from pdcoord.sim.ports import free_ports
 from pdcoord.sim.profiles import PROFILES, policy_layout, policy_speed
 
 MODEL = "demo/llama-8b"

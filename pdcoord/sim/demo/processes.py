@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-import secrets
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,28 +21,6 @@ STOP_S_MAX = 10.0
 
 class DemoError(Exception):
     """The demo cannot go on; the message says why and where to look."""
-
-
-_PORTS = range(20_000, 32_000)
-"""Below those that Linux gives to outgoing connections, one of which could take a port before its server."""
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody holds now.
-
-    Raises:
-        DemoError: if there are not so many.
-    """
-    found: list[int] = []
-    with contextlib.ExitStack() as stack:
-        for _ in range(len(_PORTS)):
-            if len(found) == count:
-                return found
-            port = _PORTS[secrets.randbelow(len(_PORTS))]
-            with contextlib.suppress(OSError):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-                found.append(port)
-    raise DemoError(f"{count} free ports were not found between {_PORTS[0]} and {_PORTS[-1]}")
 
 
 @dataclass(slots=True)
