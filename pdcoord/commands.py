@@ -3,6 +3,8 @@
 Imports stand inside the commands, so that `pdcoord policy check` does not load a web server.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,20 @@ AdminCaFile = Annotated[
     Path | None,
     typer.Option(envvar="PDCOORD_ADMIN_CA_FILE", help="Who signed its certificate, for an https:// URL."),
 ]
+
+
+@contextmanager
+def _installed(command: str, extra: str) -> Iterator[None]:
+    """Imports within that fail for a package that is not installed end the command: exit status 2.
+
+    Args:
+        extra: of the command, that brings what it needs.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        typer.echo(missing_package(command, error, extra), err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -82,11 +98,8 @@ def serve(
 )
 def extproc(context: typer.Context) -> None:
     """Pick endpoints for Envoy: the external processor that a Gateway's InferencePool refers to."""
-    try:
+    with _installed("pdcoord extproc", "extproc"):
         from pdcoord.runtime.extproc import main as run
-    except ModuleNotFoundError as error:
-        typer.echo(missing_package("pdcoord extproc", error, "extproc"), err=True)
-        raise typer.Exit(2) from None
     raise typer.Exit(run(context.args))
 
 
@@ -170,12 +183,9 @@ def emulate(
     ] = None,
 ) -> None:
     """Run emulated engines until stopped."""
-    try:
+    with _installed("pdcoord emulate", "emulator"):
         from pdcoord.sim.emulator import run
         from pdcoord.sim.fleetfile import Placement
-    except ModuleNotFoundError as error:
-        typer.echo(missing_package("pdcoord emulate", error, "emulator"), err=True)
-        raise typer.Exit(2) from None
     placement = Placement(host=host, port=port, advertise_host=advertise_host)
     raise typer.Exit(run(fleet, engine or [], placement))
 
@@ -186,11 +196,8 @@ def emulate(
 )
 def emulate_vllm(context: typer.Context) -> None:
     """Run one emulated engine that is told what it is as `vllm serve` is, in a pod made for vLLM."""
-    try:
+    with _installed("pdcoord emulate-vllm", "emulator"):
         from pdcoord.sim.emulator_vllm import main as run
-    except ModuleNotFoundError as error:
-        typer.echo(missing_package("pdcoord emulate-vllm", error, "emulator"), err=True)
-        raise typer.Exit(2) from None
     raise typer.Exit(run(context.args))
 
 
@@ -221,12 +228,9 @@ def simulate(
     Deterministic: equal files, options and seed give equal results. The exit status is 2 if a file or an
     option cannot be used.
     """
-    try:
+    with _installed("pdcoord simulate", "study"):
         from pdcoord.sim.study.simulate import Order
         from pdcoord.sim.study.simulate import simulate as run
-    except ModuleNotFoundError as error:
-        typer.echo(missing_package("pdcoord simulate", error, "study"), err=True)
-        raise typer.Exit(2) from None
     order = Order(
         policy=policy,
         fleet=fleet,
@@ -263,12 +267,9 @@ def replay(
     The traffic runs in the simulator. The exit status is 2 if a file or an option cannot be used; a bad line
     of the log is named and left out.
     """
-    try:
+    with _installed("pdcoord replay", "study"):
         from pdcoord.sim.study.replay import ReplayOrder
         from pdcoord.sim.study.replay import replay as run
-    except ModuleNotFoundError as error:
-        typer.echo(missing_package("pdcoord replay", error, "study"), err=True)
-        raise typer.Exit(2) from None
     order = ReplayOrder(
         log=log,
         policy=policy,
@@ -299,12 +300,9 @@ def plan(
 
     The exit status is 1 if there is no advice, 2 if a file cannot be used.
     """
-    try:
+    with _installed("pdcoord plan", "study"):
         from pdcoord.sim.advise.plan import PlanOrder
         from pdcoord.sim.advise.plan import plan as run
-    except ModuleNotFoundError as error:
-        typer.echo(missing_package("pdcoord plan", error, "study"), err=True)
-        raise typer.Exit(2) from None
     order = PlanOrder(
         fleet=fleet,
         workload=workload,

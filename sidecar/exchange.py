@@ -13,12 +13,12 @@ from pdcoord.resume.failure import was_given_up
 from pdcoord.resume.opening import OPENING_BYTES_MAX, Opening, Seen
 from pdcoord.resume.tape import Tape
 from pdcoord.wire.asgi import Receive, Scope, Send, watch_disconnect
-from pdcoord.wire.client import Response
 from pdcoord.wire.errors import WireError
+from pdcoord.wire.response import Response, is_event_stream, is_plain_stream
 from sidecar.bodies import Bodies
 from sidecar.guard import Headers
 from sidecar.handoff import Handoff
-from sidecar.outgoing import ANSWER_BYTES_MAX, Answer, Outgoing, Piece, is_event_stream
+from sidecar.outgoing import ANSWER_BYTES_MAX, Answer, Outgoing, Piece
 from sidecar.passing import shows_output
 from sidecar.reports import RequestReport
 from sidecar.resuming import Resumption, until_well
@@ -411,8 +411,7 @@ class Exchange:
 
     def _tape(self, piece: Piece) -> Tape | None:
         """Keeps a stream that may have to be continued; None for any other answer."""
-        is_plain = piece.response.header(b"content-encoding") is None
-        if self._order.resume is None or not piece.is_event_stream or not is_plain:
+        if self._order.resume is None or not is_plain_stream(piece.response):
             return None
         tape = Tape(self._tools.shelf, self._call.raw)
         self._resumption = Resumption(self._tools, self._call, self._order, tape)

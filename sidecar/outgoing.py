@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pdcoord.protocol.errors import Refusal
 from pdcoord.resume.errors import TornError
 from pdcoord.resume.failure import Tail, ends_in_error, next_sequence_number, tells_failure
-from pdcoord.resume.opening import EVENT_STREAM
 from pdcoord.resume.splice import Splice
 from pdcoord.resume.tape import Tape
 from pdcoord.wire.asgi import Message, Scope, Send, send_head, send_json
-from pdcoord.wire.client import Response
 from pdcoord.wire.errors import StreamError
 from pdcoord.wire.heads import end_to_end
 from pdcoord.wire.relay import Change, relay_body
+from pdcoord.wire.response import Response, is_event_stream
 from sidecar.guard import Headers, for_client
 from sidecar.passing import Recorder
 from sidecar.usage import UsageRewriter
@@ -200,7 +199,3 @@ class Outgoing:
         headers = [pair for pair in headers if pair[0] != b"content-length"]
         await send_head(self._send, status, [*headers, (b"content-length", b"%d" % len(body))])
         await self.end(body)
-
-
-def is_event_stream(response: Response) -> bool:
-    return (response.header(b"content-type") or b"").lower().startswith(EVENT_STREAM)

@@ -4,13 +4,11 @@ As in Dean and Barroso, "The Tail at Scale" (2013): the second is sent only wher
 than nearly all do, and of few requests, so that a fleet that is slow as a whole is not asked twice.
 """
 
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
 from pdcoord.core.events import HedgeOver
 from pdcoord.core.fleet import EndpointId
-from pdcoord.core.ladder import FallbackBudget
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Figures, Plan
 from pdcoord.core.progress import expected_s, late_after_s
@@ -79,51 +77,3 @@ def end_of(event: HedgeOver) -> HedgeEnd:
     if event.is_won:
         return HedgeEnd.WON
     return HedgeEnd.LOST if event.reason is None else HedgeEnd.FAILED
-
-
-class Hedges:
-    """How many second attempts there are of each model's requests.
-
-    Attributes:
-        counts: what became of them since the start, by model.
-    """
-
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, HedgeEnd]] = Counter()
-        self._budgets: dict[str, FallbackBudget] = {}
-
-    def replace_models(self, models: Iterable[Model]) -> None:
-        """These are all models from now on."""
-        kept, self._budgets = self._budgets, {}
-        for model in models:
-            budget, window = kept.get(model.name), model.fallback.window
-            is_same = budget is not None and budget.window == window
-            self._budgets[model.name] = budget if budget is not None and is_same else FallbackBudget(window)
-
-    def share(self, model: str) -> float:
-        """Share of the model's recent attempts that were second ones, 0..1."""
-        budget = self._budgets.get(model)
-        return budget.share if budget is not None else 0.0
-
-    def note(self, model: str, *, is_second: bool) -> None:
-        """An attempt was sent."""
-        if (budget := self._budgets.get(model)) is not None:
-            budget.note(is_fallback=is_second)
-
-    def count(self, model: str, end: HedgeEnd) -> None:
-        """That became of one."""
-        self.counts[model, end] += 1
-
-    def allows(self, model: Model, plan: Plan, barred: Container[EndpointId]) -> bool:
-        """Whether one more may be sent beside this plan.
-
-        An endpoint that was put out does no other work, so what waits there is moved rather than doubled.
-        """
-        if plan.hedge_after_s is None:
-            return False
-        is_moved = any(endpoint in barred for endpoint in _ends(plan))
-        return is_moved or self.share(model.name) < model.fallback.hedge_share_max
-
-
-def _ends(plan: Plan) -> tuple[EndpointId, ...]:
-    return (plan.decode.id,) if plan.prefill is None else (plan.decode.id, plan.prefill.id)

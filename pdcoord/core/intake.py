@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from pdcoord.core.accounts import Accounts
 from pdcoord.core.canary import Canaries, CanaryBegan, CanaryJudged
 from pdcoord.core.doubts import Doubts
 from pdcoord.core.events import PathProbed, SidecarLost, SidecarReported, StreamStalled, TimePassed
@@ -18,7 +19,7 @@ from pdcoord.core.fleet import (
 from pdcoord.core.kvcache import KvCleared, KvLost, KvRemoved, KvSignal, KvStored
 from pdcoord.core.model import Model
 from pdcoord.core.prefixes import Prefixes
-from pdcoord.core.remote import Accounts, RemoteLoad
+from pdcoord.core.remote import RemoteLoad
 
 Report = (
     PathProbed

@@ -1,6 +1,7 @@
 """The fallback ladder of a plan and the budget that keeps a prefill outage from becoming a decode outage."""
 
 from collections import deque
+from collections.abc import Iterable, Mapping
 
 from pdcoord.core.fleet import Endpoint, EndpointState
 from pdcoord.core.model import Fallback, Model
@@ -50,6 +51,23 @@ class FallbackBudget:
         return usage <= rules.decode_kv_usage_max and (
             rules.colocated_share_max >= 1.0 or self.share < rules.colocated_share_max
         )
+
+
+def replaced_budgets(
+    before: Mapping[str, FallbackBudget], models: Iterable[Model]
+) -> dict[str, FallbackBudget]:
+    """A budget for each model by its name; that of before goes on where its window is as it was."""
+    budgets: dict[str, FallbackBudget] = {}
+    for model in models:
+        budget, window = before.get(model.name), model.fallback.window
+        is_same = budget is not None and budget.window == window
+        budgets[model.name] = budget if budget is not None and is_same else FallbackBudget(window)
+    return budgets
+
+
+def may_try_other(model: Model, attempt: int) -> bool:
+    """Whether the policy lets a request be sent to so many other decode endpoints than its first."""
+    return RungKind.OTHER_DECODE in model.fallback.rungs and attempt <= model.fallback.other_decode_max
 
 
 def rungs(

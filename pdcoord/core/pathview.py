@@ -4,12 +4,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
+from pdcoord.core.accounts import Accounts
 from pdcoord.core.canary import Canaries, CanaryView
 from pdcoord.core.fleet import Endpoint, Fleet, Pool
 from pdcoord.core.model import Model
 from pdcoord.core.paths import BreakerState
 from pdcoord.core.probes import Probe
-from pdcoord.core.remote import Accounts
 from transfer.presets import PRESETS
 from transfer.verdict import Verdict
 

@@ -14,22 +14,10 @@ from pdcoord.core.events import Outcome
 from pdcoord.core.fleet import Endpoint, EndpointId, Fleet, Health, PoolName, Sample
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Figures, Plan
-from pdcoord.core.quarantine import (
-    Event,
-    Gone,
-    Ill,
-    Over,
-    Phase,
-    Quarantine,
-    Sent,
-    Shown,
-    Symptom,
-    TimeCame,
-    Track,
-    Well,
-)
+from pdcoord.core.quarantine import Event, Gone, Ill, Over, Quarantine, Sent, Shown, TimeCame, Well
 from pdcoord.core.request import Request, RequestId
 from pdcoord.core.served import target_of
+from pdcoord.core.trouble import Phase, Symptom, Track
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.plans import Mode, ServedHeader
 
@@ -114,8 +102,9 @@ class Progress:
         sent = self._sent[request.id] = _Sent(plan, now_s, None if wait_s is None else now_s + wait_s)
         if sent.late_s is not None:
             heapq.heappush(self._late, (sent.late_s, request.id))
-        for endpoint in _ends(plan):
-            self._tell(Sent(endpoint.id, request.id), now_s)
+        if self.quarantine.barred:  # Of nobody else is it counted.
+            for endpoint in _ends(plan):
+                self._tell(Sent(endpoint.id, request.id), now_s)
 
     def began(self, request_id: RequestId, served: ServedHeader | None, now_s: float) -> None:
         """Its first output came."""

@@ -3,17 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from pdcoord.core.fleet import Endpoint, EndpointId, Fleet
-from pdcoord.core.ledger import Entry, Ledger
-from pdcoord.core.lessons import Lessons
+from pdcoord.core.accounts import Accounts
+from pdcoord.core.fleet import Endpoint, EndpointId
+from pdcoord.core.ledger import Entry
 from pdcoord.core.model import Model
 from pdcoord.core.observations import TransferSeen
-from pdcoord.core.paths import PathTable
-from pdcoord.core.ports import SpeedModel
-from pdcoord.core.progress import Progress
-from pdcoord.core.quarantine import Track
 from pdcoord.core.request import RequestId
-from pdcoord.core.silent import SilentFailures
+from pdcoord.core.trouble import Track
 from pdcoord.protocol.control import (
     REQUESTS_MAX,
     ControlLegKind,
@@ -69,19 +65,6 @@ class _Remote:
 class _Sidecar:
     epoch: str
     requests: dict[int, _Remote] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Accounts:
-    """What the reports of others' requests are entered in."""
-
-    fleet: Fleet
-    ledger: Ledger
-    paths: PathTable
-    silent: SilentFailures
-    lessons: Lessons
-    speed: SpeedModel
-    progress: Progress
 
 
 class RemoteLoad:

@@ -24,7 +24,7 @@ from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.plans import ServedHeader
 from pdcoord.resume.failure import tells_failure
-from pdcoord.resume.opening import EVENT_STREAM
+from pdcoord.resume.opening import names_event_stream
 
 _CONFORMANCE_SERVED = b"x-conformance-test-served-endpoint"
 # Envoy's response code details (Envoy 1.37, source/common/stream_info/utility).
@@ -121,7 +121,7 @@ class ResponseHalf:
         if head.is_end or self.status >= 400 or not is_body_seen:
             actions.append(self._begin())
         if not head.is_end and header(head.headers, b"content-encoding") is None:
-            is_stream = (header(head.headers, b"content-type") or b"").startswith(EVENT_STREAM)
+            is_stream = names_event_stream(header(head.headers, b"content-type"))
             self._counter = OutputCounter(b"", is_stream=is_stream)
         return actions
 

@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 
 from pdcoord.feeds.conversations import Ids
-from pdcoord.feeds.scrapes import ScrapeFailure
+from pdcoord.feeds.scrapes import ScrapeFailure, failure_of
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.openai import TOKEN_IDS_MAX, Body, Call
 from pdcoord.wire.client import Client
-from pdcoord.wire.errors import BodyTooLargeError, ConnectError, HeadTimeoutError, WireError
+from pdcoord.wire.errors import WireError
 
 ANSWER_BYTES_MAX = 8 << 20
 """More token ids than any prompt has whose blocks are hashed to the end."""
@@ -140,14 +140,8 @@ async def ask(
                 if response.status != 200:
                     return ScrapeFailure.STATUS
                 raw = await response.read_all(timeout_s=deadline_s, bytes_max=ANSWER_BYTES_MAX)
-    except (TimeoutError, HeadTimeoutError):
-        return ScrapeFailure.TIMEOUT
-    except ConnectError:
-        return ScrapeFailure.UNREACHABLE
-    except BodyTooLargeError:
-        return ScrapeFailure.TOO_LARGE
-    except WireError:
-        return ScrapeFailure.BROKEN
+    except (TimeoutError, WireError) as error:
+        return failure_of(error)
     ids = read_ids(raw, is_rendered=target != TOKENIZE)
     return ids if ids is not None else ScrapeFailure.UNREADABLE
 

@@ -57,6 +57,19 @@ class Page:
     accept: bytes
 
 
+def failure_of(error: TimeoutError | WireError) -> ScrapeFailure:
+    """What a request that got no whole answer failed for."""
+    match error:
+        case TimeoutError() | HeadTimeoutError():
+            return ScrapeFailure.TIMEOUT
+        case ConnectError():
+            return ScrapeFailure.UNREACHABLE
+        case BodyTooLargeError():
+            return ScrapeFailure.TOO_LARGE
+        case _:
+            return ScrapeFailure.BROKEN
+
+
 async def fetch(client: Client, address: HostPort, page: Page, limits: ScrapeLimits) -> bytes | ScrapeFailure:
     """The page's body, or why there is none."""
     try:
@@ -73,14 +86,8 @@ async def fetch(client: Client, address: HostPort, page: Page, limits: ScrapeLim
                     is_draining = response.header(REASON) == RefuseReason.DRAINING.encode()
                     return ScrapeFailure.DRAINING if is_draining else ScrapeFailure.STATUS
                 return await response.read_all(timeout_s=limits.deadline_s, bytes_max=limits.body_bytes_max)
-    except (TimeoutError, HeadTimeoutError):
-        return ScrapeFailure.TIMEOUT
-    except ConnectError:
-        return ScrapeFailure.UNREACHABLE
-    except BodyTooLargeError:
-        return ScrapeFailure.TOO_LARGE
-    except WireError:
-        return ScrapeFailure.BROKEN
+    except (TimeoutError, WireError) as error:
+        return failure_of(error)
 
 
 @dataclass(slots=True, eq=False)

@@ -11,8 +11,9 @@ from fastapi import FastAPI, Query, Response
 
 from pdcoord.core.pathview import PATHS_SHOWN_MAX
 from pdcoord.gateway import schemas
+from pdcoord.gateway.decisionviews import DecisionsView, DecisionView
 from pdcoord.gateway.pages import PagesApp, add_error_handlers, json_response, refusal_response
-from pdcoord.gateway.views import DecisionsView, DecisionView, FleetView, PathsView, PolicyView
+from pdcoord.gateway.views import FleetView, PathsView, PolicyView
 from pdcoord.protocol.errors import Refusal, RefuseReason
 
 DECISIONS_MAX = 65_536

@@ -174,7 +174,7 @@ class GatewayApp(PagesApp):
 
     async def _list_models(self, request: Request) -> Response:
         try:
-            visa = self._relay.gate.identify(request.headers.raw)
+            visa = self._relay.door.gate.identify(request.headers.raw)
         except RefusedError as error:
             return self._refuse(error.refusal)
         names = [(name, model) for model in self._coordination.models() for name in model.names]
@@ -184,7 +184,7 @@ class GatewayApp(PagesApp):
     async def _show_model(self, model_id: str, request: Request) -> Response:
         model = self._coordination.model(model_id)
         try:
-            visa = self._relay.gate.identify(request.headers.raw)
+            visa = self._relay.door.gate.identify(request.headers.raw)
             if model is not None:
                 visa.check_model(model, model_id)
         except RefusedError as error:

@@ -3,10 +3,10 @@
 import asyncio
 
 from pdcoord.resume.failure import was_given_up
-from pdcoord.resume.opening import EVENT_STREAM, shows_first_token
+from pdcoord.resume.opening import shows_first_token
 from pdcoord.resume.sse import end_of_last, whole_events
 from pdcoord.wire.errors import StreamError
-from pdcoord.wire.response import Response
+from pdcoord.wire.response import Response, is_event_stream, is_plain_stream
 
 SIGNS_OF_LIFE = (b":", b"event: ping")
 """How events begin that are no output: comments (vLLM's --sse-keep-alive-interval) and Anthropic's pings."""
@@ -14,15 +14,6 @@ UNFINISHED_BYTES_MAX = 64 << 10
 """Of a comment that does not end."""
 WHOLE_BYTES_MAX = 1 << 20
 """An answer in one piece that is longer is passed on as it comes."""
-
-
-def is_event_stream(response: Response) -> bool:
-    return (response.header(b"content-type") or b"").lower().startswith(EVENT_STREAM)
-
-
-def is_plain_stream(response: Response) -> bool:
-    """Whether a body is an event stream whose bytes can be read as they are."""
-    return is_event_stream(response) and response.header(b"content-encoding") is None
 
 
 def has_first_token(response: Response, first: bytes) -> bool:

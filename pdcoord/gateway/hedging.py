@@ -2,60 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from pdcoord.core.plan import Plan
 from pdcoord.front.account import Account
-from pdcoord.front.tracing import AttemptTrace
-from pdcoord.gateway.first import has_first_token
+from pdcoord.gateway.attempts import Failure, Opened
 from pdcoord.gateway.held import Held
 from pdcoord.protocol.errors import RefusedError, RungReason
-from pdcoord.protocol.plans import ServedHeader
-from pdcoord.wire.response import Response
 
 ASK_S_MAX = 16.0
 """Longest wait before the core is asked again for a second attempt that it did not allow."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """One attempt that ended before a byte reached the client."""
-
-    reason: RungReason
-    served: ServedHeader | None = None
-    answer: Held | None = None
-
-
-@dataclass(slots=True)
-class Opened:
-    """One attempt that has something for the client.
-
-    Attributes:
-        first: the first part of its body.
-        held: an error of the engine's about the call itself, whole, in place of all that.
-        stack: what must be left when the answer is over, its connection among it.
-        trace: the attempt's span; None where nothing is traced.
-        has_output: `first` has the first output, as of `ResponseBegan`: the head of an engine's stream, and
-            events of some APIs, come before there is any. Not looked at where a sidecar says what it did.
-    """
-
-    plan: Plan
-    response: Response
-    served: ServedHeader | None
-    first: bytes = b""
-    held: Held | None = None
-    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-    trace: AttemptTrace | None = None
-    has_output: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        is_untold = self.served is None and self.held is None
-        self.has_output = is_untold and has_first_token(self.response, self.first)
-
-    async def close(self) -> None:
-        """Nobody wants it."""
-        await self.stack.aclose()
 
 
 class Race:

@@ -13,7 +13,7 @@ from pdcoord.front import upstream as wires
 from pdcoord.front.account import Account
 from pdcoord.front.ports import Break, BreakOutcome, CallRecord, Limits, Relaying
 from pdcoord.front.tracing import CallTrace
-from pdcoord.gateway.first import has_first_token, is_plain_stream, read_first
+from pdcoord.gateway.first import has_first_token, read_first
 from pdcoord.gateway.streams import Answer, Fate, StreamWatch
 from pdcoord.protocol import headers as names
 from pdcoord.protocol.errors import Refusal, RefusedError, RungReason
@@ -22,7 +22,7 @@ from pdcoord.wire.client import Client
 from pdcoord.wire.errors import InvalidRequestError, StreamError, WireError
 from pdcoord.wire.heads import Headers
 from pdcoord.wire.reading import NOTHING_KNOWN, Known, Readers, Reading
-from pdcoord.wire.response import Response
+from pdcoord.wire.response import Response, is_plain_stream
 from pdcoord.wire.tokenizing import Tokenizer
 
 _ENCODINGS = b"accept-encoding"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 
 from pdcoord.front.outputs import OutputCounter, count_kept
-from pdcoord.gateway.first import SIGNS_OF_LIFE, is_plain_stream
+from pdcoord.gateway.first import SIGNS_OF_LIFE
 from pdcoord.protocol.errors import Refusal
 from pdcoord.resume.errors import DivergedError, TornError, UnreadableError
 from pdcoord.resume.failure import ends_in_error, next_sequence_number, tells_failure
@@ -18,7 +18,7 @@ from pdcoord.wire.asgi import Scope, Send, send_head
 from pdcoord.wire.errors import StalledError, StreamError
 from pdcoord.wire.heads import Headers
 from pdcoord.wire.relay import relay_body
-from pdcoord.wire.response import Response
+from pdcoord.wire.response import Response, is_plain_stream
 
 AGAIN_S = 5.0
 """A silent stream that could not go elsewhere is looked at again after so long."""

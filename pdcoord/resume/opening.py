@@ -37,6 +37,11 @@ class Seen(StrEnum):
     ERROR = "error"
 
 
+def names_event_stream(content_type: bytes | None) -> bool:
+    """Whether a head with this content type, or none, is of an event stream."""
+    return content_type is not None and content_type.lower().startswith(EVENT_STREAM)
+
+
 class Opening:
     """Reads a body until its first output; what was read is in `held`.
 
@@ -45,7 +50,7 @@ class Opening:
     """
 
     def __init__(self, content_type: bytes) -> None:
-        self._is_event_stream = content_type.lower().startswith(EVENT_STREAM)
+        self._is_event_stream = names_event_stream(content_type)
         self._scanned_bytes = 0
         self.held = bytearray()
 

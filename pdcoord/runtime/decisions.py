@@ -16,7 +16,7 @@ from pdcoord.core.events import (
 )
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import Request, RequestId
-from pdcoord.gateway.views import (
+from pdcoord.gateway.decisionviews import (
     AttemptView,
     DecisionSummary,
     DecisionView,

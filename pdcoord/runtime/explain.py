@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdcoord.core.plan import Why
-from pdcoord.gateway.views import (
+from pdcoord.gateway.decisionviews import (
     AttemptView,
     CandidateView,
     DecisionsView,

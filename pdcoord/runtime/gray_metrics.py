@@ -7,7 +7,7 @@ from itertools import product
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.doubts import Doubt
 from pdcoord.core.hedging import HedgeEnd
-from pdcoord.core.quarantine import Phase, Symptom
+from pdcoord.core.trouble import Phase, Symptom
 from pdcoord.runtime.metricspec import MetricSpec, MetricType
 
 StateSample = tuple[tuple[str, ...], float]

@@ -50,9 +50,8 @@ from pdcoord.core.trials import CanaryOrder
 from pdcoord.feeds.declared import DeclaredFeed, Source
 from pdcoord.feeds.scrapes import ScrapeFailure
 from pdcoord.front.ports import Decided
+from pdcoord.gateway.decisionviews import DecisionsView, DecisionView
 from pdcoord.gateway.views import (
-    DecisionsView,
-    DecisionView,
     FleetView,
     PathsView,
     PolicyView,

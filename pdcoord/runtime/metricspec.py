@@ -13,8 +13,8 @@ from pdcoord.core.observations import ObservationKind
 from pdcoord.core.paths import BreakerState
 from pdcoord.core.plan import Why
 from pdcoord.core.probes import ProbeState
-from pdcoord.core.quarantine import Symptom
 from pdcoord.core.trials import PairState
+from pdcoord.core.trouble import Symptom
 from pdcoord.feeds.declared import Source
 from pdcoord.feeds.kubewatch import WatchTrouble
 from pdcoord.feeds.scrapes import ScrapeFailure

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 
 from pdcoord.gateway.app import GatewayApp
+from pdcoord.gateway.arrival import Door
 from pdcoord.gateway.relay import Relay
 from pdcoord.runtime.observe import Telemetry
 from pdcoord.runtime.process import Backstage, run_process, url_of
@@ -31,19 +32,16 @@ class GatewayFront:
 
     def listeners(self, stage: Backstage) -> Sequence[Listener]:
         """The front door."""
+        plan_keys = stage.secured.plan_keys
         relay = Relay(
-            coordination=stage.loop,
+            door=Door(stage.loop, stage.gate, self._settings.limits(), stage.tokens),
             upstream=stage.client,
             observer=Telemetry(stage.metrics, stage.log),
-            limits=self._settings.limits(),
             clock=time.monotonic,
             new_id=lambda: uuid.uuid4().hex,
-            tokens=stage.tokens,
+            sign=plan_keys.headers if plan_keys is not None else None,
             tracing=stage.tracing,
         )
-        relay.gate = stage.gate
-        if stage.secured.plan_keys is not None:
-            relay.sign = stage.secured.plan_keys.headers
         created = int(datetime.now(UTC).timestamp())
         app = GatewayApp(relay, metrics=stage.metrics.render, created_unix_s=created)
         self._tls = stage.secured.listener

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
 from typing import Protocol, Self
 
+from pdcoord.resume.opening import names_event_stream
 from pdcoord.wire.errors import BodyTooLargeError, StalledError, StreamError
 from pdcoord.wire.heads import Headers
 
@@ -376,3 +377,13 @@ class Response:
             self._loop.call_exception_handler({"message": "the watch of a body failed", "exception": error})
             return True
         return silent_s >= self._silence_s_max
+
+
+def is_event_stream(response: Response) -> bool:
+    """Whether a body is an event stream, compressed or not."""
+    return names_event_stream(response.header(b"content-type"))
+
+
+def is_plain_stream(response: Response) -> bool:
+    """Whether a body is an event stream whose bytes can be read as they are."""
+    return is_event_stream(response) and response.header(b"content-encoding") is None

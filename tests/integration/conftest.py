@@ -1,4 +1,4 @@
-"""What several integration tests share: ranks of engines, each a process."""
+"""What several integration tests share: ranks of engines, each a process, and an engine's tokenizer."""
 
 import json
 import secrets
@@ -115,3 +115,24 @@ def rank_process() -> Iterator[Callable[..., RankProcess]]:
     yield start
     for each in started:
         each.end()
+
+
+@pytest.fixture
+def tokenized() -> Callable[..., bytes]:
+    """What an engine's /tokenize answers to a body; deaf, its template ends the answer to be continued."""
+    return _tokenized
+
+
+def _tokenized(asked: dict[str, Any], *, is_deaf: bool) -> bytes:
+    """As vLLM answers: a word is a token, and so is what begins a message or ends it."""
+    if "prompt" in asked:
+        spelled = asked["prompt"].split()
+    else:
+        messages = [(each["role"], *each["content"].split(), "</s>") for each in asked["messages"]]
+        spelled = [*(word for message in messages for word in message)]
+        if not asked.get("continue_final_message"):
+            spelled.append("assistant")
+        elif not is_deaf:
+            spelled.pop()
+    ids = [sum(map(ord, word)) for word in spelled]
+    return json.dumps({"count": len(ids), "tokens": ids, "token_strs": spelled}).encode()

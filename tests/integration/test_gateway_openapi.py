@@ -11,8 +11,10 @@ from hypothesis import settings
 from pdcoord.core.coordinator import Coordinator
 from pdcoord.core.events import ModelsReplaced
 from pdcoord.core.fleet import EndpointSeen, Sample, SampleTaken
+from pdcoord.front.gate import Gate
 from pdcoord.front.ports import Limits
 from pdcoord.gateway.app import GatewayApp
+from pdcoord.gateway.arrival import Door
 from pdcoord.gateway.relay import Relay
 from pdcoord.policy.compile import compile_policy
 from pdcoord.policy.load import parse_policies
@@ -83,11 +85,13 @@ class Running:
 
     def __init__(self) -> None:
         ticks = itertools.count()
+
+        def clock() -> float:
+            return next(ticks) * 1e-3
+
         self.coordinator = Coordinator()
         metrics = Metrics()
-        self.loop = CoordinatorLoop(
-            self.coordinator, clock=lambda: next(ticks) * 1e-3, decisions=DecisionLog(16), metrics=metrics
-        )
+        self.loop = CoordinatorLoop(self.coordinator, clock=clock, decisions=DecisionLog(16), metrics=metrics)
         policy = compile_policy(parse_policies(POLICY, "policy"))
         self.loop.handle(ModelsReplaced(policy.models))
         (endpoint,) = policy.bindings[0].endpoints
@@ -98,11 +102,10 @@ class Running:
             None, processors=[self.lines], wrapper_class=structlog.make_filtering_bound_logger("info")
         )
         relay = Relay(
-            coordination=self.loop,
+            door=Door(self.loop, Gate(clock=clock, wall=clock), Limits()),
             upstream=Upstream(),
             observer=Telemetry(metrics, log),
-            limits=Limits(),
-            clock=lambda: next(ticks) * 1e-3,
+            clock=clock,
             new_id=lambda: f"made-{next(ticks)}",
         )
         self.app = GatewayApp(relay, metrics=metrics.render, created_unix_s=0)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import structlog
@@ -54,6 +54,9 @@ class Script:
 class Engine:
     """Says WORDS, one a token, from where the prompt ends."""
 
+    tokenized: ClassVar[Callable[..., bytes]]
+    """What /tokenize answers, as of the fixture of that name."""
+
     def __init__(self, name: str, script: Script) -> None:
         self.name = name
         self.script = script
@@ -91,7 +94,7 @@ class Engine:
             _answer(writer, METRICS, "text/plain")
         elif target == "/tokenize":
             self.script.questions.append(json.loads(body))
-            _answer(writer, tokenized(json.loads(body), is_deaf=self.script.is_deaf))
+            _answer(writer, self.tokenized(json.loads(body), is_deaf=self.script.is_deaf))
         else:
             seen = self.script.seen.setdefault(headers["x-request-id"], [])
             seen.append((target, json.loads(body)))
@@ -172,19 +175,9 @@ def events_of(engine: str, target: str, asked: dict[str, Any]) -> list[bytes]:
     return [*(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in said), b"data: [DONE]\n\n"]
 
 
-def tokenized(asked: dict[str, Any], *, is_deaf: bool) -> bytes:
-    """As vLLM answers: a word is a token, and so is what begins a message or ends it."""
-    if "prompt" in asked:
-        spelled = asked["prompt"].split()
-    else:
-        messages = [(each["role"], *each["content"].split(), "</s>") for each in asked["messages"]]
-        spelled = [*(word for message in messages for word in message)]
-        if not asked.get("continue_final_message"):
-            spelled.append("assistant")
-        elif not is_deaf:
-            spelled.pop()
-    ids = [sum(map(ord, word)) for word in spelled]
-    return json.dumps({"count": len(ids), "tokens": ids, "token_strs": spelled}).encode()
+@pytest.fixture(autouse=True)
+def engines_tokenize(tokenized: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "tokenized", staticmethod(tokenized), raising=False)
 
 
 def _done(asked: dict[str, Any], *, is_chat: bool) -> int:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from structlog.testing import capture_logs
@@ -67,6 +67,9 @@ class Engine:
         reasons: before it goes on with a chat.
     """
 
+    tokenized: ClassVar[Callable[..., bytes]]
+    """What /tokenize answers, as of the fixture of that name."""
+
     name: str
     cut: int | None = None
     how: str = "reset"
@@ -93,7 +96,7 @@ class Engine:
         elif seen.target == "/health":
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
         elif seen.target == "/tokenize":
-            count = tokenized(seen.body, is_deaf=self.is_deaf)
+            count = self.tokenized(seen.body, is_deaf=self.is_deaf)
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(count), count))
         elif not seen.body.get("stream"):
             self.seen.append(seen)
@@ -150,19 +153,9 @@ class Engine:
         writer.transport.abort()
 
 
-def tokenized(asked: dict[str, Any], *, is_deaf: bool) -> bytes:
-    """As vLLM answers: a word is a token, and so is what begins a message or ends it."""
-    if "prompt" in asked:
-        spelled = asked["prompt"].split()
-    else:
-        messages = [(each["role"], *each["content"].split(), "</s>") for each in asked["messages"]]
-        spelled = [*(word for message in messages for word in message)]
-        if not asked.get("continue_final_message"):
-            spelled.append("assistant")
-        elif not is_deaf:
-            spelled.pop()
-    ids = [sum(map(ord, word)) for word in spelled]
-    return json.dumps({"count": len(ids), "tokens": ids, "token_strs": spelled}).encode()
+@pytest.fixture(autouse=True)
+def engines_tokenize(tokenized: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "tokenized", staticmethod(tokenized), raising=False)
 
 
 def events(name: str, seen: Seen, pad: str = "") -> list[bytes]:

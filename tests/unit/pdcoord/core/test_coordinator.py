@@ -202,19 +202,6 @@ def test_a_request_that_was_moved_onto_its_own_prefill_is_colocated_there() -> N
     assert ledger.open_count == story.coordinator.live_count == story.coordinator.paths.breaker_count == 0
 
 
-def test_a_failure_that_is_final_ends_the_request_though_others_could_take_it() -> None:
-    story = Story()
-    plan = story.plan()
-    final = DecodeFailed(RequestId("r"), RungReason.DECODE_UNREACHABLE, is_final=True)
-    refusal = story.only(story.tell(final), "r")
-    assert isinstance(refusal, Refusal)
-    assert refusal.reason is RefuseReason.LADDER_EXHAUSTED
-    assert story.coordinator.ledger.open_count == story.coordinator.live_count == 0
-    state = story.coordinator.fleet.get(plan.decode.id)
-    assert state is not None
-    assert state.health is Health.UNREACHABLE
-
-
 def test_only_allowed_endpoints_are_planned_with_and_without_any_it_is_refused() -> None:
     story = Story()
     plan = story.plan(allowed=frozenset({"d-1:80", "p-0:80"}))
@@ -238,15 +225,6 @@ def test_a_split_request_from_arrival_to_end() -> None:
     assert ledger.open_count == story.coordinator.live_count == 0
 
 
-def test_the_plan_carries_the_policys_deadlines_and_its_numbers() -> None:
-    rules = Disaggregation(prefill_deadline_s=7.0, transfer_deadline_s=3.0)
-    plan = Story(replace(MODEL, disaggregation=rules)).plan()
-    assert (plan.prefill_deadline_s, plan.transfer_deadline_s) == (7.0, 3.0)
-    assert plan.runner_up is not None
-    assert plan.chosen.figures.time_s < plan.runner_up.figures.time_s
-    assert plan.attempt == 0
-
-
 def test_a_shared_prefix_goes_where_it_is_cached() -> None:
     story = Story()
     first = story.plan("a")
@@ -263,13 +241,6 @@ def test_an_unknown_model_is_refused_and_leaves_nothing() -> None:
     story = Story()
     assert story.refusal(model=N) is RefuseReason.MODEL_UNKNOWN
     assert story.coordinator.live_count == 0
-
-
-def test_models_are_found_by_name_and_alias_and_listed_once() -> None:
-    coordinator = Story().coordinator
-    assert coordinator.model("alias") is coordinator.model("m") is MODEL
-    assert coordinator.model("other") is None
-    assert coordinator.models() == (MODEL,)
 
 
 def test_an_empty_fleet_says_so_and_when_to_come_back() -> None:
@@ -306,43 +277,6 @@ def test_a_prompt_that_only_an_absent_pool_could_take_may_be_tried_again() -> No
     story = Story(Model(M, (small, pool("big", Role.DECODE))), prefills=0, decodes=0)
     story.ready(endpoint(small, 0))
     assert story.refusal(is_prompt_counted=True) is RefuseReason.NO_ENDPOINTS
-
-
-def test_a_failed_decode_is_followed_by_another_and_then_by_the_end() -> None:
-    story = Story(decodes=4)
-    tried = [story.plan().decode.id]
-    for attempt in (1, 2):
-        found = story.fail()
-        assert isinstance(found, Plan)
-        assert found.attempt == attempt
-        assert found.drops[DropReason.EXCLUDED] == attempt
-        tried.append(found.decode.id)
-    found = story.fail()
-    assert isinstance(found, Refusal)
-    assert (found.reason, found.retry_after_s) == (RefuseReason.LADDER_EXHAUSTED, 1)
-    assert len(set(tried)) == 3
-    assert story.coordinator.live_count == story.coordinator.ledger.open_count == 0
-
-
-def test_without_the_rung_no_other_decode_is_tried() -> None:
-    story = Story(replace(MODEL, fallback=Fallback(rungs=(RungKind.OTHER_PREFILL,))))
-    plan = story.plan()
-    assert [rung.kind for rung in plan.rungs] == [RungKind.OTHER_PREFILL]
-    assert isinstance(story.fail(), Refusal)
-
-
-def test_a_decode_endpoint_that_nobody_answers_at_gets_no_work_until_it_does() -> None:
-    story = Story()
-    first = story.plan("a").decode
-    found = story.fail("a", RungReason.DECODE_UNREACHABLE)
-    assert isinstance(found, Plan)
-    assert found.decode != first
-    assert all(story.plan(f"r{i}").decode != first for i in range(5))
-    state = story.coordinator.fleet.get(first.id)
-    assert state is not None
-    assert state.health is Health.UNREACHABLE
-    story.tell(SampleTaken(first.id, Sample(0, 0, 0.0, 1.0)))
-    assert story.plan("later", tokens=4_000).decode == first
 
 
 def test_what_a_sidecar_gave_up_opens_the_path_and_a_probe_closes_it() -> None:
@@ -520,17 +454,6 @@ def test_a_fleet_that_cannot_split_by_design_is_not_held_to_the_budget() -> None
         assert not plan.is_outage
         story.begin(f"r{index}")
         story.end(f"r{index}")
-
-
-def test_a_new_policy_keeps_the_share_unless_its_window_changed() -> None:
-    story = outage(1.0)
-    served_in(story, 40)
-    assert story.coordinator.fallback_share("m") == 1.0
-    story.tell(ModelsReplaced((replace(MODEL, fallback=Fallback(window=40)),)))
-    assert story.coordinator.fallback_share("m") == 1.0
-    story.tell(ModelsReplaced((replace(MODEL, fallback=Fallback(window=41)),)))
-    assert story.coordinator.fallback_share("m") == 0.0
-    assert story.coordinator.fallback_share("unknown") == 0.0
 
 
 def test_sglang_pairs_speak_their_dialect_and_never_fall_back_to_a_worker_that_cannot() -> None:

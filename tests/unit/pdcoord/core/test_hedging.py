@@ -1,127 +1,28 @@
-"""Second attempts: when one may be made, beside whom, how often, and how the accounts of two become one."""
+"""Second attempts: when one may be made, under which id, and beside whom."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from pdcoord.core.coordinator import Coordinator
-from pdcoord.core.costs import SpeedFigures
-from pdcoord.core.events import (
-    DecodeFailed,
-    Dispatch,
-    HedgeAsked,
-    HedgeOver,
-    ModelsReplaced,
-    Outcome,
-    Refuse,
-    RequestArrived,
-    RequestEnded,
-    ResponseBegan,
-    TimePassed,
-)
-from pdcoord.core.fleet import (
-    Endpoint,
-    EndpointId,
-    EndpointSeen,
-    EngineKind,
-    Health,
-    ModelName,
-    Pool,
-    PoolName,
-    Role,
-    Sample,
-    SampleTaken,
-)
-from pdcoord.core.hedging import HedgeEnd, Hedges, after_s, exclusions, id_of, may_have_second
-from pdcoord.core.ladder import BUDGET_SAMPLE_MIN
-from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, Model, Slo, SplitMode
+from pdcoord.core.events import HedgeOver
+from pdcoord.core.fleet import EndpointId, ModelName
+from pdcoord.core.hedging import HedgeEnd, after_s, end_of, exclusions, id_of, may_have_second
+from pdcoord.core.model import Fallback, Model, Slo
 from pdcoord.core.plan import Figures, Plan
-from pdcoord.core.quarantine import Phase
 from pdcoord.core.request import Request, RequestId
 from pdcoord.protocol.errors import RungReason
-from pdcoord.protocol.headers import REQUEST_ID_BYTES_MAX, HostPort
-from pdcoord.protocol.plans import Mode, RungKind, ServedHeader
-from transfer.layout import KvLayout
-from transfer.verdict import Connector, Side
+from pdcoord.protocol.headers import REQUEST_ID_BYTES_MAX
+from pdcoord.protocol.plans import RungKind
 
 M = ModelName("m")
 R = RequestId("r")
 REQUEST = Request(R, M, prompt_tokens=400)
-
-
-def pool(name: str, role: Role) -> Pool:
-    return Pool(
-        name=PoolName(name),
-        model=M,
-        role=role,
-        vendor="v",
-        engine=EngineKind.VLLM,
-        side=Side(Connector.PDCOORD, KvLayout(16)),
-        speed=SpeedFigures(0.01, 1e-4, 0.01, step_s_per_sequence=1e-4),
-        kv_bytes_per_token=1_000,
-        link_bytes_per_s=1e10,
-    )
-
-
-P, D = pool("p", Role.PREFILL), pool("d", Role.DECODE)
-MODEL = Model(M, (P, D), slo=Slo(ttft_s=1.0), admission=AdmissionRules(wait_s_max=0.0))
-SPLIT = replace(MODEL, disaggregation=Disaggregation(mode=SplitMode.ALWAYS))
+MODEL = Model(M, (), slo=Slo(ttft_s=1.0))
 
 
 def figures(ttft_s: float, spread_s: float = 0.0) -> Figures:
     return Figures(0.0, ttft_s, 0.0, 0.0, 0.0, 0.0, 0.0, 100, 0, spread_s=spread_s)
-
-
-class Story:
-    """A coordinator with so many endpoints; validated after each event."""
-
-    def __init__(self, decodes: int = 2, prefills: int = 0, model: Model = MODEL) -> None:
-        self.now_s = 0.0
-        self.coordinator = Coordinator()
-        self.tell(ModelsReplaced((model,)))
-        for of, count in ((P, prefills), (D, decodes)):
-            for index in range(count):
-                seen = Endpoint(EndpointId(f"{of.name}/{index}"), of, HostPort(f"{of.name}-{index}:80"))
-                self.tell(EndpointSeen(seen))
-                self.tell(SampleTaken(seen.id, Sample(0, 0, 0.1, 0.0)))
-
-    def tell(self, event: object) -> list[Dispatch | Refuse]:
-        actions = self.coordinator.handle(event, self.now_s)  # type: ignore[arg-type]
-        self.coordinator.validate()
-        return actions  # type: ignore[return-value]
-
-    def send(self, name: str = "r", **changes: object) -> Plan:
-        request = replace(REQUEST, id=RequestId(name), **changes)  # type: ignore[arg-type]
-        return self.plan(self.tell(RequestArrived(request)))
-
-    def hedge(self, name: str = "r") -> Plan | None:
-        actions = self.tell(HedgeAsked(RequestId(name)))
-        return self.plan(actions) if actions else None
-
-    @staticmethod
-    def plan(actions: list[Dispatch | Refuse]) -> Plan:
-        (action,) = actions
-        assert isinstance(action, Dispatch), action
-        return action.plan
-
-    def over(self, *, is_won: bool, reason: RungReason | None = None) -> None:
-        assert self.tell(HedgeOver(R, is_won=is_won, reason=reason)) == []
-
-    def requests(self) -> dict[str, int]:
-        """Of each endpoint that has any."""
-        return {
-            str(name): load.request_count
-            for name, load in self.coordinator.ledger.loads()
-            if load.request_count
-        }
-
-    def counts(self) -> dict[str, int]:
-        return {end.value: count for (_, end), count in self.coordinator.hedges.counts.items()}
-
-    def end(self, outcome: Outcome = Outcome.OK) -> None:
-        self.tell(RequestEnded(R, outcome, 20))
-        assert self.requests() == {}
-        assert self.coordinator.live_count == 0
 
 
 def test_the_time_is_as_late_as_the_objective_allows_and_never_usual() -> None:
@@ -157,147 +58,28 @@ def test_there_may_be_none_at_all() -> None:
     assert after_s(replace(REQUEST, is_resumed=True), MODEL, figures(0.1)) is None
 
 
-def test_the_second_goes_elsewhere_under_an_id_of_its_own() -> None:
-    story = Story()
-    first = story.send()
-    second = story.hedge()
-    assert second is not None
-    assert (second.request_id, second.attempt) == (id_of(R), 1)
-    assert second.decode.id != first.decode.id
-    assert story.requests() == {"d/0": 1, "d/1": 1}
-    assert story.hedge() is None, "there are two already"
-    story.over(is_won=False)
-    story.tell(ResponseBegan(R, None))
-    assert story.requests() == {str(first.decode.id): 1}
-    story.end()
-    assert story.counts() == {"lost": 1}
-
-
-def test_the_second_wins_and_the_request_goes_on_there() -> None:
-    story = Story()
-    first = story.send()
-    second = story.hedge()
-    assert second is not None
-    story.over(is_won=True)
-    assert story.requests() == {str(second.decode.id): 1}
-    story.tell(ResponseBegan(R, ServedHeader(mode=Mode.COLOCATED)))
-    story.end()
-    assert story.counts() == {"won": 1}
-    trouble = story.coordinator.progress.quarantine.trouble(first.decode.id)
-    assert trouble is not None, "whoever was overtaken so late is suspected"
-
-
-def test_the_first_fails_and_the_second_goes_on_alone() -> None:
-    story = Story(decodes=3)
-    first = story.send()
-    second = story.hedge()
-    assert second is not None
-    story.over(is_won=True, reason=RungReason.DECODE_UNREACHABLE)
-    state = story.coordinator.fleet.get(first.decode.id)
-    assert state is not None
-    assert state.health is Health.UNREACHABLE
-    third = story.plan(story.tell(DecodeFailed(R, RungReason.DECODE_ERROR)))
-    assert third.decode.id not in {first.decode.id, second.decode.id}
-    assert third.attempt == 2
-    story.end(Outcome.CLIENT_GONE)
-
-
-def test_the_second_fails_and_the_first_goes_on_alone() -> None:
-    story = Story(decodes=3)
-    first = story.send()
-    second = story.hedge()
-    assert second is not None
-    story.over(is_won=False, reason=RungReason.DECODE_ERROR)
-    assert story.requests() == {str(first.decode.id): 1}
-    third = story.plan(story.tell(DecodeFailed(R, RungReason.DECODE_ERROR)))
-    assert third.decode.id not in {first.decode.id, second.decode.id}
-    story.end(Outcome.CLIENT_GONE)
-    assert story.counts() == {"failed": 1}
-
-
-def test_a_client_that_leaves_takes_both_along() -> None:
-    story = Story(decodes=2, prefills=2, model=SPLIT)
-    story.send()
-    assert story.hedge() is not None
-    story.end(Outcome.CLIENT_GONE)
-
-
-def test_of_a_split_request_both_legs_are_avoided_where_that_can_be() -> None:
-    story = Story(decodes=2, prefills=2, model=SPLIT)
-    first = story.send()
-    second = story.hedge()
-    assert second is not None
-    assert first.prefill is not None
-    assert second.prefill is not None
-    assert first.prefill.id != second.prefill.id
-    story.over(is_won=True)
-    assert story.requests() == {str(second.decode.id): 1, str(second.prefill.id): 1}
-    story.end(Outcome.CLIENT_GONE)
-    one = Story(decodes=2, prefills=1, model=replace(SPLIT, fallback=Fallback(colocated_share_max=0.0)))
-    first = one.send()
-    assert list(exclusions(first, frozenset(), ())) == [
-        {first.decode.id, EndpointId("p/0")},
-        {first.decode.id},
+def test_the_best_second_shares_no_leg_with_the_first_and_nobody_shunned(plan: Callable[..., Plan]) -> None:
+    failed, barred = frozenset({EndpointId("failed")}), [EndpointId("out")]
+    alone = plan("r")
+    assert list(exclusions(alone, failed, barred)) == [{alone.decode.id, "failed", "out"}]
+    split = plan("r", is_split=True)
+    assert split.prefill is not None
+    assert list(exclusions(split, failed, barred)) == [
+        {split.decode.id, split.prefill.id, "failed", "out"},
+        {split.decode.id, "failed", "out"},
     ]
-    second = one.hedge()
-    assert second is not None
-    assert second.decode.id != first.decode.id
-    one.end(Outcome.CLIENT_GONE)
 
 
-def test_nobody_is_asked_who_is_not_well() -> None:
-    story = Story(decodes=2)
-    first = story.send()
-    other = EndpointId("d/1" if first.decode.id == "d/0" else "d/0")
-    for number in range(3):
-        sent = story.send(f"x{number}", allowed=frozenset({other.replace("/", "-") + ":80"}))
-        story.tell(DecodeFailed(sent.request_id, RungReason.DECODE_ERROR))
-    assert story.coordinator.progress.quarantine.is_out(other)
-    assert story.hedge() is None
-    story.end(Outcome.CLIENT_GONE)
-
-
-def test_few_requests_have_a_second_attempt_unless_the_first_is_out() -> None:
-    story = Story(model=replace(MODEL, fallback=Fallback(hedge_share_max=0.05)))
-    for number in range(BUDGET_SAMPLE_MIN):
-        sent = story.send(f"x{number}")
-        story.tell(ResponseBegan(sent.request_id, None))
-        story.tell(RequestEnded(sent.request_id, Outcome.OK))
-    asked = {f"r{number}": story.send(f"r{number}") for number in range(8)}
-    plans = [story.hedge(name) for name in asked]
-    assert [plan is not None for plan in plans] == [True, True] + [False] * 6
-    assert story.counts() == {"withheld": 6}
-    # All of these show no output: their endpoint is put out, and then they are moved.
-    story.now_s = 2.5
-    story.tell(TimePassed())
-    (out,) = story.coordinator.progress.quarantine.barred
-    for name, plan in list(asked.items())[2:]:
-        assert (story.hedge(name) is not None) == (plan.decode.id == out)
-    trouble = story.coordinator.progress.quarantine.trouble(out)
-    assert trouble is not None
-    assert trouble.phase is Phase.OUT
-
-
-def test_an_answer_that_has_begun_has_no_second_attempt() -> None:
-    story = Story()
-    story.send()
-    story.tell(ResponseBegan(R, None))
-    assert story.hedge() is None
-    story.end()
-
-
-def test_shares_are_kept_by_model_and_forgotten_with_it() -> None:
-    hedges = Hedges()
-    hedges.replace_models([MODEL])
-    for _ in range(BUDGET_SAMPLE_MIN):
-        hedges.note(M, is_second=True)
-    assert hedges.share(M) == 1.0
-    hedges.replace_models([MODEL])
-    assert hedges.share(M) == 1.0
-    hedges.replace_models([replace(MODEL, fallback=Fallback(window=7))])
-    assert hedges.share(M) == 0.0
-    hedges.replace_models([])
-    hedges.note(M, is_second=True)
-    assert hedges.share(M) == 0.0
-    hedges.count(M, HedgeEnd.WON)
-    assert hedges.counts[M, HedgeEnd.WON] == 1
+@pytest.mark.parametrize(
+    ("is_won", "reason", "end"),
+    [
+        (True, None, HedgeEnd.WON),
+        (True, RungReason.DECODE_ERROR, HedgeEnd.WON),
+        (False, None, HedgeEnd.LOST),
+        (False, RungReason.DECODE_ERROR, HedgeEnd.FAILED),
+    ],
+)
+def test_an_end_is_named_by_what_became_of_the_second(
+    *, is_won: bool, reason: RungReason | None, end: HedgeEnd
+) -> None:
+    assert end_of(HedgeOver(R, is_won, reason)) is end

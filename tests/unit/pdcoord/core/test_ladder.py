@@ -19,7 +19,7 @@ from pdcoord.core.fleet import (
     Role,
     Sample,
 )
-from pdcoord.core.ladder import BUDGET_SAMPLE_MIN, FallbackBudget, rungs
+from pdcoord.core.ladder import BUDGET_SAMPLE_MIN, FallbackBudget, may_try_other, replaced_budgets, rungs
 from pdcoord.core.model import Fallback, Model
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import RungKind
@@ -136,3 +136,17 @@ def test_in_a_lasting_outage_the_share_served_tends_to_the_bound(share_max: floa
         budget.note(is_fallback=is_allowed)
         served += is_allowed and index >= 600
     assert share_max - 0.01 <= served / 200 <= share_max + 0.01
+
+
+def test_another_decode_endpoint_is_tried_as_often_as_the_policy_says() -> None:
+    rules = Fallback(other_decode_max=2)
+    assert [may_try_other(model(rules), attempt) for attempt in (1, 2, 3)] == [True, True, False]
+    assert not may_try_other(model(Fallback(rungs=(RungKind.COLOCATED,))), 1)
+
+
+def test_budgets_go_on_with_their_models_where_the_window_is_as_it_was() -> None:
+    before = replaced_budgets({}, [model(Fallback(window=7))])
+    assert replaced_budgets(before, [model(Fallback(window=7))])["m"] is before["m"]
+    other = replaced_budgets(before, [model(Fallback(window=8))])
+    assert (other["m"].window, other["m"] is before["m"]) == (8, False)
+    assert replaced_budgets(before, []) == {}

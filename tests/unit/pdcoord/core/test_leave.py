@@ -31,8 +31,8 @@ from pdcoord.core.fleet import (
 )
 from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, Model, SplitMode
 from pdcoord.core.plan import Plan
-from pdcoord.core.quarantine import FAILURES_MAX, Phase
 from pdcoord.core.request import Request, RequestId
+from pdcoord.core.trouble import FAILURES_MAX, Phase
 from pdcoord.protocol.errors import RefuseReason, RungReason
 from pdcoord.protocol.headers import HostPort
 from pdcoord.protocol.plans import Mode, RungKind, ServedHeader

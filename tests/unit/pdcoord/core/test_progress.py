@@ -36,8 +36,8 @@ from pdcoord.core.fleet import (
 from pdcoord.core.model import AdmissionRules, Disaggregation, Fallback, Model, Slo, SplitMode
 from pdcoord.core.plan import DropReason, Figures, Plan
 from pdcoord.core.progress import LATE_S_MIN, SLOW_FACTOR, expected_s, late_after_s
-from pdcoord.core.quarantine import FAILURES_MAX, Phase, Symptom
 from pdcoord.core.request import Request, RequestId
+from pdcoord.core.trouble import FAILURES_MAX, Phase, Symptom
 from pdcoord.protocol.control import ControlLegKind, Events, LegEnded, OutputBegan, RequestBegan
 from pdcoord.protocol.control import RequestEnded as RemoteEnded
 from pdcoord.protocol.errors import RungReason

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pdcoord.core.fleet import EndpointId
-from pdcoord.core.quarantine import (
+from pdcoord.core.quarantine import Gone, Ill, Over, Quarantine, Sent, Shown, TimeCame, Turned, Well
+from pdcoord.core.request import RequestId
+from pdcoord.core.trouble import (
     FAILED_MAX,
     FAILURES_MAX,
     OUT_S_MAX,
@@ -13,20 +15,10 @@ from pdcoord.core.quarantine import (
     READMITTED_AT,
     RELAPSE_S,
     STEP_S_MAX,
-    Gone,
-    Ill,
-    Over,
     Phase,
-    Quarantine,
-    Sent,
-    Shown,
     Symptom,
-    TimeCame,
     Track,
-    Turned,
-    Well,
 )
-from pdcoord.core.request import RequestId
 
 A, B, C, D = (EndpointId(name) for name in "abcd")
 

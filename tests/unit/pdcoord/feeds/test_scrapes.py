@@ -3,8 +3,16 @@
 import pytest
 
 from pdcoord.core.fleet import EndpointId
-from pdcoord.feeds.scrapes import Round, ScrapeLimits
+from pdcoord.feeds.scrapes import Round, ScrapeFailure, ScrapeLimits, failure_of
 from pdcoord.protocol.headers import HostPort
+from pdcoord.wire.errors import (
+    BodyTooLargeError,
+    ConnectError,
+    HeadTimeoutError,
+    ResetError,
+    StalledError,
+    WireError,
+)
 
 LIMITS = ScrapeLimits(interval_s=1.0, backoff_s_max=6.0)
 A, B = (EndpointId("a"), HostPort("a:1")), (EndpointId("b"), HostPort("b:1"))
@@ -55,3 +63,20 @@ def test_the_wait_is_between_a_tenth_of_an_interval_and_a_whole_one() -> None:
     assert turns.wait_s(0.5) == 0.5
     target.due_s = 50.0
     assert turns.wait_s(0.5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (TimeoutError(), ScrapeFailure.TIMEOUT),
+        (HeadTimeoutError("slow"), ScrapeFailure.TIMEOUT),
+        (ConnectError("refused"), ScrapeFailure.UNREACHABLE),
+        (BodyTooLargeError("long"), ScrapeFailure.TOO_LARGE),
+        (ResetError("gone"), ScrapeFailure.BROKEN),
+        (StalledError("silent"), ScrapeFailure.BROKEN),
+    ],
+)
+def test_a_failure_is_named_by_how_far_the_request_came(
+    error: TimeoutError | WireError, failure: ScrapeFailure
+) -> None:
+    assert failure_of(error) is failure

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -21,8 +22,10 @@ from pdcoord.core.events import (
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId
+from pdcoord.front.gate import Gate
 from pdcoord.front.ports import CallRecord, Decided, Limits, Tokens
 from pdcoord.gateway.app import GatewayApp
+from pdcoord.gateway.arrival import Door
 from pdcoord.gateway.relay import Relay
 from pdcoord.protocol.errors import Refusal, RefuseReason, RungReason
 from pdcoord.resume.tape import Shelf
@@ -202,6 +205,13 @@ class Answer:
     def header(self, name: str) -> str | None:
         return next((v.decode() for k, v in self.headers if k == name.encode()), None)
 
+    @property
+    def error(self) -> dict[str, Any]:
+        """Of an answer that is one, in JSON."""
+        assert self.header("content-type") == "application/json"
+        error: dict[str, Any] = json.loads(self.body)["error"]
+        return error
+
 
 class Stage:
     """A gateway app with everything around it scripted."""
@@ -228,19 +238,18 @@ class Stage:
     def bodies(self) -> ByteRoom:
         """What the relay holds of bodies."""
         assert self._relay is not None
-        return self._relay.bodies
+        return self._relay.door.bodies
 
     @property
     def app(self) -> GatewayApp:
         if self._app is None:
+            clock = asyncio.get_running_loop().time
             relay = self._relay = Relay(
-                coordination=self.coordination,
+                door=Door(self.coordination, Gate(clock=clock, wall=clock), self.limits, self.tokens),
                 upstream=self.upstream,
                 observer=self.observer,
-                limits=self.limits,
-                clock=asyncio.get_running_loop().time,
+                clock=clock,
                 new_id=lambda: f"made-{next(self._ids)}",
-                tokens=self.tokens,
             )
             self._app = GatewayApp(relay, metrics=self.metrics, created_unix_s=1_700_000_000)
         return self._app

@@ -21,7 +21,7 @@ BEARER = (b"authorization", b"Bearer " + KEY.encode())
 
 def ask_for_keys(stage: Any, **fields: Any) -> None:
     key = ApiKey("a", digest_of(KEY.encode()), "team", "group", **fields)
-    stage.app._relay.gate.use(KeyRing([key], bytes(32)))
+    stage.app._relay.door.gate.use(KeyRing([key], bytes(32)))
 
 
 def error_of(answer: Any) -> dict[str, Any]:

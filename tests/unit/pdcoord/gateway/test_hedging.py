@@ -10,7 +10,8 @@ import pytest
 from pdcoord.core.plan import Plan
 from pdcoord.core.request import RequestId
 from pdcoord.front.account import Account
-from pdcoord.gateway.hedging import Failure, Opened, Race
+from pdcoord.gateway.attempts import Failure, Opened
+from pdcoord.gateway.hedging import Race
 from pdcoord.gateway.held import Held
 from pdcoord.protocol.errors import Refusal, RefusedError, RefuseReason, RungReason
 from pdcoord.wire.response import Response

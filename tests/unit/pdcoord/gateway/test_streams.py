@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from pdcoord.gateway.first import SIGNS_OF_LIFE, is_plain_stream
+from pdcoord.gateway.first import SIGNS_OF_LIFE
 from pdcoord.gateway.streams import AGAIN_S, SOON_S, Answer, Fate, StreamWatch
 from pdcoord.protocol.errors import Refusal, RefuseReason
 from pdcoord.resume.continuation import Unresumable
@@ -232,19 +232,6 @@ async def test_an_engines_last_event_without_its_blank_line_reaches_the_client()
     assert rig.answer.seems_whole()
     await rig.answer.end()
     assert rig.client.body == event("a") + b"data: [DONE]"
-
-
-@pytest.mark.parametrize(
-    ("kind", "encoding", "is_plain"),
-    [
-        (SSE, None, True),
-        (b"TEXT/Event-Stream", None, True),
-        (SSE, b"gzip", False),
-        (b"text/plain", None, False),
-    ],
-)
-def test_what_can_be_read_as_a_stream(kind: bytes, encoding: bytes | None, *, is_plain: bool) -> None:
-    assert is_plain_stream(cast("Response", Upstream([], kind, encoding))) is is_plain
 
 
 @pytest.mark.parametrize("part", [b": keep-alive\n\n", b"event: ping\ndata: {}\n\n"])

@@ -9,8 +9,8 @@ from pdcoord.core.events import Dispatch, HedgeAsked, HedgeOver, ModelsReplaced,
 from pdcoord.core.hedging import HedgeEnd, id_of
 from pdcoord.core.model import Model
 from pdcoord.core.plan import Plan
-from pdcoord.core.quarantine import Symptom
 from pdcoord.core.request import Request, RequestId
+from pdcoord.core.trouble import Symptom
 from pdcoord.protocol.errors import RungReason
 from pdcoord.runtime.decisions import DecisionLog
 from pdcoord.runtime.gray_metrics import DOUBTED, HEDGES, QUARANTINED, QUARANTINES, gray_samples

@@ -6,7 +6,8 @@ from collections.abc import Awaitable
 import pytest
 
 from pdcoord.wire.errors import BodyTooLargeError, StalledError, StreamError
-from pdcoord.wire.response import BUFFERED_BYTES_MAX, Response
+from pdcoord.wire.heads import Headers
+from pdcoord.wire.response import BUFFERED_BYTES_MAX, Response, is_event_stream, is_plain_stream
 
 
 class Transport:
@@ -389,3 +390,21 @@ async def test_cancelling_a_pump_closes_and_drops_a_pause_that_nobody_will_await
         rig.arrive(b"full")
     assert task.cancelled()
     assert rig.aborts == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_stream", "is_plain"),
+    [
+        ([(b"content-type", b"text/event-stream; charset=utf-8")], True, True),
+        ([(b"content-type", b"TEXT/Event-Stream")], True, True),
+        ([(b"content-type", b"text/event-stream"), (b"content-encoding", b"gzip")], True, False),
+        ([(b"content-type", b"text/plain")], False, False),
+        ([], False, False),
+    ],
+)
+async def test_what_is_an_event_stream_and_can_be_read_as_one(
+    headers: Headers, *, is_stream: bool, is_plain: bool
+) -> None:
+    response = Rig().response
+    response.headers = headers
+    assert (is_event_stream(response), is_plain_stream(response)) == (is_stream, is_plain)
