@@ -26,8 +26,11 @@ from pdcoord.core.fleet import (
     Sample,
     SampleTaken,
 )
+from pdcoord.core.learned import LearnedSpeed
 from pdcoord.core.ledger import Entry
 from pdcoord.core.model import Model, Slo
+from pdcoord.core.plan import Plan
+from pdcoord.core.prefix import PrefixIndex
 from pdcoord.core.request import Request, RequestId
 from pdcoord.protocol.headers import HostPort
 from transfer.layout import KvLayout
@@ -68,11 +71,17 @@ class BenchFleet:
     Args:
         is_busy: whether it starts with BUSY_REQUESTS_PER_ENDPOINT requests per endpoint, each at some
             point of its life, and with requests of others in every sample.
+
+    Attributes:
+        speed: the coordinator's own.
+        routed: an index that is told of each request beside the coordinator's own.
     """
 
     def __init__(self, endpoint_count: int, *, is_busy: bool, seed: int) -> None:
         self._rng = random.Random(seed)
-        self.coordinator = Coordinator()
+        self.speed = LearnedSpeed()
+        self.coordinator = Coordinator(self.speed)
+        self.routed = PrefixIndex()
         self.model = Model(MODEL, (PREFILL, DECODE), slo=Slo(ttft_s=2.0, tpot_s=0.05))
         self.now_s = 0.0
         self._in_flight: deque[RequestId] = deque()
@@ -101,6 +110,14 @@ class BenchFleet:
             raise RuntimeError(message)  # noqa: TRY004 - of the fleet's state, not of a type
         self._in_flight.append(request.id)
         return action
+
+    def record(self, plan: Plan, request: Request) -> None:
+        """Note a prompt on both its endpoints, as the coordinator did."""
+        for endpoint in (plan.decode, plan.prefill):
+            state = self.coordinator.fleet.get(endpoint.id) if endpoint is not None else None
+            if state is not None:
+                bound = self.model.prefix_blocks_per_endpoint_max
+                self.routed.record(state.ordinal, request.block_keys, bound)
 
     def move_on(self) -> None:
         """Time passes, one response begins and one request ends, so that the load stays what it is."""

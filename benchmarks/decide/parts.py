@@ -18,7 +18,6 @@ from pdcoord.core.plan import DropReason
 from pdcoord.core.pruning import pruned
 from pdcoord.core.request import BlockKey, Request, RequestId
 from pdcoord.core.scheduler import best_alone
-from pdcoord.core.speed import SeededSpeed
 from pdcoord.protocol.openai import APIS, parse_call
 
 PROMPT_BYTES = 30_000
@@ -31,7 +30,7 @@ Times = dict[str, list[float]]
 """Microseconds on the CPU, by part, one for each request."""
 
 READ = ("parse JSON", "read the call", "hash blocks")
-DECIDE = ("match prefix", "filters", "prune", "legs", "alone", "pairs")
+DECIDE = ("match prefix", "filters", "prune", "legs", "alone", "pairs", "ladder", "record prefix")
 WHOLE = "handle in all"
 REST = "the rest of handle"
 ROUND_ROBIN = "round robin"
@@ -84,7 +83,8 @@ def run(fleet: BenchFleet, request_count: int, tag: str) -> Times:
         timer(ROUND_ROBIN, turns.pick)
         if len(fleet.endpoints) <= _BRUTE_FORCE_ENDPOINTS_MAX:
             timer(BRUTE_FORCE, partial(best_of_all_pairs, fleet, request))
-        timer(WHOLE, partial(fleet.arrive, request))
+        plan = timer(WHOLE, partial(fleet.arrive, request)).plan
+        timer("record prefix", partial(fleet.record, plan, request))
         fleet.move_on()
     times = dict(timer.times)
     parts = zip(*(times[part] for part in DECIDE), strict=True)
@@ -102,7 +102,7 @@ def _read(timer: Timer, fleet: BenchFleet, raw: bytes) -> tuple[tuple[BlockKey, 
 
 def _take_apart(timer: Timer, fleet: BenchFleet, request: Request) -> None:
     """The parts of Scheduler.choose, in its order."""
-    coordinator, model, speed = fleet.coordinator, fleet.model, SeededSpeed()
+    coordinator, model, speed = fleet.coordinator, fleet.model, fleet.speed
     troubled = coordinator.paths.troubled
     matched = timer("match prefix", lambda: coordinator.prefixes.approximate.match(request.block_keys))
     found = timer(
@@ -112,7 +112,15 @@ def _take_apart(timer: Timer, fleet: BenchFleet, request: Request) -> None:
     cached = {ordinal: blocks * request.block_tokens for ordinal, blocks in matched.items()}
     conditions = Conditions(fleet.now_s, model.slo, coordinator.ledger.typical_prefill_s)
     room = worker_room(model)
-    maker = LegMaker(request, cached, speed, room=room, troubled=troubled, conditions=conditions)
+    maker = LegMaker(
+        request,
+        cached,
+        speed,
+        room=room,
+        troubled=troubled,
+        conditions=conditions,
+        in_use=coordinator.prefixes.in_use,
+    )
     apart = {*troubled, *speed.unlike}
     kept = timer("prune", lambda: [pruned(fit, cached, apart) for fit in found.pools])
     legs = timer("legs", lambda: [maker.legs(fit) for fit in kept])
@@ -121,4 +129,5 @@ def _take_apart(timer: Timer, fleet: BenchFleet, request: Request) -> None:
     workers = [pool_legs for pool_legs in legs if pool_legs.pool.can_prefill]
     timer("alone", lambda: best_alone(decodes, model, speed, drops))
     pairs = Pairs(model, coordinator.paths, speed, drops, fleet.now_s)
-    timer("pairs", lambda: pairs.best(workers, decodes))
+    pair = timer("pairs", lambda: pairs.best(workers, decodes))
+    timer("ladder", lambda: pair.other_prefills if pair is not None else ())

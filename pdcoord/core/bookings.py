@@ -83,6 +83,9 @@ class Bookings:
         )
         self._to.lessons.dispatched(request, plan, now_s, live.output_tokens)
         self._to.progress.sent(request, plan, now_s)
+        decode_state = self._evidence.state_of(plan.decode)
+        if decode_state is not None and request.is_generative:
+            self._prefixes.in_use.hold(decode_state.ordinal, request)
         if plan.prefill is not None:
             self._to.paths.begin(plan.prefill.id, plan.decode.id, request.id)
         state = self._evidence.state_of(worker)
@@ -143,6 +146,7 @@ class Bookings:
         self._to.ledger.rename(before, request_id)
         self._to.lessons.rename(before, request_id, plan)
         self._to.progress.rename(before, request_id, plan)
+        self._prefixes.in_use.rename(before, request_id)
         if plan.prefill is not None:
             self._to.paths.abandon(plan.prefill.id, plan.decode.id, before)
             self._to.paths.begin(plan.prefill.id, plan.decode.id, request_id)
@@ -174,6 +178,7 @@ class Bookings:
         assert self._to.ledger.open_count == len(self.live), "the ledger and the live requests disagree"
         self._to.progress.validate(self.live)
         self._to.lessons.validate(self.live)
+        self._prefixes.in_use.validate(set(self.live))
 
     def _close(self, live: Live, now_s: float) -> None:
         """Those of endpoints that are gone go with it."""
@@ -181,6 +186,7 @@ class Bookings:
         self._to.lessons.dropped(live.request.id, now_s)
         self._to.progress.dropped(live.request.id, now_s)
         self._to.ledger.end(live.request.id, now_s)
+        self._prefixes.in_use.let_go(live.request.id)
         for endpoint in (plan.decode, plan.prefill):
             if endpoint is not None and self._to.fleet.get(endpoint.id) is None:
                 self._to.ledger.forget(endpoint.id)

@@ -61,6 +61,10 @@ def eligible(
         shunned: those that serve badly.
     """
     found = Eligible([], Counter())
+    apart = {
+        **dict.fromkeys(shunned, DropReason.QUARANTINED),
+        **dict.fromkeys(excluded, DropReason.EXCLUDED),
+    }
     for group in groups:
         for health, endpoints_of in group.by_health.items():
             if endpoints_of and health is not Health.READY:
@@ -72,10 +76,6 @@ def eligible(
             in_flight_max = group.pool.limits.in_flight_max
             if request.is_resumed:
                 in_flight_max *= RESUMED_SHARE_MAX
-            apart = {
-                **dict.fromkeys(shunned, DropReason.QUARANTINED),
-                **dict.fromkeys(excluded, DropReason.EXCLUDED),
-            }
             endpoints = _within_limits(in_flight_max, ready, ledger, apart, found.drops)
             if endpoints:
                 found.pools.append(PoolFit(group.pool, endpoints, len(endpoints)))

@@ -65,7 +65,8 @@ def crowding_s(kv_share: float, kv_usage: float, answer_s: float) -> float:
     the fourth power of its usage: a pool that is half full hardly ever lacks room.
 
     Args:
-        kv_share: of the pool that the KV takes beside what is cached there, 0..1.
+        kv_share: of the pool that the KV takes beside what others hold there, 0..1; what is cached and
+            held by nobody is taken as well, from those who would come in.
         kv_usage: share of the pool that is taken already, 0..1.
         answer_s: predicted time of an answer there, from its first token to its last.
     """

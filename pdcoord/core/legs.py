@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pdcoord.core.filters import PoolFit
 from pdcoord.core.fleet import Endpoint, EndpointId, EndpointState, Pool, Sample
 from pdcoord.core.harm import Surroundings, crowding_s, harm, others_s, slowing_s
+from pdcoord.core.inuse import PromptsInUse
 from pdcoord.core.ledger import Load
 from pdcoord.core.model import Slo
 from pdcoord.core.ports import SpeedModel
@@ -29,9 +30,9 @@ class Leg:
         room_s: wait for room in the KV pool here, beside that wait; 0.0 on a prefill endpoint.
         wait_s: the longer of the two: before that nothing of it begins here.
         pace_s: time per output token, with the prefills that are lately sent here between; likewise.
-        others_s: what its prefill here costs others, as it counts beside the request's own time.
-        crowding_s: what its prompt's KV here costs others, as it counts beside the request's own time.
-        slowing_s: the same of its answer here, which makes each step longer; 0.0 on a prefill endpoint.
+        others_s: what all of it here costs others, as it counts beside the request's own time.
+        prefill_others_s: the part of that for its prefill and its prompt's KV here.
+        answer_others_s: the part for its prompt's KV and its answer here; 0.0 on a prefill endpoint.
         harm: requests of others that its prefill here is expected to push past their objectives.
         stall_s: delay that its prefill here would cause running streams, summed over them.
         step_s: one decode step here with this request in the batch; 0.0 on a prefill endpoint.
@@ -56,8 +57,8 @@ class Leg:
     pace_s: float = 0.0
     harm: float = 0.0
     others_s: float = 0.0
-    crowding_s: float = 0.0
-    slowing_s: float = 0.0
+    prefill_others_s: float = 0.0
+    answer_others_s: float = 0.0
 
 
 # Not frozen, though nobody changes it: that would double what making it costs each request.
@@ -96,6 +97,7 @@ class LegMaker:
     Args:
         room: how many that are no worse put an endpoint out of the choice.
         troubled: endpoints with a tripped path, which put nobody out.
+        in_use: what of cached prompts is held by requests under way.
         speed: its `unlike` endpoints put nobody out and are put out by nobody.
     """
 
@@ -108,8 +110,10 @@ class LegMaker:
         room: int,
         troubled: Container[EndpointId],
         conditions: Conditions,
+        in_use: PromptsInUse,
     ) -> None:
         self._request = request
+        self._in_use = in_use
         self._cached_tokens = cached_tokens
         self._speed = speed
         self._room = room
@@ -129,7 +133,8 @@ class LegMaker:
         busy, twins, odd = self._by_load(fit)
         legs: list[Leg] = []
         for state, load, others, cached in odd:
-            legs.append(maker.leg(state.endpoint, load, others, cached, state.sample))
+            idle = self._idle_tokens(state, cached)
+            legs.append(maker.leg(state.endpoint, load, others, cached, state.sample, idle_tokens=idle))
         beaten_up_to = -1
         for cached, group in twins.items():
             if len(group) >= self._room:
@@ -138,8 +143,18 @@ class LegMaker:
                 legs.append(maker.leg(endpoint, load, 0, cached))
         for state, load, others, cached in busy:
             if cached > beaten_up_to:
-                legs.append(maker.leg(state.endpoint, load, others, cached, state.sample))
+                idle = self._idle_tokens(state, cached)
+                legs.append(maker.leg(state.endpoint, load, others, cached, state.sample, idle_tokens=idle))
         return PoolLegs(fit.pool, legs, fit.endpoint_count)
+
+    def _idle_tokens(self, state: EndpointState, cached: int) -> int:
+        """Of what is cached of the prompt what nobody holds, which takes room in the pool once it is held."""
+        sample = state.sample
+        if not cached or sample is None or not (sample.kv_tokens and sample.kv_usage):
+            return 0
+        if not state.endpoint.pool.can_decode:
+            return 0  # Nobody asks for room there.
+        return cached - self._in_use.shared_tokens(state.ordinal, self._request, cached)
 
     def _by_load(
         self, fit: PoolFit
@@ -191,7 +206,14 @@ class _PoolLegMaker:
         self._prefill_s: dict[int, float] = {}
 
     def leg(
-        self, endpoint: Endpoint, load: Load, others: int, cached_tokens: int, sample: Sample | None = None
+        self,
+        endpoint: Endpoint,
+        load: Load,
+        others: int,
+        cached_tokens: int,
+        sample: Sample | None = None,
+        *,
+        idle_tokens: int = 0,
     ) -> Leg:
         uncached_tokens = self._prompt_tokens - cached_tokens
         prefill_s = self._prefill_s.get(uncached_tokens)
@@ -211,9 +233,7 @@ class _PoolLegMaker:
             if load.recent_prefill_s:
                 pace_s /= 1.0 - load.prefill_share(self._now_s)
             if sample is not None and sample.kv_tokens:
-                room_s = room_wait_s(sample, load, uncached_tokens, self._output_tokens, step_s)
-                kv_share = uncached_tokens / sample.kv_tokens
-                kv_s = crowding_s(kv_share, sample.kv_usage, self._output_tokens * step_s)
+                room_s, kv_s = self._room_s(sample, load, uncached_tokens + idle_tokens, step_s)
             if batch > 1:
                 slower_s = slowing_s(batch - 1, self._output_tokens * self._added_s(endpoint))
         elif others:
@@ -239,10 +259,17 @@ class _PoolLegMaker:
             room_s if room_s > queue_s else queue_s,  # noqa: FURB136  # the call costs more than the rest
             pace_s,
             harmed,
-            lost_s,
-            kv_s,
-            slower_s,
+            lost_s + kv_s + slower_s,
+            lost_s + kv_s,
+            kv_s + slower_s,
         )
+
+    def _room_s(self, sample: Sample, load: Load, taken_tokens: int, step_s: float) -> tuple[float, float]:
+        """How long it waits for room in a KV pool, and the time that it costs others to have it there."""
+        output_tokens = self._output_tokens
+        room_s = room_wait_s(sample, load, taken_tokens, output_tokens, step_s)
+        kv_share = taken_tokens / sample.kv_tokens
+        return room_s, crowding_s(kv_share, sample.kv_usage, output_tokens * step_s)
 
     def _added_s(self, endpoint: Endpoint) -> float:
         """By how much this request makes each step longer: a step is linear in what is in its batch."""

@@ -298,8 +298,10 @@ class Lessons:
         return pace
 
     def _bytes_in_flight(self, plan: Plan) -> int:
-        ends = (plan.decode.id,) if plan.prefill is None else (plan.decode.id, plan.prefill.id)
-        return max(self._ledger.load(end).bytes_in_flight for end in ends)
+        bytes_in_flight = self._ledger.load(plan.decode.id).bytes_in_flight
+        if plan.prefill is None:
+            return bytes_in_flight
+        return max(bytes_in_flight, self._ledger.load(plan.prefill.id).bytes_in_flight)
 
     def _is_there(self, endpoint: Endpoint) -> bool:
         """Whether the endpoint of a plan is still the same process."""

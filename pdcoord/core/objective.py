@@ -11,6 +11,9 @@ SLO_EXCESS_EQUAL = 0.01
 UNFIT_MAX = 2
 """Both legs on pools that are kept for other priorities, or none kept for this one is fast enough."""
 
+_NO_SLO = Slo()
+_NO_POOLS: frozenset[PoolName] = frozenset()
+
 Rank = tuple[float, int, float, float, float, int]
 """Less is better: violation in steps of what counts as equal, legs on unfit pools, time in such steps, price,
 time, turn."""
@@ -31,7 +34,7 @@ class Objective:
         self._tpot_s = model.slo.tpot_s
         self._ttft_s_max = math.inf if model.slo.ttft_s is None else model.slo.ttft_s
         self._tpot_s_max = math.inf if model.slo.tpot_s is None else model.slo.tpot_s
-        self._has_objectives = model.slo != Slo()
+        self._has_objectives = model.slo != _NO_SLO
         self._noise_s = model.disaggregation.saving_s_min or 1e-6
         self._unfit = _unfit_pools(model, priority)
         self.has_unfit = bool(self._unfit)
@@ -92,6 +95,8 @@ def _unfit_pools(model: Model, priority: int) -> frozenset[PoolName]:
     Those kept for it, if there are any, leave out all others; else only those kept for lower ones are out.
     """
     limits = {pool.name: pool.priority_max for pool in model.pools if pool.priority_max is not None}
+    if not limits:
+        return _NO_POOLS
     kept = {name for name, priority_max in limits.items() if priority <= priority_max}
     if kept:
         return frozenset(pool.name for pool in model.pools) - kept

@@ -145,8 +145,7 @@ class Pairs:
             load = leg.load
             ready_s, price = leg.wait_s + leg.prefill_s, leg.prefill_price
             turn, owner = load.begun_ordinal, leg.endpoint.id
-            others_s = leg.others_s + leg.crowding_s
-            figures = ready_s, others_s, load.bytes_in_flight, leg.harm, 0.0, 0.0
+            figures = ready_s, leg.prefill_others_s, load.bytes_in_flight, leg.harm, 0.0, 0.0
             rows.append((figures, price, turn, index, owner, leg))
         return ShortList(worker_room(self._model), self._troubled).kept(rows)
 
@@ -166,7 +165,7 @@ class Pairs:
         for index, leg in enumerate(legs):
             tokens, load, owner = leg.uncached_tokens, leg.load, leg.endpoint.id
             moving, price, turn = load.bytes_in_flight, leg.output_price, load.begun_ordinal
-            figures = leg.step_s, tokens, moving, leg.wait_s, leg.pace_s, leg.crowding_s + leg.slowing_s
+            figures = leg.step_s, tokens, moving, leg.wait_s, leg.pace_s, leg.answer_others_s
             rows.append((figures, price, turn, index, owner, leg))
         return ShortList(DECODE_ROOM, self._troubled).kept(rows)
 
@@ -254,7 +253,7 @@ class Pairs:
         return objective.rank(
             ttft_s,
             decode.pace_s,
-            worker.others_s + worker.crowding_s + decode.crowding_s + decode.slowing_s,
+            worker.prefill_others_s + decode.answer_others_s,
             worker.prefill_price + decode.output_price,
             worker.load.begun_ordinal + decode.load.begun_ordinal,
             unfit=unfit,
@@ -281,7 +280,7 @@ class Pairs:
             landing_tokens=decode.uncached_tokens,
             pace_s=decode.pace_s,
             harm=worker.harm,
-            others_s=worker.others_s + worker.crowding_s + decode.crowding_s + decode.slowing_s,
+            others_s=worker.prefill_others_s + decode.answer_others_s,
             spread_s=math.hypot(
                 self._speed.prefill_spread_s(worker.endpoint, worker.uncached_tokens),
                 transfer_s * link.spread_share,
@@ -333,7 +332,7 @@ def _least_worker(legs: list[Leg]) -> Leg:
         wait_s=min([leg.wait_s + leg.prefill_s for leg in legs]),
         prefill_s=0.0,
         stall_s=0.0,
-        others_s=min([leg.others_s + leg.crowding_s for leg in legs]),
+        prefill_others_s=min([leg.prefill_others_s for leg in legs]),
         step_s=0.0,
         prefill_price=min([leg.prefill_price for leg in legs]),
         output_price=0.0,
@@ -356,7 +355,7 @@ def _least_decode(legs: list[Leg]) -> Leg:
         output_price=min([leg.output_price for leg in legs]),
         wait_s=min([leg.wait_s for leg in legs]),
         pace_s=min([leg.pace_s for leg in legs]),
-        slowing_s=min([leg.crowding_s + leg.slowing_s for leg in legs]),
+        answer_others_s=min([leg.answer_others_s for leg in legs]),
     )
 
 

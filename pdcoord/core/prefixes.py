@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from pdcoord.core.exact import ExactCount, ExactIndex
 from pdcoord.core.fleet import EndpointState, ModelName
+from pdcoord.core.inuse import PromptsInUse
 from pdcoord.core.kvcache import KvCleared, KvLost, KvRemoved, KvSignal, KvStored
 from pdcoord.core.model import Model, PrefixMode
 from pdcoord.core.predicted import PREDICTION_S_MAX, Predictions
@@ -127,9 +128,14 @@ class _Precise:
 
 
 class Prefixes:
-    """The exact index of every precise model, and the approximate one of all."""
+    """The exact index of every precise model, and the approximate one of all.
+
+    Attributes:
+        in_use: of what is cached, what requests under way hold.
+    """
 
     def __init__(self, approximate: PrefixIndex | None = None) -> None:
+        self.in_use = PromptsInUse()
         self.approximate = approximate if approximate is not None else PrefixIndex()
         self._precise: dict[ModelName, _Precise] = {}
 

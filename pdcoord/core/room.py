@@ -17,7 +17,7 @@ def room_wait_s(
     hold nothing yet and stand before this one.
 
     Args:
-        needed_tokens: of the prompt, without what is cached there.
+        needed_tokens: of the prompt, without what requests under way hold of it there.
         output_tokens: expected of each running request.
         step_s: of the batch as it runs.
     """

@@ -122,7 +122,15 @@ class Scheduler:
         troubled = self._paths.troubled
         room = worker_room(model)
         conditions = Conditions(now_s, model.slo, self._ledger.typical_prefill_s)
-        maker = LegMaker(request, cached, self._speed, room=room, troubled=troubled, conditions=conditions)
+        maker = LegMaker(
+            request,
+            cached,
+            self._speed,
+            room=room,
+            troubled=troubled,
+            conditions=conditions,
+            in_use=self._prefixes.in_use,
+        )
         apart = {*troubled, *self._speed.unlike}
         legs = [maker.legs(pruned(fit, cached, apart)) for fit in found.pools]
         decodes = [pool_legs for pool_legs in legs if pool_legs.pool.can_decode]
@@ -192,8 +200,7 @@ def best_alone(
             cost = leg.prefill_price + leg.output_price
             unfit = objective.unfit(ttft_s, pool_legs.pool) if objective.has_unfit else 0
             turn = leg.load.begun_ordinal
-            others_s = leg.others_s + leg.crowding_s + leg.slowing_s
-            rank = objective.rank(ttft_s, leg.pace_s, others_s, cost, turn, unfit=unfit, harm=leg.harm)
+            rank = objective.rank(ttft_s, leg.pace_s, leg.others_s, cost, turn, unfit=unfit, harm=leg.harm)
             if best is None or rank < best[0]:
                 best = rank, leg
     return _alone(best[1], objective, speed) if best is not None else None
@@ -215,7 +222,7 @@ def _alone(leg: Leg, objective: Objective, speed: SpeedModel) -> Candidate:
         landing_tokens=leg.uncached_tokens,
         pace_s=leg.pace_s,
         harm=leg.harm,
-        others_s=leg.others_s + leg.crowding_s + leg.slowing_s,
+        others_s=leg.others_s,
         spread_s=speed.prefill_spread_s(leg.endpoint, leg.uncached_tokens),
         unfit=objective.unfit(ttft_s, leg.endpoint.pool),
     )

@@ -32,7 +32,7 @@ class ShortList:
     def kept(self, rows: list[Row[T]]) -> list[T]:
         """What is kept, least first figure first; sorts `rows`."""
         rows.sort()
-        least = tuple(min((row[0][place] for row in rows), default=0.0) for place in range(1, 6))
+        least = tuple(map(min, zip(*(row[0] for row in rows), strict=True)))[1:]
         kept: list[T] = []
         clear: list[Six] = []
         perfect_left, troubled_left = self._room, TROUBLED_MAX
@@ -56,14 +56,8 @@ class ShortList:
         matched = 0
         _, second, third, fourth, fifth, sixth = figures
         # Sorted by the first figure, which is therefore matched by whoever is here.
-        for _, *others in clear:
-            if (
-                others[0] <= second
-                and others[1] <= third
-                and others[2] <= fourth
-                and others[3] <= fifth
-                and others[4] <= sixth
-            ):
+        for _, a, b, c, d, e in clear:
+            if a <= second and b <= third and c <= fourth and d <= fifth and e <= sixth:
                 matched += 1
                 if matched == self._room:
                     return True

@@ -19,10 +19,13 @@ from pdcoord.core.fleet import (
     Pool,
     PoolName,
     Role,
+    Sample,
 )
+from pdcoord.core.harm import Surroundings, crowding_s, others_s, slowing_s
+from pdcoord.core.inuse import PromptsInUse
 from pdcoord.core.ledger import Load
 from pdcoord.core.legs import OUTPUT_TOKENS_COUNTED_MAX, OUTPUT_TOKENS_GUESS, Conditions, Leg, LegMaker
-from pdcoord.core.request import Request, RequestId
+from pdcoord.core.request import BlockKey, Request, RequestId
 from pdcoord.core.speed import SeededSpeed
 from pdcoord.protocol.headers import HostPort
 from transfer.layout import KvLayout
@@ -46,10 +49,20 @@ def state(ordinal: int, of: Pool) -> EndpointState:
 
 
 def maker(
-    cached: Mapping[int, int], troubled: Container[EndpointId] = (), room: int = 4, request: Request = REQUEST
+    cached: Mapping[int, int],
+    troubled: Container[EndpointId] = (),
+    room: int = 4,
+    request: Request = REQUEST,
+    in_use: PromptsInUse | None = None,
 ) -> LegMaker:
     return LegMaker(
-        request, cached, SeededSpeed(), room=room, troubled=troubled, conditions=Conditions(NOW_S)
+        request,
+        cached,
+        SeededSpeed(),
+        room=room,
+        troubled=troubled,
+        conditions=Conditions(NOW_S),
+        in_use=in_use or PromptsInUse(),
     )
 
 
@@ -146,3 +159,34 @@ def test_of_idle_twins_those_whose_turn_it_is_stay_and_only_what_they_beat_is_le
             depths = [cached[twin] for twin in idle if cached[twin] >= cached[ordinal]]
             is_beaten = any(depths.count(depth) >= room for depth in depths)
             assert (name in kept) == (not is_beaten)
+
+
+def test_a_cached_prefix_that_nobody_holds_takes_room_of_a_full_pool() -> None:
+    of = pool(Role.DECODE)
+    full = replace(state(0, of), sample=Sample(3, 0, 1.0, 0.0, 10_000))
+    keys = tuple(BlockKey(key) for key in range(15))
+    asked = replace(REQUEST, block_keys=keys, block_tokens=64)
+    in_use = PromptsInUse()
+    fit = PoolFit(of, [(full, Load(request_count=3, decode_count=3), 0)], 1)
+    (idle,) = maker({0: 960}, request=asked, in_use=in_use).legs(fit).legs
+    in_use.hold(0, replace(asked, id=RequestId("other")))
+    (held,) = maker({0: 960}, request=asked, in_use=in_use).legs(fit).legs
+    assert held.cached_tokens == idle.cached_tokens == 960
+    # One stride of eight blocks is known to be shared; the rest of what is cached may be anybody's.
+    assert held.prefill_others_s == pytest.approx(idle.prefill_others_s * (1_000 - 512) / 1_000)
+    assert held.room_s < idle.room_s
+
+
+def test_what_others_pay_is_counted_for_each_part_that_may_be_here() -> None:
+    of = pool(Role.BOTH)
+    full = replace(state(0, of), sample=Sample(3, 0, 0.9, 0.0, 10_000))
+    load = Load(request_count=3, decode_count=3, streaming_count=2, own_at_sample=3)
+    (made,) = maker({}).legs(PoolFit(of, [(full, load, 0)], 1)).legs
+    prefill = others_s(made.prefill_s, Surroundings(0.0, 2, made.step_s), 0.0)
+    kv = crowding_s(0.1, 0.9, 100 * made.step_s)
+    answer = slowing_s(3, 100 * (SPEED.step_s(1, 1_000) - SPEED.step_s(0, 0)))
+    assert min(prefill, kv, answer) > 0.0
+    assert made.prefill_others_s == pytest.approx(prefill + kv)
+    assert made.answer_others_s == pytest.approx(kv + answer)
+    assert made.others_s == pytest.approx(prefill + kv + answer)
+    assert leg(Role.PREFILL, load).answer_others_s == 0.0

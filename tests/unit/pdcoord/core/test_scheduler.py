@@ -34,7 +34,6 @@ from pdcoord.core.model import Disaggregation, Fallback, Model, Slo, SplitMode
 from pdcoord.core.objective import Objective
 from pdcoord.core.paths import BreakerState, PathTable
 from pdcoord.core.plan import Candidate, DropReason, Figures, Why
-from pdcoord.core.prefix import PrefixIndex
 from pdcoord.core.prefixes import Prefixes
 from pdcoord.core.request import BlockKey, Request, RequestId
 from pdcoord.core.room import room_wait_s
@@ -60,12 +59,12 @@ class World:
     now_s: float
     fleet: Fleet
     ledger: Ledger
-    prefix: PrefixIndex
+    prefixes: Prefixes
     paths: PathTable
     speed: SeededSpeed
 
     def choose(self) -> Choice | NoChoice:
-        scheduler = Scheduler(self.fleet, self.ledger, Prefixes(self.prefix), self.paths, self.speed)
+        scheduler = Scheduler(self.fleet, self.ledger, self.prefixes, self.paths, self.speed)
         return scheduler.choose(self.request, self.model, self.excluded, self.now_s)
 
 
@@ -116,7 +115,7 @@ def random_world(seed: int) -> World:
     rng = random.Random(seed)
     engine = EngineKind.SGLANG if rng.random() < 0.15 else EngineKind.VLLM
     pools = tuple(random_pool(rng, index, engine) for index in range(rng.choice([1, 2, 2, 2, 3, 4])))
-    fleet, ledger, prefix, paths = Fleet(), Ledger(), PrefixIndex(), PathTable()
+    fleet, ledger, prefixes, paths = Fleet(), Ledger(), Prefixes(), PathTable()
     endpoints = []
     for pool in pools:
         busy_share = rng.choice([0.0, 0.5, 1.0])
@@ -131,9 +130,11 @@ def random_world(seed: int) -> World:
             if rng.random() < 0.05:
                 fleet.handle(EndpointDraining(name))
             if rng.random() < 0.3:
-                prefix.record(
-                    index if index % 2 else len(endpoints) - 1, KEYS[: rng.choice([2, 20, 40])], 100
-                )
+                ordinal, keys = index if index % 2 else len(endpoints) - 1, KEYS[: rng.choice([2, 20, 40])]
+                prefixes.approximate.record(ordinal, keys, 100)
+                if rng.random() < 0.5:
+                    user = Request(RequestId(f"user of {name}"), M, prompt_tokens=4_000, block_keys=keys)
+                    prefixes.in_use.hold(ordinal, user)
     fill_ledger(rng, ledger, endpoints)
     fill_paths(rng, paths, endpoints)
     request = Request(
@@ -148,7 +149,7 @@ def random_world(seed: int) -> World:
     )
     excluded = frozenset(e.id for e in endpoints if rng.random() < 0.05)
     speed = SeededSpeed()
-    return World(random_model(rng, pools), request, excluded, 1.0, fleet, ledger, prefix, paths, speed)
+    return World(random_model(rng, pools), request, excluded, 1.0, fleet, ledger, prefixes, paths, speed)
 
 
 def fill_ledger(rng: random.Random, ledger: Ledger, endpoints: list[Endpoint]) -> None:
@@ -183,7 +184,7 @@ class Reference:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        matched = world.prefix.match(world.request.block_keys)
+        matched = world.prefixes.approximate.match(world.request.block_keys)
         most = max(0, world.request.prompt_tokens - 1)
         self.objective = Objective(world.model)
         self.room_s: dict[EndpointId, float] = {}
@@ -220,7 +221,8 @@ class Reference:
         output = min(256 if request.output_tokens_max is None else request.output_tokens_max, 1_024)
         cost = pool.cost_per_hour / 3600.0 * (prefill_s + output * step_s / limit)
         uncached = request.prompt_tokens - cached
-        room_s = room_wait_s(state.sample, load, uncached, output, step_s) if pool.can_decode else 0.0
+        taken = request.prompt_tokens - world.prefixes.in_use.shared_tokens(state.ordinal, request, cached)
+        room_s = room_wait_s(state.sample, load, taken, output, step_s) if pool.can_decode else 0.0
         pace_s = step_s / (1.0 - load.prefill_share(world.now_s)) if pool.can_decode else 0.0
         met = Surroundings(queue_s, streams, step_s if pool.can_decode else 0.0)
         typical_s = world.ledger.typical_prefill_s
@@ -230,7 +232,7 @@ class Reference:
         crowding = slowing = 0.0
         if pool.can_decode:
             if state.sample is not None and state.sample.kv_tokens:
-                share = uncached / state.sample.kv_tokens
+                share = taken / state.sample.kv_tokens
                 crowding = crowding_s(share, state.sample.kv_usage, output * step_s)
             added_s = world.speed.step_s(endpoint, 1, request.prompt_tokens)
             added_s -= world.speed.step_s(endpoint, 0, 0)
@@ -429,7 +431,7 @@ def small_world(mode: SplitMode, engine: EngineKind = EngineKind.VLLM, decode_co
             fleet.handle(SampleTaken(name, Sample(0, 0, 0.0, 0.0)))
     model = Model(M, (prefill, decode), disaggregation=Disaggregation(mode=mode))
     request = Request(RequestId("asked"), M, prompt_tokens=4_000)
-    parts = (fleet, Ledger(), PrefixIndex(), PathTable(), SeededSpeed())
+    parts = (fleet, Ledger(), Prefixes(), PathTable(), SeededSpeed())
     return World(model, request, frozenset(), 1.0, *parts)
 
 
