@@ -29,7 +29,7 @@ def alternatives(
     those themselves: a call would be prefilled on its own decode endpoint and moved to where it is.
 
     Args:
-        barred: endpoints that serve badly.
+        barred: endpoints that serve badly: behind all others, since one of them is better than none.
     """
     chosen = plan.decode
     named = plan.endpoint_ids()
@@ -37,15 +37,13 @@ def alternatives(
         if group.pool is chosen.pool or group.pool == chosen.pool:
             ready = group.by_health[Health.READY].values()
             fit = [
-                (loads.get(state.endpoint.id, IDLE).request_count, index, state.endpoint)
+                (state.endpoint.id in barred, loads.get(state.endpoint.id, IDLE).request_count, index, state)
                 for index, state in enumerate(itertools.islice(ready, LOOKED_AT_MAX))
-                if state.endpoint.id not in named
-                and state.endpoint.id not in barred
-                and is_allowed(allowed, state.endpoint.address)
+                if state.endpoint.id not in named and is_allowed(allowed, state.endpoint.address)
             ]
             in_flight_max = chosen.pool.limits.in_flight_max
-            roomy = [each for each in fit if each[0] < in_flight_max]
-            return [endpoint for _, _, endpoint in heapq.nsmallest(count_max, roomy)]
+            roomy = [each for each in fit if each[1] < in_flight_max]
+            return [state.endpoint for _, _, _, state in heapq.nsmallest(count_max, roomy)]
     return []
 
 

@@ -73,6 +73,18 @@ def test_the_least_busy_of_the_same_pool_come_first() -> None:
     assert alternatives(fleet, ledger.accounts, planned(first), None, 3) == [fourth, second]
 
 
+def test_who_serves_badly_stands_in_where_nobody_else_can() -> None:
+    fleet, ledger, of = Fleet(), Ledger(), pool("a")
+    first, second, third = (add(fleet, of, name) for name in ("e1", "e2", "e3"))
+    occupy(ledger, third, "x")
+    barred = {second.id}
+    assert alternatives(fleet, ledger.accounts, planned(first), None, 3, barred=barred) == [third, second]
+    assert alternatives(fleet, ledger.accounts, planned(first), None, 1, barred=barred) == [third]
+    assert alternatives(fleet, ledger.accounts, planned(third), None, 1, barred={first.id, second.id}) == [
+        first
+    ]
+
+
 def test_who_is_at_its_limit_is_no_alternative() -> None:
     fleet, ledger = Fleet(), Ledger()
     of = replace(pool("a"), limits=PoolLimits(in_flight_max=1))
