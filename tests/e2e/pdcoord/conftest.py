@@ -17,7 +17,6 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent.parent
-ENGINE_START_S = 240.0
 OUTPUT_TOKENS = 12
 # vLLM prefills at most this many tokens in a step, so longer prompts are handed over in chunks.
 STEP_TOKENS = 512

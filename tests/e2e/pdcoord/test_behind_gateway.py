@@ -79,8 +79,7 @@ def front(servers: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory)
     policy.write_text(
         POLICY.format(prefill=prefill.engine.address, kv_port=prefill.kv_port, decode=sidecar.address)
     )
-    command = [bin_folder / "pdcoord", "serve", "--policy", policy, "--port", str(gateway.port)]
-    launcher.serve([*command, "--admin-port", str(admin.port)], gateway, folder)
+    launcher.gateway(policy, gateway, admin, folder)
     return Front(prefill, decode, sidecar, gateway)
 
 

@@ -98,11 +98,12 @@ def test_clients_that_leave_free_everything(pair: Any, hand_over: Any, words: An
             common | {"prompt": prompt, "kv_transfer_params": replaced(ticket, transfer=f"{index:032x}")},
         )
     for server in pair:
-        wait(lambda server=server: server.used_blocks == 0, 20, "all blocks are free")
-        wait(lambda server=server: server.engine.counter("vllm:num_requests_running") == 0, 20, "idle")
+        wait(lambda server=server: server.used_blocks == 0, 60, "all blocks are free")
+        wait(lambda server=server: server.engine.counter("vllm:num_requests_running") == 0, 60, "idle")
         server.complete("Still there.", max_tokens=1)
 
 
+@pytest.mark.timeout(600, func_only=True)  # A server is started in it.
 def test_a_killed_producer_and_its_successor_at_the_same_port(
     servers: Any,
     pair: Any,
@@ -125,7 +126,7 @@ def test_a_killed_producer_and_its_successor_at_the_same_port(
 
     served = threads(serve, range(1, len(prompts)))
     assert all(is_right(tokens, decode, prompt) for tokens, prompt in zip(served, prompts[1:], strict=True))
-    wait(lambda: decode.used_blocks == 0, 20, "all blocks are free")
+    wait(lambda: decode.used_blocks == 0, 60, "all blocks are free")
 
     del servers.running[PREFILL]
     servers.start([PREFILL], {PREFILL: prefill.kv_port})

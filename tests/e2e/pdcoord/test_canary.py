@@ -118,9 +118,7 @@ pools: {"".join(pools)}
 disaggregation: {{mode: always, uncached_tokens_min: 100, bandwidth_gbit_per_s_min: 1}}
 """)
     gateway, admin = launcher.ports(2)
-    command = [Path(sys.executable).parent / "pdcoord", "serve", "--policy", policy]
-    command += ["--port", str(gateway.port), "--admin-port", str(admin.port)]
-    process = launcher.serve(command, gateway, folder)
+    process = launcher.gateway(policy, gateway, admin, folder)
     try:
         yield Site(gateway, admin)
     finally:

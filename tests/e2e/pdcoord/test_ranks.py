@@ -27,4 +27,4 @@ def test_blocks_and_staging_of_all_ranks_are_free_again(
     for prefill, decode in ((one, two), (two, one)):
         hand_over.one_after_the_other(prefill, decode, words.prompt(900))
     for server in (one, two):
-        wait(lambda server=server: server.used_blocks == 0, 10, "all blocks are free")
+        wait(lambda server=server: server.used_blocks == 0, 60, "all blocks are free")

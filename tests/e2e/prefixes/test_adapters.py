@@ -1,9 +1,7 @@
 """Two vLLM servers with LoRA adapters, which tell a gateway with precise prefixes of their KV blocks."""
 
 import json
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ NAMES = ("one", "two")
 BLOCK_TOKENS = 128
 PROMPT_TOKENS = 700
 CACHED_TOKENS = PROMPT_TOKENS // BLOCK_TOKENS * BLOCK_TOKENS
-HEARD_S = 20.0
+HEARD_S = 60.0
 REQUEST_S = 60.0
 
 
@@ -95,9 +93,7 @@ def fleet(launcher: Any, tmp_path_factory: pytest.TempPathFactory, wait: Any) ->
     launcher.wait(*engines.values())
     policy = folder / "policy.yaml"
     policy.write_text(policy_text(engines, kv_ports))
-    command = [Path(sys.executable).parent / "pdcoord", "serve", "--policy", policy]
-    ports_given = ("--port", str(gateway.port), "--admin-port", str(admin.port))
-    launcher.serve([*command, *ports_given], gateway, folder)
+    launcher.gateway(policy, gateway, admin, folder)
     return Fleet(engines, gateway, admin, wait)
 
 

@@ -42,7 +42,8 @@ class Fleet:
         wait(lambda: set(self.health()) == {"ready"}, 60, "the gateway finds both servers ready")
 
     def health(self) -> list[str]:
-        return [each["health"] for each in self.admin.call("/fleet").json()["endpoints"]]
+        health: list[str] = self.admin.health()
+        return health
 
     def serving(self) -> list[str]:
         """The servers that generate now."""
@@ -69,8 +70,7 @@ def pair(launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
         launcher.serve(command, metrics, folder / f"sidecar-{name}")
     policy = folder / "policy.yaml"
     policy.write_text(policy_text([each.address for each in sidecars.values()]))
-    command = [bin_folder / "pdcoord", "serve", "--policy", policy, "--port", str(gateway.port)]
-    launcher.serve([*command, "--admin-port", str(admin.port)], gateway, folder)
+    launcher.gateway(policy, gateway, admin, folder)
     return Fleet(launcher, folder, engines, sidecars, gateway, admin)
 
 
