@@ -14,7 +14,7 @@ class PromptsInUse:
 
     A cached prefix that a request under way holds is shared by the next one that begins with it. One that
     nobody holds is room for others, of which the next one takes as much as if it had brought its KV along.
-    Requests that another coordinator sent are not known here.
+    Requests that another coordinator sent are not known here; what is shorter than a stride counts as idle.
     """
 
     def __init__(self) -> None:
@@ -43,6 +43,11 @@ class PromptsInUse:
         if not counts:
             del self._counts[ordinal]
 
+    def forget(self, ordinal: int) -> None:
+        """The endpoint is gone, or is another process by now, which holds nothing."""
+        if self._counts.pop(ordinal, None) is not None:
+            self._sent = {name: sent for name, sent in self._sent.items() if sent[0] != ordinal}
+
     def rename(self, request_id: RequestId, to: RequestId) -> None:
         """A request goes on under another id."""
         if request_id in self._sent:
@@ -55,14 +60,16 @@ class PromptsInUse:
             cached_tokens: that the endpoint has of the prompt.
 
         Returns:
-            0..cached_tokens, in whole strides of blocks.
+            0..cached_tokens, in whole strides of blocks as far as they are cached.
         """
         counts = self._counts.get(ordinal)
         if not counts:
             return 0
-        stride_tokens = STRIDE_BLOCKS * request.block_tokens
+        # Blocks are cut by length of text; where tokens are counted there may be more of them in each.
+        block_tokens = max(request.block_tokens, request.prompt_tokens // (len(request.block_keys) + 1))
         keys = _counted(request.block_keys)
-        low, high = 0, min(len(keys), cached_tokens // stride_tokens)
+        # The last token of a prompt is never cached, though its block may be.
+        low, high = 0, min(len(keys), -(-cached_tokens // block_tokens) // STRIDE_BLOCKS)
         # Whoever holds a block holds all before it. Mostly all of what is cached is in use, or none of it.
         middle = high
         while low < high:
@@ -71,7 +78,7 @@ class PromptsInUse:
             else:
                 high = middle - 1
             middle = (low + high + 1) // 2
-        return low * stride_tokens
+        return min(low * STRIDE_BLOCKS * block_tokens, cached_tokens)
 
     def validate(self, live: set[RequestId]) -> None:
         """Assert that the counts are those of the requests under way.

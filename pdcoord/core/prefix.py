@@ -1,5 +1,6 @@
 """Approximate prefix index: which endpoint was sent which blocks, bounded by an LRU per endpoint."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress, count
@@ -38,20 +39,22 @@ class _Held:
     """What one endpoint holds: with each node all before it, none of which is older.
 
     Attributes:
-        tips: the last node that is as old as a use, by the number of that, oldest first.
+        tips: the last node that is as old as a use, by the number of that, oldest first. In a plain dict the
+            first one would be looked for among all that were before it.
         block_count: in all nodes.
     """
 
-    tips: dict[int, _Node] = field(default_factory=dict)
+    tips: OrderedDict[int, _Node] = field(default_factory=OrderedDict)
     block_count: int = 0
 
 
 class PrefixIndex:
     """Longest cached prefix on every endpoint, found in one walk down a tree of prompts.
 
-    A node is as long as nobody's use ends or parts from others within it, so that a prompt takes a few steps
-    whatever its length, and holders are bits of one integer, so that a step costs the same whatever their
-    number. Of what an endpoint holds the longest unused is forgotten first, and of a prompt its last block.
+    A node is as long as nobody's use ends or parts from others within it, so that a usual prompt takes a few
+    steps whatever its length; at worst, where each beginning of a prompt was one itself, a node is one block.
+    Holders are bits of one integer, so that a step costs the same whatever their number. Of what an endpoint
+    holds the longest unused is forgotten first, and of a prompt its last block.
     """
 
     def __init__(self) -> None:
@@ -129,7 +132,9 @@ class PrefixIndex:
                 if all(child.used.get(ordinal) != number for child in node.children.values()):
                     assert number not in found[ordinal].tips, "a use with two ends"
                     found[ordinal].tips[number] = node
-        assert found == self._held, "the tree and what the endpoints hold disagree"
+        told = {ordinal: (held.block_count, dict(held.tips)) for ordinal, held in self._held.items()}
+        seen = {ordinal: (held.block_count, dict(held.tips)) for ordinal, held in found.items()}
+        assert told == seen, "the tree and what the endpoints hold disagree"
         assert all(list(held.tips) == sorted(held.tips) for held in self._held.values()), "uses out of order"
         assert block_count == self._block_count, "blocks are miscounted"
 

@@ -235,6 +235,7 @@ class Prefixes:
     def forget(self, ordinal: int) -> None:
         """The endpoint is gone, or is another process by now."""
         self.approximate.forget(ordinal)
+        self.in_use.forget(ordinal)
         for precise in self._precise.values():
             precise.forget(ordinal)
 

@@ -24,7 +24,7 @@ from pdcoord.core.model import Model
 from pdcoord.core.models import Models
 from pdcoord.core.plan import Candidate, Figures, Plan, Why
 from pdcoord.core.prefixes import Prefixes
-from pdcoord.core.request import Request, RequestId
+from pdcoord.core.request import BlockKey, Request, RequestId
 from pdcoord.core.served import PathEvidence
 from pdcoord.protocol.errors import RungReason
 from pdcoord.protocol.headers import HostPort
@@ -45,6 +45,8 @@ BOTH = Pool(
     link_bytes_per_s=1e10,
 )
 MODEL = Model(M, (BOTH,))
+KEYS = tuple(BlockKey(key) for key in range(16))
+PROMPT_TOKENS = 1_030
 ENDS = tuple(Endpoint(EndpointId(f"b/{i}"), BOTH, HostPort(f"b-{i}:80")) for i in range(2))
 
 
@@ -58,6 +60,7 @@ class Books:
         models, prefixes = Models(), Prefixes()
         models.replace((MODEL,))
         prefixes.replace_models((MODEL,))
+        self.prefixes = prefixes
         self.budget = models.budgets[M]
         canaries = Canaries(accounts.fleet, accounts.ledger, accounts.paths, has_runner=False)
         evidence = PathEvidence(accounts.fleet, accounts.paths, accounts.silent)
@@ -66,9 +69,17 @@ class Books:
     def open(self, name: RequestId, prefill: Endpoint | None = None) -> Live:
         figures = Figures(0.0, 0.1, 0.0, 0.01, 0.0, 0.0, 0.0, 100, 0, transfer_bytes=5 if prefill else 0)
         plan = Plan(name, Candidate(ENDS[0], prefill, None, figures), Why.SPLIT_FASTER, DialectName.NIXLV2)
-        live = Live(Request(name, M, prompt_tokens=100), plan)
+        request = Request(name, M, prompt_tokens=PROMPT_TOKENS, block_keys=KEYS, block_tokens=64)
+        live = Live(request, plan)
         assert self.bookings.open(live, MODEL, 0.0).plan is plan
         return live
+
+    def in_use(self) -> list[int]:
+        """Tokens of the prompt that all of them have, by endpoint, that somebody holds there."""
+        asked = Request(RequestId("asked"), M, prompt_tokens=PROMPT_TOKENS, block_keys=KEYS, block_tokens=64)
+        states = [self.to.fleet.get(end.id) for end in ENDS]
+        held = self.prefixes.in_use
+        return [held.shared_tokens(each.ordinal, asked, 1_024) if each is not None else 0 for each in states]
 
     def validate(self, *live: RequestId) -> None:
         self.to.ledger.validate()
@@ -101,6 +112,23 @@ def test_a_second_attempt_goes_on_under_the_requests_own_id_at_its_place(books: 
     for each in (second, other):
         books.bookings.close(each, 1.0)
     books.validate()
+
+
+def test_a_prompt_is_in_use_where_its_answer_is_made_until_its_request_is_over(books: Books) -> None:
+    one, other = books.open(R, ENDS[1]), books.open(OTHER, ENDS[1])
+    assert books.in_use() == [1_024, 0]
+    books.bookings.close(one, 1.0)
+    assert books.in_use() == [1_024, 0]
+    books.bookings.move(DecodeMoved(OTHER, ENDS[1].address), 1.0)
+    assert books.in_use() == [0, 1_024]
+    books.bookings.close(books.bookings.live[OTHER], 2.0)
+    assert books.in_use() == [0, 0]
+    first, second = books.open(R), books.open(SECOND, ENDS[1])
+    books.bookings.adopt(first, second, 3.0)
+    assert books.in_use() == [1_024, 0]
+    books.bookings.close(second, 4.0)
+    assert books.in_use() == [0, 0]
+    assert other.request.id not in books.bookings.live
 
 
 def test_the_probe_of_a_path_goes_on_too(books: Books) -> None:

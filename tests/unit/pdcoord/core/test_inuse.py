@@ -1,6 +1,7 @@
 """What of prompts is in use: as much as the longest beginning that somebody under way shares, and no more."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +56,35 @@ def test_with_its_last_holder_a_beginning_is_let_go() -> None:
     in_use.let_go(RequestId("three"))
     assert in_use.shared_tokens(0, request("x", keys), 16 * BLOCK_TOKENS) == 0
     in_use.validate(set())
+
+
+def test_what_a_gone_endpoint_held_is_not_held_by_the_next_of_its_ordinal() -> None:
+    in_use = PromptsInUse()
+    keys = chain((1, 16))
+    in_use.hold(0, request("one", keys))
+    in_use.hold(1, request("two", keys))
+    in_use.forget(0)
+    assert in_use.shared_tokens(0, request("x", keys), 16 * BLOCK_TOKENS) == 0
+    assert in_use.shared_tokens(1, request("x", keys), 16 * BLOCK_TOKENS) == 16 * BLOCK_TOKENS
+    in_use.hold(0, request("three", keys))
+    in_use.let_go(RequestId("one"))
+    assert in_use.shared_tokens(0, request("x", keys), 16 * BLOCK_TOKENS) == 16 * BLOCK_TOKENS
+    in_use.validate({RequestId("two"), RequestId("three")})
+
+
+def test_a_repeated_prompt_shares_all_but_its_last_token() -> None:
+    in_use = PromptsInUse()
+    asked = replace(request("one", chain((1, 16))), prompt_tokens=16 * BLOCK_TOKENS)
+    in_use.hold(0, asked)
+    assert in_use.shared_tokens(0, asked, 16 * BLOCK_TOKENS - 1) == 16 * BLOCK_TOKENS - 1
+
+
+def test_where_tokens_are_denser_than_blocks_say_they_are_shared_all_the_same() -> None:
+    in_use = PromptsInUse()
+    asked = replace(request("one", chain((1, 80))), prompt_tokens=80 * 2 * BLOCK_TOKENS + 1)
+    in_use.hold(0, asked)
+    cached_tokens = 80 * 2 * BLOCK_TOKENS
+    assert in_use.shared_tokens(0, asked, cached_tokens) >= 0.95 * cached_tokens
 
 
 @given(
