@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.policies.adversity import NONE
-from benchmarks.policies.suite import columns
+from benchmarks.policies.verdict import columns
 from pdcoord.sim.study.plots import Bar, Curve, Panel, Point, draw_bars, draw_panels
 from pdcoord.sim.study.results import OURS
 
@@ -21,8 +21,7 @@ def draw_policies(results: dict[str, Any], folder: Path) -> Iterator[Path]:
     if rows := results.get("seed_table"):
         yield _draw_seed_table(rows, folder / "policies-seed.png")
     for workload, own in results.get("suite", {}).items():
-        rivals = results["settings"]["suite"]["rivals"]
-        yield _draw_workload(workload, own, rivals, folder / f"policies-{workload}.png")
+        yield _draw_workload(workload, own, folder / f"policies-{workload}.png")
     if adversity := results.get("adversity"):
         yield _draw_adversity(adversity, folder / "policies-adversity.png")
 
@@ -42,11 +41,10 @@ def _draw_seed_table(rows: list[dict[str, Any]], path: Path) -> Path:
     return path
 
 
-def _draw_workload(workload: str, own: dict[str, Any], rivals: list[str], path: Path) -> Path:
+def _draw_workload(workload: str, own: dict[str, Any], path: Path) -> Path:
     panels = []
-    for column, labels in columns(rivals).items():
-        there = [label for label in labels if label in own["scouted"]]
-        ranked = sorted(there, key=lambda label: -max(p["goodput_per_s"] for p in own["scouted"][label]))
+    for column, labels in columns(own["scouted"]).items():
+        ranked = sorted(labels, key=lambda label: -max(p["goodput_per_s"] for p in own["scouted"][label]))
         panels += [
             Panel(
                 f"{title}, rivals {column}",

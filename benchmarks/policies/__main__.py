@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.policies import adversity, bars, report, seedtable, suite
 from benchmarks.policies.jobs import Done, Pool
+from benchmarks.policies.journal import Journal, OtherCodeError, fingerprint
 from benchmarks.policies.page import RESULTS
+from benchmarks.policies.verdict import deciders, verdicts
 from benchmarks.policies.workloads import SUITE, TRACES
 from pdcoord.sim.study.results import OURS
 
@@ -22,6 +25,7 @@ KEYS = {"seed": "seed_table", "suite": "suite", "adversity": "adversity"}
 PARTS = tuple(KEYS)
 TABLE_SEEDS_QUICK = 10
 """Near saturation times to the first token of one seed and another differ by two, and a run takes seconds."""
+TROUBLE_SEEDS_QUICK = 3
 QUICK_RIVALS = (
     "round-robin",
     "least-request",
@@ -40,10 +44,12 @@ QUICK_RIVALS = (
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.policies", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="3 seeds (table: 10), shorter runs, the rivals that matter most"
+        "--quick", action="store_true", help="shorter runs, coarser climbs, the rivals that matter most"
     )
     parser.add_argument(
-        "--seeds", type=int, help="seeds of finalists and of the table (default 20; --quick: 3, 10)"
+        "--seeds",
+        type=int,
+        help="of each part (default 20; --quick: 10 for the table, 3 under trouble)",
     )
     parser.add_argument("--seconds", type=float, help="arrivals of each run (default 60, with --quick 20)")
     parser.add_argument(
@@ -52,11 +58,22 @@ def parse() -> argparse.Namespace:
         action="append",
         help="run this part only, and keep what the file has of the others; may be repeated",
     )
-    parser.add_argument("--workload", choices=SUITE, action="append", help="of the suite; may be repeated")
+    parser.add_argument(
+        "--workload",
+        choices=SUITE,
+        action="append",
+        help="of the suite, keeping what the file has of others; may be repeated",
+    )
     parser.add_argument(
         "--traces", type=Path, metavar="FOLDER", help=f"where {' and '.join(TRACES.values())} lie"
     )
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument(
+        "--journal",
+        type=Path,
+        metavar="FILE",
+        help="keeps every run that is done; named again after an interruption, it spares them",
+    )
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     options = parser.parse_args()
     if any(value is not None and value <= 0 for value in (options.seeds, options.seconds, options.workers)):
@@ -65,14 +82,14 @@ def parse() -> argparse.Namespace:
 
 
 def plan_of(options: argparse.Namespace) -> suite.Plan:
-    is_quick = options.quick
+    is_quick, seeds = options.quick, options.seeds or 20
     return suite.Plan(
         rivals=QUICK_RIVALS if is_quick else suite.all_rivals(),
-        seeds=options.seeds or (3 if is_quick else 20),
+        seeds=seeds,
+        seeds_first=min(seeds, 3 if is_quick else 5),
         seconds=options.seconds or (20.0 if is_quick else 60.0),
-        finalists=1 if is_quick else 2,
+        finalists=3 if is_quick else 4,
         step=1.6 if is_quick else 1.3,
-        rates_beside=0 if is_quick else 1,
         traces=options.traces,
     )
 
@@ -88,46 +105,68 @@ def workloads_of(options: argparse.Namespace) -> list[str]:
 
 
 def kept(options: argparse.Namespace) -> dict[str, Any]:
-    """What the file has of parts that are not run."""
-    if options.only is None or not options.json.exists():
+    """What the file has of parts and workloads that are not run."""
+    if (options.only is None and options.workload is None) or not options.json.exists():
         return {}
     found: dict[str, Any] = json.loads(options.json.read_text(encoding="utf-8"))
-    run_anew = {KEYS[part] for part in options.only} - ({"suite"} if options.workload else set())
+    settings = found.get("settings", {})
+    if "rivals" in settings.get("suite", {}):
+        # A file from before workloads could be run in pieces says it once for all.
+        settings["suite"] = dict.fromkeys(found.get("suite", {}), settings["suite"])
+    run_anew = {KEYS[part] for part in parts_of(options)} - ({"suite"} if options.workload else set())
     return {key: value for key, value in found.items() if key not in run_anew}
 
 
+def parts_of(options: argparse.Namespace) -> list[str]:
+    return list(options.only or PARTS)
+
+
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Everything asked for; the order of parts is fixed, since trouble strikes who was best before."""
-    plan, parts = plan_of(options), options.only or PARTS
-    results: dict[str, Any] = kept(options)
-    settings = {
-        "is_quick": options.quick,
-        "seeds": plan.seeds,
-        "table_seeds": options.seeds or (TABLE_SEEDS_QUICK if options.quick else plan.seeds),
-        "seconds": plan.seconds,
-        "rivals": list(plan.rivals),
-    }
-    results["settings"] = results.get("settings", {}) | {KEYS[part]: settings for part in parts}
-    pool = Pool(options.workers)
-    try:
-        with progress(console) as told:
-            if "seed" in parts:
-                seconds = 120.0 if options.quick else 240.0
-                seeds = int(settings["table_seeds"])
-                results["seed_table"] = seedtable.study(pool, seeds, seconds, told("seed table"))
-            if "suite" in parts or "adversity" in parts:
-                chosen = workloads_of(options) if "suite" in parts else ["mix"]
-                found = suite.study(pool, plan, chosen, told("suite"))
-                results["suite"] = results.get("suite", {}) | found
-            if "adversity" in parts and "mix" in results["suite"]:
-                finals = results["suite"]["mix"]["finals"]
-                rivals = [final["peak"] for label, final in finals.items() if label != OURS]
-                rate = max(rivals, key=lambda peak: peak["mean"])["rate"]
-                of = (plan.seeds, plan.seconds, plan.traces)
-                results["adversity"] = adversity.study(pool, list(finals), rate, of, told("adversity"))
-    finally:
-        pool.close()
+    """Everything asked for; the order of parts is fixed, since trouble strikes who was best before.
+
+    Raises:
+        OtherCodeError: if the journal has runs of other code.
+    """
+    with ExitStack() as stack:
+        known, keep = None, None
+        if options.journal is not None:
+            journal = stack.enter_context(Journal(options.journal, fingerprint()))
+            known, keep = journal.known, journal.add
+        pool = Pool(options.workers, known, keep)
+        stack.callback(pool.close)
+        told = stack.enter_context(progress(console))
+        results = _run_parts(options, pool, told)
     results["bars"] = bars.bars(results)
+    return results
+
+
+def _run_parts(
+    options: argparse.Namespace, pool: Pool, told: Callable[[str], Callable[[Done], None]]
+) -> dict[str, Any]:
+    plan, parts, results = plan_of(options), parts_of(options), kept(options)
+    made: dict[str, Any] = results.setdefault("settings", {})
+    settings = {"is_quick": options.quick, "seconds": plan.seconds, "rivals": list(plan.rivals)}
+    if "seed" in parts:
+        seconds = 120.0 if options.quick else 240.0
+        seeds = options.seeds or (TABLE_SEEDS_QUICK if options.quick else plan.seeds)
+        results["seed_table"] = seedtable.study(pool, seeds, seconds, told("seed table"))
+        made["seed_table"] = {"is_quick": options.quick, "seconds": seconds, "seeds": seeds}
+    if "suite" in parts or "adversity" in parts:
+        chosen = workloads_of(options) if "suite" in parts else ["mix"]
+        found = results.get("suite", {}) | suite.study(pool, plan, chosen, told("suite"))
+        results["suite"] = {name: found[name] for name in SUITE if name in found}
+        of_suite = settings | {"seeds": plan.seeds, "seeds_first": plan.seeds_first}
+        of_all = made.get("suite", {}) | dict.fromkeys(chosen, of_suite)
+        made["suite"] = {name: of_all[name] for name in results["suite"]}
+    if "adversity" in parts and "mix" in results["suite"]:
+        finals = results["suite"]["mix"]["finals"]
+        labels = [OURS, "round-robin", *deciders(finals)]
+        seeds = options.seeds or (TROUBLE_SEEDS_QUICK if options.quick else plan.seeds)
+        of = (seeds, plan.seconds, plan.traces)
+        best = {column.best for column in verdicts(finals).values()}
+        rate = max((finals[label]["peak"] for label in sorted(best)), key=lambda peak: peak["mean"])["rate"]
+        results["adversity"] = adversity.study(pool, list(dict.fromkeys(labels)), rate, of, told("adversity"))
+        made["adversity"] = settings | {"seeds": seeds}
     return results
 
 
@@ -166,7 +205,11 @@ def main() -> int:
     options = parse()
     console = Console()
     started_s = time.perf_counter()
-    results = run(options, console)
+    try:
+        results = run(options, console)
+    except OtherCodeError as error:
+        print(error, file=sys.stderr)
+        return 2
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     report.show(results, console)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.policies.verdict import Verdict, verdicts
 from pdcoord.sim.study.results import OURS
 
 MIXED_RATIO_MIN = 1.3
@@ -28,7 +29,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
     found = [*_seed_bars(results.get("seed_table", []))]
     suite = results.get("suite", {})
     for workload, own in suite.items():
-        found += _suite_bars(workload, own["verdict"])
+        found += _suite_bars(workload, verdicts(own["finals"]))
     return [asdict(bar) for bar in found]
 
 
@@ -72,14 +73,11 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def _suite_bars(workload: str, verdict: dict[str, Any]) -> Iterator[Bar]:
+def _suite_bars(workload: str, verdict: dict[str, Verdict]) -> Iterator[Bar]:
     for column, own in verdict.items():
-        spread = f"{own['ratio_min']:.3f} to {own['ratio_max']:.3f} by seed"
-        said = f"{own['ratio']:.3f} of {own['best']}'s goodput, {spread}"
+        said = f"{own.ratio:.3f} of {own.best}'s goodput ({own.spread})"
         if workload == "mix":
-            yield Bar(
-                f"mix, rivals {column}: at least {MIXED_RATIO_MIN}", own["ratio"] >= MIXED_RATIO_MIN, said
-            )
+            yield Bar(f"mix, rivals {column}: at least {MIXED_RATIO_MIN}", own.ratio >= MIXED_RATIO_MIN, said)
         yield Bar(
-            f"{workload}, rivals {column}: not below by more than 2 %", own["ratio"] >= SUITE_RATIO_MIN, said
+            f"{workload}, rivals {column}: not below by more than 2 %", own.ratio >= SUITE_RATIO_MIN, said
         )

@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks.policies.jobs import Done, Job, Pool
+from benchmarks.policies.workloads import lasts
 
 DECLINES_MAX = 2
 """Rates in a row that were worse than the best, after which a contender is done."""
 STEPS_MAX = 14
 NOISE = 0.01
 """Gains below this share are none."""
-LASTS_SHARE = 0.9
-"""Of a run's time: where a trace, speeded up, ends before, what is counted is a burst at its end."""
+CRASH_SHARE = 0.5
+"""Of the best: what has fallen below does not come back at a higher rate."""
 
 Metric = Callable[[Done], float]
 
@@ -22,13 +23,11 @@ class Climb:
 
     Attributes:
         step: the factor from one rate to the next.
-        is_used_up: its trace does not last at the next rate.
     """
 
     base: Job
     step: float
     done: list[Done] = field(default_factory=list)
-    is_used_up: bool = False
 
     def best(self, metric: Metric) -> Done:
         return max(self.done, key=metric)
@@ -37,13 +36,14 @@ class Climb:
         """The next rate worth trying; None when the best has been seen."""
         if not self.done:
             return self.base.rate
-        if self.is_used_up or len(self.done) >= STEPS_MAX:
+        last = self.done[-1]
+        rate = last.job.rate * self.step
+        if len(self.done) >= STEPS_MAX or not lasts(self.base.workload, rate, self.base.seconds):
             return None
         best = max(metric(done) for done in self.done)
         first = next(i for i, done in enumerate(self.done) if metric(done) >= best * (1 - NOISE))
-        if best > 0 and len(self.done) - 1 - first >= DECLINES_MAX:
-            return None
-        return self.done[-1].job.rate * self.step
+        is_past = len(self.done) - 1 - first >= DECLINES_MAX or metric(last) < best * CRASH_SHARE
+        return None if best > 0 and is_past else rate
 
 
 def climb(
@@ -57,6 +57,4 @@ def climb(
             return climbs
         jobs = [replace(each.base, rate=rate) for each, rate in steps]
         for (each, _), done in zip(steps, pool.run(jobs, told), strict=True):
-            each.is_used_up = done.summary["last_at_s"] < LASTS_SHARE * done.job.seconds
-            if not each.is_used_up or not each.done:
-                each.done.append(done)
+            each.done.append(done)

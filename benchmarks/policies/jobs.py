@@ -1,7 +1,7 @@
 """One simulated run as a job for a process, and the pool that runs many of them."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -75,7 +75,6 @@ def run(job: Job) -> Done:
     summary = summary_data(summarize(counted))
     tokens = sum(_tokens_within(each, from_s, job.seconds) for each in results)
     summary["steady_tokens_per_s"] = tokens / (job.seconds - from_s)
-    summary["last_at_s"] = max((each.at_s for each in results), default=0.0)
     return Done(job, summary, perf_counter() - started_s)
 
 
@@ -89,19 +88,33 @@ def _tokens_within(result: CallResult, from_s: float, to_s: float) -> float:
 
 
 class Pool:
-    """Runs jobs in processes, a bounded number ahead, and tells of each that is done."""
+    """Runs jobs in processes, a bounded number ahead, and tells of each that is done.
 
-    def __init__(self, workers: int | None = None) -> None:
+    Attributes:
+        known: runs that need not be made again; those that are made join them.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        known: Mapping[Job, Done] | None = None,
+        keep: Callable[[Done], None] | None = None,
+    ) -> None:
+        """`keep` hears of every run that was made, when it ends."""
         self._workers = workers or os.cpu_count() or 1
         self._executor = ProcessPoolExecutor(self._workers)
+        self.known = dict(known or {})
+        self._keep = keep
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)
 
     def run(self, jobs: Sequence[Job], told: Callable[[Done], None]) -> list[Done]:
         """All of them; in the order of `jobs`, whatever the order in which they end."""
-        found: dict[Job, Done] = {}
-        left = iter(jobs)
+        for job in jobs:
+            if job in self.known:
+                told(self.known[job])
+        left = iter([job for job in dict.fromkeys(jobs) if job not in self.known])
         running: set[Future[Done]] = set()
         while True:
             running |= {
@@ -109,9 +122,11 @@ class Pool:
                 for job in islice(left, self._workers * WAITING_MAX - len(running))
             }
             if not running:
-                return [found[job] for job in jobs]
+                return [self.known[job] for job in jobs]
             ended, running = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
                 done = future.result()
-                found[done.job] = done
+                self.known[done.job] = done
+                if self._keep is not None:
+                    self._keep(done)
                 told(done)

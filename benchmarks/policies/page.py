@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.policies import adversity, bars
 from benchmarks.policies.report import factor_cells
+from benchmarks.policies.verdict import Verdict, verdicts
 from pdcoord.sim.study.results import OURS
 from sidecar.describe import redraw
 
@@ -75,19 +76,21 @@ def _suite(results: dict[str, Any]) -> Iterator[str]:
 
     def rows() -> Iterator[Sequence[str]]:
         for workload, own in results["suite"].items():
-            cells = [
-                cell
-                for column in own["verdict"].values()
-                for cell in (
-                    column["best"],
-                    f"{column['ratio']:.2f} ({column['ratio_min']:.2f}-{column['ratio_max']:.2f})",
-                )
-            ]
-            yield workload, *cells
+            found = verdicts(own["finals"])
+            seeds = len(own["finals"][OURS]["peak"]["seeds"])
+            cells = [cell for column in found.values() for cell in (column.best, _ratio(column))]
+            yield workload, str(seeds), *cells
 
-    yield from _table(
-        ("workload", "best rival in one vendor", "ratio", "best rival as if it could cross", "ratio"), rows()
-    )
+    columns = [
+        cell for name in ("in one vendor", "as if it could cross") for cell in (f"best rival {name}", "ratio")
+    ]
+    yield from _table(("workload", "seeds", *columns), rows())
+
+
+def _ratio(of: Verdict) -> str:
+    """A ratio of means, half the width of its interval, and the range of seeds."""
+    half = "" if of.high is None else f" ±{of.high - of.ratio:.2f}"
+    return f"{of.ratio:.2f}{half} ({min(of.by_seed):.2f}-{max(of.by_seed):.2f})"
 
 
 def _trouble(results: dict[str, Any]) -> Iterator[str]:

@@ -73,13 +73,13 @@ def _range(pair: list[float]) -> str:
 def _suite_table(workload: str, own: dict[str, Any]) -> Table:
     table = Table(title=f"{workload}: best goodput, calls within objectives per second")
     table.add_column("router")
-    for name in ("offered /s", "mean", "stdev", "ours / theirs"):
+    for name in ("seeds", "offered /s", "mean", "stdev", "ours / theirs"):
         table.add_column(name, justify="right")
     ours = own["finals"][OURS]["peak"]["mean"]
     for label, final in sorted(own["finals"].items(), key=lambda item: -item[1]["peak"]["mean"]):
         peak = final["peak"]
         cells = (peak["offered_per_s"], peak["mean"], peak["stdev"], ours / max(peak["mean"], 1e-9))
-        table.add_row(label, *(f"{cell:.2f}" for cell in cells))
+        table.add_row(label, str(len(peak["seeds"])), *(f"{cell:.2f}" for cell in cells))
     return table
 
 

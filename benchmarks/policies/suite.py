@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.policies.climb import Climb, climb
 from benchmarks.policies.jobs import Done, Job, Pool
+from benchmarks.policies.verdict import columns, undecided
 from pdcoord.sim.routers.registry import RIVALS, SPLITTING
 from pdcoord.sim.study.contenders import CROSSING
 from pdcoord.sim.study.results import OURS
@@ -24,6 +25,8 @@ START_RATES = {
     "agents": 40.0,
 }
 """Where climbs begin: about where round robin saturates, of each workload's own rates."""
+BESIDE_SHARE = 0.75
+"""Of the best goodput with seed 0: the rates beside that came so near are run with the first seeds too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +34,19 @@ class Plan:
     """How much is run.
 
     Attributes:
-        finalists: rivals of each column that are run with every seed, by their best with seed 0.
+        seeds: of those that decide the verdict.
+        seeds_first: of every finalist.
+        finalists: rivals of each column that are run with more seeds than one, by their best with seed 0.
         step: factor from one rate of a climb to the next.
-        rates_beside: rates on either side of a finalist's best that are run with every seed too.
     """
 
     rivals: Sequence[str]
     seeds: int
+    seeds_first: int
     seconds: float
     finalists: int
     step: float
-    rates_beside: int
     traces: Path | None
-
-
-def columns(rivals: Sequence[str]) -> dict[str, list[str]]:
-    """Labels by column. A rival that never splits is the same in both."""
-    return {
-        "one vendor": list(rivals),
-        "as if they could cross": [f"{r}{CROSSING}" if r in SPLITTING else r for r in rivals],
-    }
 
 
 def all_rivals() -> list[str]:
@@ -62,23 +58,49 @@ def goodput(done: Done) -> float:
 
 
 def study(pool: Pool, plan: Plan, workloads: Sequence[str], told: Callable[[Done], None]) -> dict[str, Any]:
-    """Results by workload."""
-    labels = list(dict.fromkeys([OURS, *(label for own in columns(plan.rivals).values() for label in own)]))
+    """Results by workload.
+
+    Everybody climbs with seed 0, finalists run about their best rates with the first seeds, and those that
+    decide the verdict run at their best of these with every seed.
+    """
+    crossing = [f"{rival}{CROSSING}" for rival in plan.rivals if rival in SPLITTING]
+    labels = list(dict.fromkeys([OURS, *plan.rivals, *crossing]))
     bases = [_base(plan, workload, label) for workload in workloads for label in labels]
     climbs = climb(pool, bases, goodput, plan.step, told)
     found: dict[str, Any] = {}
     finals: list[Job] = []
     for workload in workloads:
         own = {each.base.router: each for each in climbs if each.base.workload == workload}
-        chosen = _finalists(plan, own)
-        finals += [job for label in chosen for job in _final_jobs(plan, own[label])]
+        finals += [job for label in _finalists(plan, own) for job in _final_jobs(plan, own[label])]
         found[workload] = {"scouted": {label: _curve(own[label].done) for label in own}}
-    runs = pool.run(list(dict.fromkeys(finals)), told)
+    runs = pool.run(finals, told)
     for workload in workloads:
-        mine = [done for done in runs if done.job.workload == workload]
-        found[workload]["finals"] = _finals(mine)
-        found[workload]["verdict"] = _verdict(plan, found[workload]["finals"])
+        found[workload]["finals"] = _finals([done for done in runs if done.job.workload == workload])
+    _decide(pool, plan, {workload: own["finals"] for workload, own in found.items()}, told)
     return found
+
+
+def _decide(pool: Pool, plan: Plan, finals: dict[str, Any], told: Callable[[Done], None]) -> None:
+    """Give every seed to whoever may be the best, until nobody without may be.
+
+    Each round adds a finalist at least of every open workload to those that have every seed.
+    """
+    for _ in range(max(map(len, finals.values()), default=0)):
+        open_ = [
+            (workload, label) for workload, own in finals.items() for label in undecided(own, plan.seeds)
+        ]
+        if not open_:
+            return
+        jobs = {
+            (workload, label): [
+                replace(_base(plan, workload, label), rate=finals[workload][label]["peak"]["rate"], seed=seed)
+                for seed in range(plan.seeds)
+            ]
+            for workload, label in open_
+        }
+        pool.run([job for own in jobs.values() for job in own], told)
+        for (workload, label), own in jobs.items():
+            finals[workload][label]["peak"] = _point(own[0].rate, [pool.known[job] for job in own])
 
 
 def _base(plan: Plan, workload: str, label: str) -> Job:
@@ -88,16 +110,19 @@ def _base(plan: Plan, workload: str, label: str) -> Job:
 
 def _finalists(plan: Plan, own: dict[str, Climb]) -> list[str]:
     chosen = [OURS, "round-robin"]
-    for labels in columns(plan.rivals).values():
+    for labels in columns(own).values():
         ranked = sorted(labels, key=lambda label: -goodput(own[label].best(goodput)))
         chosen += ranked[: plan.finalists]
     return list(dict.fromkeys(label for label in chosen if label in own))
 
 
 def _final_jobs(plan: Plan, own: Climb) -> list[Job]:
-    best = own.done.index(own.best(goodput))
-    beside = own.done[max(0, best - plan.rates_beside) : best + plan.rates_beside + 1]
-    return [replace(done.job, seed=seed) for done in beside for seed in range(plan.seeds)]
+    """At its best rate, and at those beside it that may be its best with other seeds."""
+    peak = own.best(goodput)
+    best = own.done.index(peak)
+    beside = own.done[max(0, best - 1) : best + 2]
+    near = [done for done in beside if goodput(done) >= BESIDE_SHARE * goodput(peak)]
+    return [replace(done.job, seed=seed) for done in near for seed in range(plan.seeds_first)]
 
 
 def _curve(done: Sequence[Done]) -> list[dict[str, Any]]:
@@ -126,21 +151,3 @@ def _point(rate: float, runs: Sequence[Done]) -> dict[str, Any]:
         "stdev": spread,
         "seeds": values,
     }
-
-
-def _verdict(plan: Plan, finals: dict[str, Any]) -> dict[str, Any]:
-    """Ours over the best rival of each column, seed by seed."""
-    ours = finals[OURS]["peak"]
-    verdict: dict[str, Any] = {}
-    for column, labels in columns(plan.rivals).items():
-        there = [label for label in labels if label in finals]
-        best = max(there, key=lambda label: finals[label]["peak"]["mean"])
-        theirs = finals[best]["peak"]
-        ratios = [mine / max(other, 1e-9) for mine, other in zip(ours["seeds"], theirs["seeds"], strict=True)]
-        verdict[column] = {
-            "best": best,
-            "ratio": ours["mean"] / max(theirs["mean"], 1e-9),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-        }
-    return verdict

@@ -41,6 +41,11 @@ def document(name: str, rate: float, seed: int, seconds: float, traces: Path | N
     return LoadedWorkload(parsed, validate(parsed, WorkloadSpec))
 
 
+def lasts(name: str, rate: float, seconds: float) -> bool:
+    """Whether there is as much of it: a trace, speeded up, ends at some rate before the run does."""
+    return name not in TRACES or rate * seconds <= TRACE_S
+
+
 def _place(trace: dict[str, Any], name: str, window: tuple[int, float], traces: Path | None) -> None:
     """Where the trace lies, and which part of it is wanted: so many seconds, from where the seed says."""
     seed, seconds = window
