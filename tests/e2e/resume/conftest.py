@@ -39,11 +39,7 @@ class Fleet:
         for name in dead:
             self.start(name)
         self.launcher.wait(*(self.engines[name] for name in dead))
-        wait(lambda: set(self.health()) == {"ready"}, 60, "the gateway finds both servers ready")
-
-    def health(self) -> list[str]:
-        health: list[str] = self.admin.health()
-        return health
+        wait(lambda: set(self.admin.health()) == {"ready"}, 60, "the gateway finds both servers ready")
 
     def serving(self) -> list[str]:
         """The servers that generate now."""
